@@ -1,0 +1,397 @@
+"""Chooses the scale, and the codebook where there is a choice, of every tensor, channel or group of a weight.
+
+Must not know how codes are stored, nor layers or models.
+
+The search by error has two steps. A coarse one tries some 700 pairs of codebook and scale at once: the squared error
+of a pair depends on an element only through the cell of a fine grid in which the element lies, so the errors of all
+pairs are sums of rows of one precomputed table, which is what ``embedding_bag`` does at memory speed. Then, for every
+codebook, the best scale is refined by one least-squares step and both are judged by their exact error. The steps for
+one codebook do not depend on which others take part: so a choice among several never has a larger error than any of
+them alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dybit.codec import Codebook, Family, ScaleType
+from dybit.errors import DyBitError
+from dybit.ops import lookup, spans
+
+Granularity = Literal["tensor", "channel", "group"]
+Method = Literal["mse", "absmax", "percentile"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+METHODS: tuple[str, ...] = get_args(Method)
+
+_BLOCK = 1 << 19  # elements worked on at once: the temporaries stay in the cache
+_CELLS = 512  # cells of the coarse grid on either side of zero, spaced as squares: finest near zero
+_SCALE_STEP = 1.035  # ratio of neighbouring coarse scales
+_LOWEST_SCALE = 0.1  # the smallest coarse scale, as a share of the one that clips nothing
+_TINIEST = 2.0**-126  # smallest normal float: a scale below it would lose precision, or be zero
+_POW2_EXPONENTS = (-64, 63)
+_E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The outcome of a search.
+
+    Attributes:
+        scale: float32 of shape (rows, groups), (rows, 1) or (1, 1) by granularity; never zero, negative only for
+            codebooks that are not symmetric.
+        choice: Index of the codebook of every unit, uint8 of the shape of ``scale``; None for a family of one.
+        tensor_scale: The factor that E4M3 scales share; 1.0 for other types.
+        error: The squared error over all elements, weighted by importance where one was given.
+    """
+
+    scale: Tensor
+    choice: Tensor | None
+    tensor_scale: float
+    error: float
+
+
+def choose_scales(
+    matrix: Tensor,
+    family: Family,
+    *,
+    granularity: Granularity = "channel",
+    group_size: int | None = None,
+    scale_type: ScaleType = "fp32",
+    choice_granularity: Granularity | None = None,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+) -> Scales:
+    """Chooses scales and codebooks for a matrix.
+
+    Args:
+        matrix: Floating point of shape (rows, columns), finite, rows being output channels.
+        family: The codebooks to choose from.
+        granularity: What shares a scale: the tensor, a channel (row), or ``group_size`` columns of a row, the last
+            group of a row being shorter where the columns are no multiple.
+        group_size: Only for ``granularity="group"``.
+        scale_type: ``fp32``, ``bf16``, ``pow2`` (a power of two from 2^-64 to 2^63) or ``e4m3`` (FP8 times one FP32
+            factor for the tensor, as in NVFP4).
+        choice_granularity: What shares a codebook; None means what shares a scale. Not finer than ``granularity``.
+        method: ``mse`` (least squared error), ``absmax`` (nothing is clipped) or ``percentile`` (of the magnitudes).
+        percentile: For ``method="percentile"``, above 0 and up to 100.
+        importance: Weight of every squared error, of shape (columns,) or (rows, columns), not negative: the second
+            moments of the layer's inputs, which turn the weight's error into the output's. None for equal weights.
+
+    Returns:
+        The scales, with the codebook of every unit. An all-zero unit gets scale 1, or the smallest one if its
+        codebook has no zero.
+
+    Raises:
+        DyBitError: An argument is out of range or does not fit the others.
+    """
+    choice_granularity = choice_granularity or granularity
+    _check(matrix, granularity, group_size, choice_granularity, method, percentile)
+    columns = matrix.shape[1]
+    importance = None if importance is None else _normalized(importance, columns)
+    tensor_scale = _tensor_scale(matrix, family) if scale_type == "e4m3" else 1.0
+    search = _Search(family, _rounder(scale_type, tensor_scale), method, percentile)
+    if granularity == "tensor":
+        chunks = [(block.float(), weights) for block, weights in _row_blocks(matrix, importance)]
+        error, scale = search.run(chunks, pooled=True)
+        error, scale = error[None], scale[None]
+    else:
+        length = group_size if granularity == "group" else None
+        error, scale = _by_units(matrix, importance, length, search, choice_granularity == granularity)
+    return _pick(error, scale, family, choice_granularity, tensor_scale)
+
+
+def _by_units(
+    matrix: Tensor, importance: Tensor | None, group_size: int | None, search: _Search, decide: bool
+) -> tuple[Tensor, Tensor]:
+    """Searches unit by unit: (error, scale) of shape (rows, groups, books), books being 1, or 2 with the choice.
+
+    With ``decide`` every unit takes its best codebook at once, and ``error[..., 1]`` is its index: all codebooks'
+    scales of a large tensor in small groups would take more memory than the tensor.
+    """
+    errors, scales = [], []
+    for start, groups, length in spans(matrix.shape[1], group_size):
+        stop = start + groups * length
+        weights = None if importance is None else importance[:, start:stop]
+        parts = []
+        for block, block_weights in _row_blocks(matrix[:, start:stop], weights):
+            flat = block.float().reshape(-1, length)
+            h = None if block_weights is None else block_weights.expand(block.shape).reshape(-1, length)
+            error, scale = search.run([(flat, h)], pooled=False)
+            if decide:
+                best = error.argmin(-1, keepdim=True)
+                error = torch.cat([error.gather(-1, best), best.to(error.dtype)], dim=-1)
+                scale = scale.gather(-1, best)
+            parts.append((error.unflatten(0, (-1, groups)), scale.unflatten(0, (-1, groups))))
+        errors.append(torch.cat([error for error, _ in parts]))
+        scales.append(torch.cat([scale for _, scale in parts]))
+    return torch.cat(errors, dim=1), torch.cat(scales, dim=1)
+
+
+def _pick(error: Tensor, scale: Tensor, family: Family, choice: Granularity, tensor_scale: float) -> Scales:
+    """Picks the codebook of every unit, channel or tensor from (rows, groups, books)."""
+    if scale.shape[-1] == 1 and error.shape[-1] == 2:  # decided unit by unit
+        books = error[..., 1].to(torch.uint8)
+        chosen, total = scale[..., 0], error[..., 0].sum()
+    else:
+        pooled = error
+        if choice != "group":
+            pooled = pooled.sum(1, keepdim=True)
+        if choice == "tensor":
+            pooled = pooled.sum(0, keepdim=True)
+        best = pooled.argmin(-1, keepdim=True).expand(*scale.shape[:2], 1)
+        chosen, total = scale.gather(-1, best)[..., 0], error.gather(-1, best).sum()
+        books = best[..., 0].to(torch.uint8)
+    single = len(family.books) == 1
+    return Scales(chosen.contiguous(), None if single else books.contiguous(), tensor_scale, float(total))
+
+
+class _Search:
+    """The search for one family, scale type and method; see the module's docstring."""
+
+    def __init__(
+        self, family: Family, rounder: Callable[[Tensor], list[Tensor]], method: Method, percentile: float
+    ) -> None:
+        self.books = family.books
+        self.rounder = rounder
+        self.method = method
+        self.percentile = percentile
+
+    def run(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> tuple[Tensor, Tensor]:
+        """Returns (error, scale), float64 and float32 of shape (units, books).
+
+        Args:
+            chunks: Elements of shape (segments, length) with their importance or None. Every segment is a unit of its
+                own, or all of all chunks are one unit (``pooled``).
+            pooled: Whether all is one unit.
+        """
+        largest = [x.abs().amax(1, keepdim=True) for x, _ in chunks]
+        top = torch.cat(largest).amax(0, keepdim=True) if pooled else largest[0]
+        empty = top == 0
+        unit = torch.where(empty, 1.0, top)
+        normal = [(x / unit, h) for x, h in chunks]
+        starts = self._coarse(normal, pooled) if self.method == "mse" else self._bounds(normal, pooled)
+        errors, scales = [], []
+        for book, start in zip(self.books, starts, strict=True):
+            error, scale = self._refine(normal, unit, book, start, pooled)
+            has_zero = bool((book.levels == 0).any())
+            nothing = self.rounder(torch.full_like(scale, 1.0 if has_zero else 0.0))[0]
+            errors.append(error * unit[:, 0].double() ** 2)
+            scales.append(torch.where(empty[:, 0], nothing, scale))
+        return torch.stack(errors, dim=-1), torch.stack(scales, dim=-1)
+
+    def _refine(
+        self, chunks: list[tuple[Tensor, Tensor | None]], unit: Tensor, book: Codebook, starts: Tensor, pooled: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Judges the starting scales (units, starts) exactly and improves the best: (error, scale) of (units,)."""
+        limit = torch.finfo(torch.float32).max / max(1.0, float(np.abs(book.levels).max()))
+        best: _Trial | None = None
+        for start in starts.unbind(-1):
+            for scale in self.rounder((start * unit[:, 0]).clamp(-limit, limit)):
+                best = _better(best, _Trial(scale, *_evaluate(chunks, book, scale[:, None] / unit, pooled)))
+        assert best is not None
+        if self.method == "mse":
+            fitted = best.fitted * unit[:, 0]
+            usable = torch.isfinite(fitted) & (fitted * best.scale > 0)
+            for scale in self.rounder(torch.where(usable, fitted, best.scale).clamp(-limit, limit)):
+                best = _better(best, _Trial(scale, *_evaluate(chunks, book, scale[:, None] / unit, pooled)))
+        return best.error, best.scale
+
+    def _coarse(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
+        """The best coarse scale of every codebook, relative to the largest magnitude: each of shape (units, 1)."""
+        table, scales, owners = _coarse_table(self.books, chunks[0][0].device)
+        parts = []
+        for x, h in chunks:
+            cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
+            sums = torch.nn.functional.embedding_bag(cell.to(torch.int32), table, mode="sum", per_sample_weights=h)
+            parts.append(sums.sum(0, keepdim=True, dtype=torch.float64) if pooled else sums)
+        errors = torch.stack(parts).sum(0) if pooled else parts[0]
+        return [scales[first:last][errors[:, first:last].argmin(1)][:, None] for first, last in owners]
+
+    def _bounds(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
+        """The scales of every codebook at which nothing, or nothing but the percentile, is clipped: (units, 1 or 2)."""
+        if self.method == "percentile":
+            share = self.percentile / 100
+            if pooled:
+                magnitudes = torch.cat([x.abs().flatten() for x, _ in chunks])
+                rank = max(1, math.ceil(share * magnitudes.numel()))
+                high = low = magnitudes.kthvalue(rank).values[None]
+            else:
+                high = low = chunks[0][0].abs().quantile(share, dim=1)
+            high = low = torch.where(high > 0, high, 1.0)
+        else:
+            high = torch.cat([x.amax(1) for x, _ in chunks]).clamp(min=0)
+            low = torch.cat([-x.amin(1) for x, _ in chunks]).clamp(min=0)
+            if pooled:
+                high, low = high.amax(0, keepdim=True), low.amax(0, keepdim=True)
+        return [torch.stack(_bound(book, high, low), dim=-1) for book in self.books]
+
+
+class _Trial(NamedTuple):
+    """A scale that was judged: all of shape (units,)."""
+
+    scale: Tensor
+    error: Tensor
+    fitted: Tensor  # the least-squares scale for the codes at this scale, relative to the largest magnitude
+
+
+def _better(best: _Trial | None, trial: _Trial) -> _Trial:
+    if best is None:
+        return trial
+    better = trial.error < best.error
+    return _Trial(*(torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
+
+
+def _bound(book: Codebook, high: Tensor, low: Tensor) -> list[Tensor]:
+    """The scales that map -low … high into the codebook's range: positive, and negative where that is a choice."""
+    top, bottom = float(book.levels[-1]), -float(book.levels[0])
+
+    def fit(positive: Tensor, negative: Tensor) -> Tensor:
+        scale = positive / top
+        return torch.maximum(scale, negative / bottom) if bottom > 0 else scale
+
+    return [fit(high, low), -fit(low, high)] if _signed_scale(book) else [fit(high, low)]
+
+
+def _signed_scale(book: Codebook) -> bool:
+    return not book.symmetric and bool(book.levels[0] < 0)
+
+
+def _evaluate(
+    chunks: list[tuple[Tensor, Tensor | None]], book: Codebook, scale: Tensor, pooled: bool
+) -> tuple[Tensor, Tensor]:
+    """The exact error at a scale (units, 1) and the least-squares scale for the codes there: both of shape (units,)."""
+    table = lookup(book, scale.device)
+    totals = []
+    for x, h in chunks:
+        value = table.round(x / scale)
+        residual = torch.addcmul(x, value, scale, value=-1)
+        weighted = value if h is None else value * h
+        residual_h = residual if h is None else residual * h
+        sums = torch.stack([(residual_h * residual).sum(1), (weighted * x).sum(1), (weighted * value).sum(1)])
+        totals.append(sums.double().sum(1, keepdim=True) if pooled else sums.double())
+    error, cross, square = torch.stack(totals).sum(0) if pooled else totals[0]
+    return error, (cross / square).float()
+
+
+@lru_cache(maxsize=64)
+def _coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Mean squared error by cell and by pair of codebook and scale.
+
+    Returns:
+        The table, float32 of shape (2·_CELLS, pairs); the scale of every pair; and the range of pairs of every book.
+    """
+    edge = torch.arange(2 * _CELLS, dtype=torch.float64) - _CELLS
+    inside = (edge[:, None] + (torch.arange(6, dtype=torch.float64) + 0.5) / 6) / _CELLS
+    x = (inside.sign() * inside**2).float().to(device)
+    columns: list[Tensor] = []
+    scales: list[float] = []
+    owners = []
+    for book in books:
+        first = len(scales)
+        table = lookup(book, device)
+        for scale in _coarse_scales(book):
+            columns.append((x - table.round(x / scale) * scale).square_().mean(1))
+            scales.append(scale)
+        owners.append((first, len(scales)))
+    return torch.stack(columns, dim=1).contiguous(), torch.tensor(scales, device=device), owners
+
+
+def _coarse_scales(book: Codebook) -> list[float]:
+    """Scales to try for data whose largest magnitude is 1."""
+    magnitudes = np.unique(np.abs(book.levels))
+    top, second = float(magnitudes[-1]), float(magnitudes[-2])
+    # Beyond this scale the largest level is out of use, and the same codes are had by a smaller scale.
+    highest = min(2.0, 1.05 * top / second) if second else 1.05
+    count = math.ceil(math.log(highest / _LOWEST_SCALE) / math.log(_SCALE_STEP))
+    scales = [1 / top, *(highest * _SCALE_STEP**-i / top for i in range(count + 1))]
+    return scales + [-scale for scale in scales] if _signed_scale(book) else scales
+
+
+def _rounder(scale_type: ScaleType, tensor_scale: float) -> Callable[[Tensor], list[Tensor]]:
+    """A function from ideal scales (float32) to the candidates that the type can hold."""
+
+    def nonzero(scale: Tensor) -> Tensor:
+        return torch.where(scale < 0, scale.clamp(max=-_TINIEST), scale.clamp(min=_TINIEST))
+
+    def fp32(scale: Tensor) -> list[Tensor]:
+        return [nonzero(scale)]
+
+    def bf16(scale: Tensor) -> list[Tensor]:
+        largest = torch.finfo(torch.bfloat16).max
+        return [nonzero(scale).to(torch.bfloat16).float().clamp(-largest, largest)]
+
+    def pow2(scale: Tensor) -> list[Tensor]:
+        exponent = nonzero(scale).abs().log2().clamp(*_POW2_EXPONENTS)
+        sign = torch.where(scale < 0, -1.0, 1.0)
+        return [torch.ldexp(sign, exponent.floor()), torch.ldexp(sign, exponent.ceil())]
+
+    def e4m3(scale: Tensor) -> list[Tensor]:
+        ratio = (scale / tensor_scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
+        smallest = 2.0**-9
+        ratio = torch.where(ratio == 0, torch.where(scale < 0, -smallest, smallest), ratio)
+        return [ratio * tensor_scale]
+
+    return {"fp32": fp32, "bf16": bf16, "pow2": pow2, "e4m3": e4m3}[scale_type]
+
+
+def _tensor_scale(matrix: Tensor, family: Family) -> float:
+    """The factor of E4M3 scales: the largest scale that the tensor can need becomes 448, as in NVFP4."""
+    top = max((float(block.abs().max()) for block, _ in _row_blocks(matrix, None)), default=0.0)
+    smallest_range = min(float(np.abs(book.levels).max()) for book in family.books)
+    ratio = float(torch.tensor(top / smallest_range / _E4M3_MAX, dtype=torch.float32))
+    return ratio if ratio >= _TINIEST else 1.0
+
+
+def _normalized(importance: Tensor, columns: int) -> Tensor:
+    """Importance as float32 of mean one and shape (1 or rows, columns), with a floor.
+
+    The floor keeps a unit whose inputs were all zero in calibration from a scale that fits nothing.
+    """
+    h = importance.float()
+    if h.shape[-1] != columns or not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
+        raise DyBitError(
+            f"importance must be {columns} finite numbers of at least 0 in its last dimension, not {tuple(h.shape)}"
+        )
+    h = h if h.ndim == 2 else h[None]
+    return h / h.mean().clamp(min=_TINIEST) + 1e-6
+
+
+def _row_blocks(matrix: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Blocks of whole rows of about _BLOCK elements."""
+    rows = max(1, _BLOCK // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], rows):
+        block = matrix[start : start + rows]
+        if importance is None:
+            yield block, None
+        else:
+            h = importance if importance.shape[0] == 1 else importance[start : start + rows]
+            yield block, h.expand(block.shape).contiguous()
+
+
+def _check(
+    matrix: Tensor, granularity: str, group_size: int | None, choice: str, method: str, percentile: float
+) -> None:
+    if matrix.ndim != 2 or not matrix.is_floating_point() or matrix.numel() == 0:
+        raise DyBitError(
+            f"matrix must be floating point of shape (rows, columns), not empty, "
+            f"but is {matrix.dtype} of shape {tuple(matrix.shape)}"
+        )
+    if granularity not in GRANULARITIES or choice not in GRANULARITIES:
+        raise DyBitError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r} or {choice!r}")
+    if GRANULARITIES.index(choice) > GRANULARITIES.index(granularity):
+        raise DyBitError(f"choice_granularity={choice!r} is finer than granularity={granularity!r}")
+    if (group_size is not None) != (granularity == "group") or (group_size is not None and group_size < 1):
+        raise DyBitError(f"group_size={group_size} does not fit granularity={granularity!r}")
+    if method not in METHODS:
+        raise DyBitError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if not 0 < percentile <= 100:
+        raise DyBitError(f"percentile must be above 0 and at most 100, not {percentile}")
