@@ -1,0 +1,338 @@
+"""The recipe: which layers are quantized, to which formats, at which granularity. The document all rooms exchange.
+
+Must not know torch, layers or models; it knows layers by their qualified names only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from dybit import rivals
+from dybit.codec import Family, ScaleType
+from dybit.errors import DyBitError
+
+Granularity = Literal["tensor", "channel", "group"]
+Variants = Literal["all", "plain", "spare", "midrise"]
+Method = Literal["mse", "absmax", "percentile"]
+Criterion = Literal["auto", "weight", "activation"]
+Mode = Literal["static", "dynamic"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """How one layer is quantized.
+
+    Args:
+        weights: Width of DyBit codes (2 to 8), whose variants ``variants`` names; or the name of any format, such as
+            ``"s4r2"`` or ``"nf4"``; or None to keep the weights as they are.
+        activations: The same for the layer's inputs, None to keep them. A width or a format such as ``"int8"`` is
+            taken unsigned where calibration saw no negative input; ``max_run`` is chosen by calibration.
+        granularity: What shares a scale. None means ``"group"`` where ``group_size`` is given, else ``"channel"``.
+        group_size: Consecutive weights of an output channel that share a scale.
+        scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.scale`).
+        variants: Which variants a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain ones with one
+            more level, never worse than plain), ``midrise``, or ``all``. None means ``spare``, and ``midrise`` at
+            2 bits, where there is no spare code.
+        variant_granularity: What shares a variant; None means what shares a scale.
+        method: How weight scales are chosen: ``mse``, ``absmax`` or ``percentile``.
+        criterion: What ``mse`` weighs errors by: ``weight`` (equally), ``activation`` (by the second moment of the
+            layer's inputs, which needs calibration), or ``auto`` (activation where there is calibration).
+        percentile: For ``percentile`` methods of weights and activations.
+        activation_mode: ``static`` scales from calibration, one a tensor; or ``dynamic``, from the largest magnitude
+            of every token (of every sample for convolutions) as the model runs.
+        activation_method: How static scales are chosen: ``mse``, ``absmax`` (min-max) or ``percentile``.
+        activation_group_size: For dynamic activations of linear layers: consecutive inputs that share a scale.
+        activation_offset: Whether static activations may use an unsigned format and an offset where that has the
+            smaller error, as for the outputs of GELU and SiLU.
+
+    Raises:
+        DyBitError: A field has a bad value or does not fit the others.
+    """
+
+    weights: int | str | None = 4
+    activations: int | str | None = None
+    granularity: Granularity | None = None
+    group_size: int | None = None
+    scale: ScaleType | None = None
+    variants: Variants | None = None
+    variant_granularity: Granularity | None = None
+    method: Method = "mse"
+    criterion: Criterion = "auto"
+    percentile: float = 99.99
+    activation_mode: Mode = "static"
+    activation_method: Method = "mse"
+    activation_group_size: int | None = None
+    activation_offset: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        choices = {
+            "granularity": (None, *get_args(Granularity)),
+            "scale": (None, *get_args(ScaleType)),
+            "variants": (None, *get_args(Variants)),
+            "variant_granularity": (None, *get_args(Granularity)),
+            "method": get_args(Method),
+            "criterion": get_args(Criterion),
+            "activation_mode": get_args(Mode),
+            "activation_method": get_args(Method),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                words = ", ".join("null" if word is None else str(word) for word in allowed)
+                raise DyBitError(f"{name} must be one of {words}, not {value!r}{_nearest(value, allowed)}")
+        for name in ("group_size", "activation_group_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise DyBitError(f"{name} must be a positive integer or None, not {value!r}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        number = isinstance(self.percentile, int | float) and not isinstance(self.percentile, bool)
+        if not number or not 0 < self.percentile <= 100:
+            raise DyBitError(f"percentile must be above 0 and at most 100, not {self.percentile!r}")
+        if not isinstance(self.activation_offset, bool):
+            raise DyBitError(f"activation_offset must be true or false, not {self.activation_offset!r}")
+        if self.granularity is not None and (self.group_size is None) == (self.granularity == "group"):
+            raise DyBitError(f"group_size={self.group_size} does not fit granularity={self.granularity!r}")
+        if self.activation_group_size is not None and self.activation_mode != "dynamic":
+            raise DyBitError(
+                f"activation_group_size={self.activation_group_size} needs activation_mode='dynamic', "
+                f"not {self.activation_mode!r}"
+            )
+        family = self.weight_family
+        if family and family.group_size not in (None, self.group_size):
+            raise DyBitError(f"weights={self.weights!r} needs group_size={family.group_size}, not {self.group_size}")
+        if family and family.scale and self.scale not in (None, family.scale):
+            raise DyBitError(f"weights={self.weights!r} needs scale={family.scale!r}, not {self.scale!r}")
+        order = get_args(Granularity)
+        finer = self.variant_granularity and order.index(self.variant_granularity) > order.index(self.scale_granularity)
+        if finer:
+            raise DyBitError(
+                f"variant_granularity={self.variant_granularity!r} is finer than the scales' {self.scale_granularity!r}"
+            )
+        _ = self.activation_families
+
+    @cached_property
+    def weight_family(self) -> Family | None:
+        """The format family of the weights."""
+        if self.weights is None or not _is_width("weights", self.weights):
+            return rivals.family(self.weights) if isinstance(self.weights, str) else None
+        kind = self.variants or ("spare" if int(self.weights) > 2 else "midrise")
+        return rivals.dybit(int(self.weights), kind=kind)
+
+    @cached_property
+    def activation_families(self) -> tuple[Family, Family | None] | None:
+        """The families of inputs with a sign and of inputs that are never negative, the latter None if there is none.
+
+        None where activations are kept.
+        """
+        if self.activations is None:
+            return None
+        if _is_width("activations", self.activations):
+            bits = int(self.activations)
+            return rivals.dybit(bits, kind="plain"), rivals.dybit(bits, signed=False)
+        name = str(self.activations)
+        signed = rivals.family(name)
+        try:
+            return signed, rivals.family("u" + (name[1:] if name[:1] == "s" and name[1:2].isdigit() else name))
+        except DyBitError:
+            return signed, None
+
+    @property
+    def scale_granularity(self) -> Granularity:
+        """What shares a scale, resolved."""
+        return self.granularity or ("group" if self.group_size else "channel")
+
+    @property
+    def scale_type(self) -> ScaleType:
+        """The type of the weight scales, resolved."""
+        family = self.weight_family
+        return self.scale or (family.scale if family else None) or "fp32"
+
+
+@dataclass(frozen=True)
+class Recipe(LayerRecipe):
+    """How a model is quantized: defaults for all layers, and rules for some.
+
+    Args:
+        embeddings: As ``weights``, for embedding tables and the output layers tied to them. 8 by default: a table takes
+            part in no product, so that fewer bits save memory only.
+        rules: From a pattern of qualified names to the fields that differ there, or None to keep those layers in
+            floating point; the first pattern that matches wins. A pattern is a glob (``"encoder.*.query"``) or, after
+            ``re:``, a regular expression that must match the whole name.
+
+    Raises:
+        DyBitError: A field has a bad value, also in a rule; unknown fields are named with their nearest known one.
+
+    Example:
+        >>> recipe = Recipe(weights=4, group_size=128, rules={"head": None, "re:.*conv1": {"weights": 8}})
+        >>> recipe.layer("stem.conv1").weights, recipe.layer("head")
+        (8, None)
+        >>> Recipe.from_json(recipe.to_json()) == recipe
+        True
+    """
+
+    embeddings: int | str | None = 8
+    rules: Any = ()  # Mapping[str, Mapping | None] or its items; kept as a tuple of (pattern, tuple of items | None)
+
+    def __post_init__(self) -> None:
+        """Checks the defaults and every rule."""
+        object.__setattr__(self, "rules", _freeze(self.rules))
+        super().__post_init__()
+        replace(self._defaults, weights=self.embeddings)
+        for pattern, changes in self.rules:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise DyBitError(f"rule {pattern!r} is not a regular expression: {error}") from None
+            if changes is not None:
+                _apply(self._defaults, pattern, changes)
+
+    @cached_property
+    def _defaults(self) -> LayerRecipe:
+        return LayerRecipe(**{field.name: getattr(self, field.name) for field in fields(LayerRecipe)})
+
+    def layer(self, name: str, embedding: bool = False) -> LayerRecipe | None:
+        """Returns how a layer is quantized.
+
+        Args:
+            name: Qualified name of the module.
+            embedding: Whether it is an embedding table: its default width is ``embeddings``, its inputs are indices.
+
+        Returns:
+            The layer's recipe, or None to keep it in floating point.
+        """
+        defaults = self._defaults
+        if embedding:
+            defaults = replace(defaults, weights=self.embeddings, activations=None)
+        for pattern, changes in self.rules:
+            if matches(pattern, name):
+                if changes is None:
+                    return None
+                defaults = _apply(defaults, pattern, changes)
+                break
+        return None if defaults.weights is None and defaults.activations is None else defaults
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Checks that every rule matches a layer.
+
+        Raises:
+            DyBitError: A rule matches nothing; the message suggests the nearest name.
+        """
+        known = list(names)
+        for pattern, _ in self.rules:
+            if not any(matches(pattern, name) for name in known):
+                raise DyBitError(f"rule {pattern!r} matches no layer{_nearest(pattern.removeprefix('re:'), known)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON values; fields with their default value are left out."""
+        data: dict[str, Any] = {"version": FORMAT_VERSION}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "rules" and (value != field.default or field.name == "weights"):
+                data[field.name] = value
+        if self.rules:
+            data["rules"] = {name: None if changes is None else dict(changes) for name, changes in self.rules}
+        return data
+
+    def to_json(self) -> str:
+        """The recipe as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: object) -> Recipe:
+        """Reads what :meth:`to_dict` wrote, or a person did.
+
+        Raises:
+            DyBitError: It is no mapping, of another version, or has unknown or bad fields.
+        """
+        if not isinstance(data, Mapping):
+            raise DyBitError(f"a recipe must be a JSON object, not {data!r:.100}")
+        values = dict(data)
+        version = values.pop("version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise DyBitError(f"recipe version {version!r} is not supported, only {FORMAT_VERSION}")
+        _check_known(values, [field.name for field in fields(cls)], "recipe")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Reads JSON text.
+
+        Raises:
+            DyBitError: It is not JSON, or as :meth:`from_dict`.
+        """
+        try:
+            data = json.loads(text, object_pairs_hook=_unique)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DyBitError(f"the recipe is not valid JSON: {error}") from None
+        return cls.from_dict(data)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a qualified name: a glob, or a whole regular expression after ``re:``."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def _apply(defaults: LayerRecipe, pattern: str, changes: tuple[tuple[str, Any], ...]) -> LayerRecipe:
+    values = dict(changes)
+    _check_known(values, [field.name for field in fields(LayerRecipe)], f"rule {pattern!r}")
+    # A rule that sets one of these two means the other to follow.
+    if "group_size" in values and "granularity" not in values:
+        values["granularity"] = None
+    if "granularity" in values and values["granularity"] != "group" and "group_size" not in values:
+        values["group_size"] = None if values["granularity"] else defaults.group_size
+    return replace(defaults, **values)
+
+
+def _freeze(rules: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:
+    items = rules.items() if isinstance(rules, Mapping) else rules
+    frozen = []
+    try:
+        for pattern, changes in items:  # type: ignore[attr-defined]  # anything else is caught below
+            if not isinstance(pattern, str):
+                raise TypeError
+            frozen.append((pattern, None if changes is None else tuple(dict(changes).items())))
+    except (TypeError, ValueError):
+        raise DyBitError(f"rules must map patterns to fields or None, not {rules!r:.200}") from None
+    return tuple(frozen)
+
+
+def _is_width(name: str, value: object) -> bool:
+    if isinstance(value, str):
+        return False
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+        raise DyBitError(f"{name} must be 2 to 8 bits, the name of a format, or None, not {value!r}")
+    return True
+
+
+def _check_known(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    for name in values:
+        if name not in known:
+            raise DyBitError(f"{where} has no field {name!r}{_nearest(name, known)}")
+
+
+def _nearest(value: object, known: Iterable[object]) -> str:
+    near = get_close_matches(str(value), [str(word) for word in known if word is not None], n=1, cutoff=0.3)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise DyBitError(f"the recipe names {sorted(repeated)[0]!r} twice")
+    return dict(pairs)
