@@ -70,9 +70,10 @@ class Codebook(ABC):
 
     @cached_property
     def ties_up(self) -> NDArray[np.bool_]:
-        """Whether a tie goes to the upper of its two levels: bool of shape (levels - 1,).
+        """Whether an input equal to a midpoint goes to the upper of its two levels: bool of shape (levels - 1,).
 
         The even code wins; where parity does not decide, the smaller code. A code in ``tie_losers`` never wins.
+        Where float64 cannot hold a midpoint exactly there is no tie, and the rounding error decides.
         """
         lower, upper = self.level_codes[:-1].astype(int), self.level_codes[1:].astype(int)
         losers = sorted(self.tie_losers)
@@ -80,7 +81,10 @@ class Codebook(ABC):
         def rank(codes: NDArray[np.int_]) -> NDArray[np.int_]:
             return np.isin(codes, losers) * 1024 + codes % 2 * 512 + codes
 
-        return rank(upper) < rank(lower)
+        a, b = self.levels[:-1], self.levels[1:]
+        total = a + b
+        error = (a - (total - (total - a))) + (b - (total - a))  # exact: Knuth's TwoSum
+        return np.where(error == 0, rank(upper) < rank(lower), error < 0)
 
     def boundaries(self, dtype: type[np.floating] = np.float32) -> NDArray[np.floating]:
         """Thresholds t such that the level of x has index ``sum(t < x)``, ties included.
