@@ -6,6 +6,7 @@ that ``torch.compile`` and ``torch.export`` see them whole; what is here is thei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -212,15 +213,14 @@ def _fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, format: str)
     return _scaled_round(x, scale, offset, format)
 
 
-def _fake_quantize_dynamic(x: Tensor, format: str, group_size: int) -> Tensor:
+def _fake_quantize_dynamic(x: Tensor, format: str, reach: float, group_size: int) -> Tensor:
     """Plain-torch implementation of ``torch.ops.dybit.fake_quantize_dynamic``; see :data:`SCHEMAS`."""
     if x.numel() == 0:
         return x.clone()
-    top = float(np.abs(rivals.family(format).books[0].levels).max())
     parts = []
     for start, groups, length in spans(x.shape[-1], group_size or None):
         block = x[..., start : start + groups * length].unflatten(-1, (groups, length))
-        scale = block.detach().float().abs().amax(-1, keepdim=True) / top
+        scale = block.detach().float().abs().amax(-1, keepdim=True) / reach
         # An all-zero or not finite group: scale 1 keeps zeros; infinities then saturate, NaN stays.
         scale = torch.where((scale > 0) & torch.isfinite(scale), scale, 1.0)
         parts.append(_scaled_round(block, scale, None, format).flatten(-2))
@@ -236,8 +236,9 @@ SCHEMAS = {
     # x of any shape and floating dtype; scale and offset broadcast against it. Returns the values that its codes
     # stand for, of x's shape and dtype; NaN stays NaN.
     "fake_quantize": "(Tensor x, Tensor scale, Tensor? offset, str format) -> Tensor",
-    # The same with one scale for each last-dimension row, or group of group_size (0: the row), its largest magnitude.
-    "fake_quantize_dynamic": "(Tensor x, str format, int group_size) -> Tensor",
+    # The same with a scale for each last-dimension row, or group of group_size (0: the row): that which maps its
+    # largest magnitude to reach.
+    "fake_quantize_dynamic": "(Tensor x, str format, float reach, int group_size) -> Tensor",
 }
 
 
@@ -261,7 +262,7 @@ def _count_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object
 
 
 def _register() -> None:
-    implementations = {
+    implementations: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         "dequantize": (_dequantize, _dequantize_shape),
         "fake_quantize": (_fake_quantize, _same_shape),
         "fake_quantize_dynamic": (_fake_quantize_dynamic, _same_shape),

@@ -40,8 +40,8 @@ class LayerRecipe:
         group_size: Consecutive weights of an output channel that share a scale.
         scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.scale`).
         variants: Which variants a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain ones with one
-            more level, never worse than plain), ``midrise``, or ``all``. None means ``spare``, and ``midrise`` at
-            2 bits, where there is no spare code.
+            more level, never worse than plain), ``midrise``, or ``all``. None means ``spare`` up to 5 bits, ``plain``
+            above, where the spare level brings nothing, and ``midrise`` at 2 bits, where there is none.
         variant_granularity: What shares a variant; None means what shares a scale.
         method: How weight scales are chosen: ``mse``, ``absmax`` or ``percentile``.
         criterion: What ``mse`` weighs errors by: ``weight`` (equally), ``activation`` (by the second moment of the
@@ -127,8 +127,9 @@ class LayerRecipe:
         """The format family of the weights."""
         if self.weights is None or not _is_width("weights", self.weights):
             return rivals.family(self.weights) if isinstance(self.weights, str) else None
-        kind = self.variants or ("spare" if int(self.weights) > 2 else "midrise")
-        return rivals.dybit(int(self.weights), kind=kind)
+        bits = int(self.weights)
+        kind: Variants = "midrise" if bits == 2 else "spare" if bits <= 5 else "plain"
+        return rivals.dybit(bits, kind=self.variants or kind)
 
     @cached_property
     def activation_families(self) -> tuple[Family, Family | None] | None:

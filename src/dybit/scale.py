@@ -34,7 +34,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 _BLOCK = 1 << 19  # elements worked on at once: the temporaries stay in the cache
 _CELLS = 512  # cells of the coarse grid on either side of zero, spaced as squares: finest near zero
 _SCALE_STEP = 1.035  # ratio of neighbouring coarse scales
-_LOWEST_SCALE = 0.1  # the smallest coarse scale, as a share of the one that clips nothing
+_LOWEST_SCALE = 0.04  # the smallest coarse scale, as a share of the one that clips nothing
 _TINIEST = 2.0**-126  # smallest normal float: a scale below it would lose precision, or be zero
 _POW2_EXPONENTS = (-64, 63)
 _E4M3_MAX = 448.0
@@ -307,13 +307,45 @@ def _coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Te
 
 def _coarse_scales(book: Codebook) -> list[float]:
     """Scales to try for data whose largest magnitude is 1."""
-    magnitudes = np.unique(np.abs(book.levels))
-    top, second = float(magnitudes[-1]), float(magnitudes[-2])
-    # Beyond this scale the largest level is out of use, and the same codes are had by a smaller scale.
-    highest = min(2.0, 1.05 * top / second) if second else 1.05
-    count = math.ceil(math.log(highest / _LOWEST_SCALE) / math.log(_SCALE_STEP))
-    scales = [1 / top, *(highest * _SCALE_STEP**-i / top for i in range(count + 1))]
+    reaches = _reaches(book, _LOWEST_SCALE)
+    scales = [1 / reach for reach in reaches]
     return scales + [-scale for scale in scales] if _signed_scale(book) else scales
+
+
+def _reaches(book: Codebook, lowest_scale: float) -> list[float]:
+    """Values that the largest magnitude may be scaled to, finely spaced, first the largest level.
+
+    They end at the middle one of the levels' magnitudes: a tapered format has its resolution down there, and at 8 bits
+    full DyBit is best used up to about a twentieth of its largest value. With less than half of the levels in use, a
+    format is better replaced by one of fewer bits.
+    """
+    magnitudes = np.unique(np.abs(book.levels))
+    top, middle = float(magnitudes[-1]), float(magnitudes[len(magnitudes) // 2])
+    count = math.ceil(math.log(top / lowest_scale / middle) / math.log(_SCALE_STEP))
+    return [top, *(middle * _SCALE_STEP**i for i in range(count + 1))]
+
+
+def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
+    """Chooses the codebook and the reach of dynamically scaled rows: those with the least squared error.
+
+    Args:
+        rows: float32 of shape (rows, columns); each row is scaled so that its largest magnitude becomes the reach.
+        family: The codebooks to choose from.
+
+    Returns:
+        The codebook, and the reach, a value between its middle level and somewhat above its largest.
+    """
+    largest = rows.abs().amax(1, keepdim=True)
+    normal = rows / torch.where(largest > 0, largest, 1.0)
+    best: tuple[float, Codebook, float] | None = None
+    for book in family.books:
+        for reach in _reaches(book, 0.5):
+            unit = torch.full((1, 1), 1 / reach)
+            error, _ = _evaluate([(normal, largest.square().expand_as(normal))], book, unit, pooled=True)
+            if best is None or float(error) < best[0]:
+                best = float(error), book, reach
+    assert best is not None
+    return best[1:]
 
 
 def _rounder(scale_type: ScaleType, tensor_scale: float) -> Callable[[Tensor], list[Tensor]]:

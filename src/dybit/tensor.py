@@ -161,7 +161,8 @@ class TensorSpec:
         """Reshapes the floating-point weight to (rows, columns); a view where it can be one."""
         if not self.transposed:
             return weight.reshape(self.rows, self.columns)
-        return weight.unflatten(0, (self.transposed, -1)).transpose(1, 2).reshape(self.rows, self.columns)
+        by_group: Tensor = weight.unflatten(0, (self.transposed, -1))
+        return by_group.transpose(1, 2).reshape(self.rows, self.columns)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`to_matrix`."""

@@ -1,0 +1,94 @@
+"""Folds batch norms into the convolutions before them, so that the network is quantized as it will run.
+
+Must not know quantization.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Tracer(fx.Tracer):
+    """Keeps convolutions and norms whole, subclasses included."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*_CONVOLUTIONS, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def find_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Finds the convolutions whose output goes to a batch norm and nowhere else.
+
+    The structure comes from symbolic tracing; where the whole model cannot be traced, its parts are.
+
+    Args:
+        model: A model in evaluation mode.
+
+    Returns:
+        Pairs of qualified names (convolution, batch norm), in order of execution.
+    """
+    if not any(isinstance(module, _NORMS) for module in model.modules()):
+        return []
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    pairs = _pairs_below(model, "")
+    return [
+        (conv, norm)
+        for conv, norm in pairs
+        if uses[id(model.get_submodule(conv))] == 1 and uses[id(model.get_submodule(norm))] == 1
+    ]
+
+
+def _pairs_below(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
+    if not any(isinstance(part, _NORMS) for part in module.modules()) or isinstance(module, _NORMS):
+        return []
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # tracing runs the model's own code on proxies, and that fails in any way it likes
+        return [pair for name, part in module.named_children() for pair in _pairs_below(part, f"{prefix}{name}.")]
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    pairs = []
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        conv, norm = module.get_submodule(str(source.target)), module.get_submodule(str(node.target))
+        once = calls[source.target] == 1 and calls[node.target] == 1
+        if once and isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS) and norm.running_mean is not None:
+            pairs.append((f"{prefix}{source.target}", f"{prefix}{node.target}"))
+    return pairs
+
+
+def fold_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
+    """Folds the batch norms of pairs into their convolutions, in place, and puts ``nn.Identity`` in their place."""
+    for conv_name, norm_name in pairs:
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
+        assert norm.running_mean is not None and norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight.detach(), conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        conv.weight = nn.Parameter(weight.detach().to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+        conv.bias = nn.Parameter(bias.detach().to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+        remove_norm_(model, norm_name)
+
+
+def remove_norm_(model: nn.Module, name: str) -> None:
+    """Puts ``nn.Identity`` in the place of a batch norm."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+
+
+def expect_folded_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
+    """Gives a fresh model the structure that :func:`fold_` left, with values to be loaded: biases and identities."""
+    for conv_name, norm_name in pairs:
+        conv = model.get_submodule(conv_name)
+        if conv.bias is None:
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels), requires_grad=False)
+        remove_norm_(model, norm_name)

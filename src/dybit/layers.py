@@ -1,0 +1,279 @@
+"""Quantized layers: any supported module, its weights held as packed codes and its inputs rounded to codes.
+
+Must not know models, recipes or calibration.
+
+A layer is quantized in place by changing its class to a subclass that is made for it: the module stays the same object,
+in the same containers, with the same forward. What changes is that ``weight`` is a property, which dequantizes the
+packed codes whenever the forward (or anybody) reads it, while the buffer of that name, and so the state dict, holds the
+codes. Subclasses with a forward of their own, such as convolutions that pad first, work unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dybit import rivals
+from dybit.attention import attend
+from dybit.errors import DyBitError
+from dybit.ops import dequantize, fake_quantize, fake_quantize_dynamic
+from dybit.tensor import QuantizedTensor, TensorSpec
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_SUPPORTED = (nn.Linear, nn.Embedding, nn.MultiheadAttention, *_CONVOLUTIONS, *_TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How the inputs of a layer are rounded.
+
+    Args:
+        format: Name of a single format, such as ``u8r3``.
+        mode: ``static`` (scale and offset are buffers) or ``dynamic`` (the scale is the largest magnitude).
+        reach: For dynamic inputs: the value to which the largest magnitude is scaled. Tapered formats are best used up
+            to a value well below their largest.
+        group_size: For dynamic inputs of linear layers: consecutive features that share a scale.
+        offset: Whether a static input has an offset.
+
+    Raises:
+        DyBitError: A field is bad.
+    """
+
+    format: str
+    mode: str = "static"
+    reach: float | None = None
+    group_size: int | None = None
+    offset: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields, which may come from a file."""
+        if len(rivals.family(self.format).books) != 1:
+            raise DyBitError(f"format of an input must be a single one, not the family {self.format!r}")
+        if self.mode not in ("static", "dynamic") or not isinstance(self.offset, bool):
+            raise DyBitError(f"mode must be static or dynamic and offset a boolean, not {self.mode!r}, {self.offset!r}")
+        dynamic = self.mode == "dynamic"
+        if not (isinstance(self.reach, float) and 0 < self.reach < float("inf") if dynamic else self.reach is None):
+            raise DyBitError(f"reach must be a positive number for dynamic inputs only, not {self.reach!r}")
+        sized = isinstance(self.group_size, int) and self.group_size > 0
+        if not (self.group_size is None or (sized and dynamic)) or (self.offset and dynamic):
+            raise DyBitError(f"group_size={self.group_size!r} and offset={self.offset!r} do not fit mode={self.mode!r}")
+
+    @classmethod
+    def from_dict(cls, data: object) -> InputSpec:
+        """Reads the fields from JSON values.
+
+        Raises:
+            DyBitError: They are not the fields of an input, or bad.
+        """
+        known = {field.name for field in fields(cls)}
+        if not isinstance(data, Mapping) or set(data) != known:
+            raise DyBitError(f"a stored input must have the fields {', '.join(sorted(known))}, not {data!r:.200}")
+        return cls(**data)
+
+    to_dict = asdict
+
+
+class Quantized(nn.Module):
+    """Mixin of all quantized layers; :func:`swap_` makes them.
+
+    Attributes:
+        weight_specs: How each weight is stored, by its name.
+        input_spec: How inputs are rounded, or None.
+        float_dtype: The type in which weights are dequantized; follows ``.to(dtype)``.
+    """
+
+    weight_specs: dict[str, TensorSpec]
+    input_spec: InputSpec | None
+    float_dtype: torch.dtype
+
+    def quantized_tensor(self, name: str = "weight") -> QuantizedTensor:
+        """The codes, scales and choices of a weight."""
+        parts = (self._buffers.get(name + suffix) for suffix in ("", "_scale", "_choice", "_tensor_scale"))
+        return QuantizedTensor(self.weight_specs[name], *parts)  # type: ignore[arg-type]
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """Rounds an input to the values of its codes; returns it as it is where inputs are kept."""
+        spec = self.input_spec
+        if spec is None:
+            return x
+        if spec.mode == "static":
+            return cast(Tensor, fake_quantize(x, self.input_scale, self._buffers.get("input_offset"), spec.format))
+        if isinstance(self, (*_CONVOLUTIONS, *_TRANSPOSED)):  # a scale for every sample
+            samples = x[None] if channel_dim(self, x) == 0 else x
+            return cast(Tensor, fake_quantize_dynamic(samples.flatten(1), spec.format, spec.reach, 0)).view(x.shape)
+        return cast(Tensor, fake_quantize_dynamic(x, spec.format, spec.reach, spec.group_size or 0))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
+        """Rounds the input, which is the first argument, and calls the layer's own forward."""
+        if args:
+            return super().forward(self.round_input(args[0]), *args[1:], **kwargs)
+        name = next(iter(kwargs), "")
+        return super().forward(**{**kwargs, name: self.round_input(kwargs[name])})
+
+    def extra_repr(self) -> str:
+        """The layer's own description and how it is quantized."""
+        weights = {f"{spec.family}/{spec.group_size or spec.granularity}" for spec in self.weight_specs.values()}
+        inputs = f", input={self.input_spec.format}/{self.input_spec.mode}" if self.input_spec else ""
+        return f"{super().extra_repr()}, weight={'+'.join(sorted(weights))}{inputs}".lstrip(", ")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
+        """Moves buffers but keeps their types: scales in half precision would be other scales."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """Copies and pickles by the original class, since the quantized one is made at run time."""
+        return _rebuild, (original_class(self), tuple(self.weight_specs)), self.__dict__
+
+
+class _QuantizedEmbedding(Quantized):
+    """An embedding that dequantizes only the rows that it looks up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
+        weight = self.quantized_tensor()
+        spec, index = weight.spec, input.reshape(-1)
+        scale, choice = weight.scales(), weight.choices()
+        rows = dequantize(
+            weight.packed.reshape(spec.rows, spec.row_bytes).index_select(0, index),
+            scale if scale.shape[0] == 1 else scale.index_select(0, index),
+            choice if choice is None or choice.shape[0] == 1 else choice.index_select(0, index),
+            spec.family,
+            spec.columns,
+            spec.bits,
+            spec.group_size or 0,
+        )
+        return cast(Tensor, rows.to(self.float_dtype).view(*input.shape, spec.columns))
+
+
+class _QuantizedAttention(Quantized):
+    """Multi-head attention; where inputs are rounded, so is that of ``out_proj``, which torch's forward never calls."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As ``nn.MultiheadAttention.forward``."""
+        attention = cast(nn.MultiheadAttention, self)
+        if self.input_spec is None and getattr(attention.out_proj, "input_spec", None) is None:
+            return nn.MultiheadAttention.forward(attention, *args, **kwargs)
+        return attend(attention, *args, round_input=self.round_input, **kwargs)
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the weights of a module that can be quantized; empty for other modules."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        )
+    return ("weight",) if isinstance(module, _SUPPORTED) or _is_conv1d(module) else ()
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module is an embedding table."""
+    return isinstance(module, nn.Embedding)
+
+
+def transposed(module: nn.Module) -> int:
+    """0, or the channel groups of a weight that counts input channels first (see :class:`dybit.tensor.TensorSpec`)."""
+    return module.groups if isinstance(module, _TRANSPOSED) else int(_is_conv1d(module))
+
+
+def channel_groups(module: nn.Module) -> int:
+    """In how many groups the channels are connected."""
+    return module.groups if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) else 1
+
+
+def channel_dim(module: nn.Module, x: Tensor) -> int:
+    """The dimension of an input that counts channels."""
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        return x.ndim - len(module.kernel_size) - 1
+    return x.ndim - 1
+
+
+def swap_(
+    module: nn.Module,
+    weights: Mapping[str, QuantizedTensor],
+    input_spec: InputSpec | None = None,
+    input_scale: Tensor | None = None,
+    input_offset: Tensor | None = None,
+) -> None:
+    """Turns a module into its quantized form, in place; tied modules are given the same :class:`QuantizedTensor`.
+
+    Args:
+        module: A module for which :func:`weight_names` is not empty.
+        weights: A quantized tensor for every name in :func:`weight_names`; empty to quantize only the inputs.
+        input_spec: How inputs are rounded, or None.
+        input_scale: For static inputs: float32 of shape (1,).
+        input_offset: For static inputs with an offset: float32 of shape (1,).
+    """
+    float_dtype = getattr(module, weight_names(module)[0]).dtype
+    module.__class__ = _quantized_class(type(module), tuple(weights))  # type: ignore[arg-type]
+    layer = cast(Quantized, module)
+    layer.weight_specs = {name: weight.spec for name, weight in weights.items()}
+    layer.input_spec = input_spec
+    layer.float_dtype = float_dtype
+    for name, weight in weights.items():
+        del layer._parameters[name]
+        for suffix, buffer in weight.buffers().items():
+            layer._buffers[name + suffix] = buffer  # register_buffer refuses the name of the property
+    if input_spec is not None and input_spec.mode == "static":
+        layer.register_buffer("input_scale", input_scale)
+        if input_spec.offset:
+            layer.register_buffer("input_offset", input_offset)
+
+
+def unswap_(layer: Quantized) -> None:
+    """Turns a quantized layer back into its floating-point class, in place, with the dequantized weights."""
+    weights = {name: getattr(layer, name) for name in layer.weight_specs}
+    for name in list(weights):
+        for suffix in layer.weight_specs[name].buffers():
+            del layer._buffers[name + suffix]
+    for name in ("input_scale", "input_offset"):
+        layer._buffers.pop(name, None)
+    for attribute in ("weight_specs", "input_spec", "float_dtype"):
+        delattr(layer, attribute)
+    layer.__class__ = original_class(layer)  # type: ignore[assignment]
+    for name, weight in weights.items():
+        layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """The floating-point class of a quantized layer."""
+    return next(cls for cls in type(layer).__mro__ if not issubclass(cls, Quantized) and issubclass(cls, nn.Module))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``, a linear layer with a transposed weight; without importing it."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+@cache
+def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    mixin = Quantized
+    if cls.forward is nn.Embedding.forward:
+        mixin = _QuantizedEmbedding
+    elif issubclass(cls, nn.MultiheadAttention):
+        mixin = _QuantizedAttention
+
+    def reader(name: str) -> property:
+        return property(lambda self: self.quantized_tensor(name).dequantize(self.float_dtype))
+
+    members: dict[str, Any] = {name: reader(name) for name in names}
+    made: Any = type(f"Quantized{cls.__name__}", (mixin, cls), members)
+    return cast(type[nn.Module], made)
+
+
+def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """An empty quantized module of a class; its state follows."""
+    quantized = _quantized_class(cls, names)  # type: ignore[arg-type]
+    return quantized.__new__(quantized)
