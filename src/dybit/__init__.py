@@ -1,1 +1,47 @@
-"""dybit."""
+"""DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.
+
+Names are loaded when they are first touched: ``import dybit`` itself loads neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dybit.checkpoint import load as load
+    from dybit.checkpoint import save as save
+    from dybit.errors import CheckpointError as CheckpointError
+    from dybit.errors import DyBitError as DyBitError
+    from dybit.errors import MissingExtraError as MissingExtraError
+    from dybit.format import Format as Format
+    from dybit.format import variants as variants
+    from dybit.model import DyBitWarning as DyBitWarning
+    from dybit.model import dequantize_ as dequantize_
+    from dybit.model import quantize_ as quantize_
+    from dybit.recipe import Recipe as Recipe
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "DyBitError": "errors",
+    "DyBitWarning": "model",
+    "Format": "format",
+    "MissingExtraError": "errors",
+    "Recipe": "recipe",
+    "dequantize_": "model",
+    "load": "checkpoint",
+    "quantize_": "model",
+    "save": "checkpoint",
+    "variants": "format",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"dybit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dybit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

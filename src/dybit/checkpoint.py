@@ -5,6 +5,7 @@ Must not know recipes' meaning, calibration or the command line.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -164,9 +165,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _check_architecture(manifest, model, path)
     tensors = read_tensors(path, manifest)
     _check_keys(manifest, tensors, model, path)
-    expect_folded_(model, manifest.folded)
-    for name, entry in manifest.layers.items():
-        _prepare_layer_(model.get_submodule(name), entry)
+    _restructure_(model, manifest)
     state = {**tensors, **{key: tensors[source] for key, source in manifest.shared.items()}}
     model.load_state_dict(state, strict=True, assign=True)
     _tie_(model, manifest.shared)
@@ -260,6 +259,8 @@ def _unique_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     owners: dict[tuple[Any, ...], str] = {}
     tensors, shared = {}, {}
     for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise DyBitError(f"model has the extra state {key!r}, which is no tensor and cannot be stored")
         place = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         if value.numel() and place in owners:
             shared[key] = owners[place]
@@ -313,7 +314,9 @@ def _check_keys(
     manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module, path: str | os.PathLike[str]
 ) -> None:
     """Checks names, shapes and types of all tensors before the model is changed."""
-    expected = _expected(manifest, model)
+    skeleton = _skeleton(model)
+    _restructure_(skeleton, manifest)
+    expected = skeleton.state_dict()
     found = {**tensors, **{key: tensors.get(source) for key, source in manifest.shared.items()}}
     missing = [key for key in expected if found.get(key) is None]
     extra = [key for key in found if key not in expected]
@@ -321,43 +324,42 @@ def _check_keys(
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the model lacks"
         more = len(missing) + len(extra) - 1
         raise CheckpointError(f"{path} does not fit the model: it {what}{f' and {more} more differ' if more else ''}")
-    for key, (shape, dtype) in expected.items():
+    prefixes = tuple(f"{name}." if name else "" for name in manifest.layers)
+    for key, wanted in expected.items():
         tensor = cast(Tensor, found[key])
-        if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
+        # What is not ours may be stored in another floating-point type than the fresh model has.
+        free = wanted.is_floating_point() and tensor.is_floating_point() and not _is_ours(key, prefixes)
+        if tensor.shape != wanted.shape or not (free or tensor.dtype == wanted.dtype):
             raise CheckpointError(
                 f"{path} does not fit the model: {key!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
-                f"expected {dtype or 'floating point'} of shape {shape}"
+                f"expected {wanted.dtype} of shape {tuple(wanted.shape)}"
             )
 
 
-def _expected(manifest: Manifest, model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-    """Shape, and type where it is fixed, of every tensor that the model will have."""
-    state = model.state_dict()
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
-        key: (tuple(value.shape), None if value.is_floating_point() else value.dtype) for key, value in state.items()
-    }
-    for conv, norm in manifest.folded:
-        for key in [key for key in expected if key.startswith(f"{norm}.")]:
-            del expected[key]
-        convolution = model.get_submodule(conv)
-        expected[f"{conv}.bias"] = ((cast(int, convolution.out_channels),), None)
+def _is_ours(key: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a key is that of a quantized layer's scales or inputs, whose type is part of the format."""
+    return key.startswith(prefixes) and key.endswith(("_scale", "_offset", "_choice"))
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model without its data, on which to try what a manifest asks for."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+        for value in (*module._buffers.values(), *vars(module).values()):  # the latter: weights made by hooks
+            if isinstance(value, Tensor):
+                memo[id(value)] = torch.empty_like(value, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _restructure_(model: nn.Module, manifest: Manifest) -> None:
+    """Gives a floating-point model the structure of a checkpoint, with empty tensors where values are to be loaded."""
+    expect_folded_(model, manifest.folded)
     for name, entry in manifest.layers.items():
-        module = model.get_submodule(name)
-        prefix = f"{name}." if name else ""
-        for key in [*entry.weights, *(f"parametrizations.{w}" for w in entry.weights)]:
-            for known in [k for k in expected if k == prefix + key or k.startswith(f"{prefix}{key}.")]:
-                del expected[known]
-            for suffix in ("_g", "_v", "_orig", "_u"):  # weight and spectral norms of the older kind
-                expected.pop(prefix + key + suffix, None)
-        for key, spec in entry.weights.items():
-            for suffix, (shape, dtype) in spec.buffers().items():
-                expected[prefix + key + suffix] = (shape, dtype)
-        if entry.input is not None and entry.input.mode == "static":
-            expected[f"{prefix}input_scale"] = ((1,), torch.float32)
-            if entry.input.offset:
-                expected[f"{prefix}input_offset"] = ((1,), torch.float32)
-        del module
-    return expected
+        _prepare_layer_(model.get_submodule(name), entry)
 
 
 def _prepare_layer_(module: nn.Module, entry: LayerEntry) -> None:

@@ -116,6 +116,13 @@ class Quantized(nn.Module):
         name = next(iter(kwargs), "")
         return super().forward(**{**kwargs, name: self.round_input(kwargs[name])})
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As ``nn.Module.register_buffer``, which would refuse the name of a property, and compute it to find out."""
+        if name in self.weight_specs:
+            self._buffers[name] = tensor
+        else:
+            super().register_buffer(name, tensor, persistent)
+
     def extra_repr(self) -> str:
         """The layer's own description and how it is quantized."""
         weights = {f"{spec.family}/{spec.group_size or spec.granularity}" for spec in self.weight_specs.values()}
@@ -225,7 +232,7 @@ def swap_(
     for name, weight in weights.items():
         del layer._parameters[name]
         for suffix, buffer in weight.buffers().items():
-            layer._buffers[name + suffix] = buffer  # register_buffer refuses the name of the property
+            layer.register_buffer(name + suffix, buffer)
     if input_spec is not None and input_spec.mode == "static":
         layer.register_buffer("input_scale", input_scale)
         if input_spec.offset:

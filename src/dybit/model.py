@@ -96,6 +96,7 @@ def quantize_(
             progress(index, total, plan.name)
         _quantize_layer(plan, statistics.get(plan.name), ties)
     bypass_fast_path_(model)
+    cast(Any, model)._dybit_recipe = recipe
     if progress:
         progress(total, total, "done")
     return model
@@ -132,7 +133,15 @@ def make_plain_(module: nn.Module) -> None:
     """Makes the weight norm or other parametrization of a layer's weights permanent, in place."""
     for name in weight_names(module):
         if parametrize.is_parametrized(module, name):
+            # torch removes the property from the class, which copies of the model share: give this module its own.
+            made_by_torch: Any = type(module)
+            members = {k: v for k, v in vars(made_by_torch).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(made_by_torch.__name__, made_by_torch.__bases__, members)
             parametrize.remove_parametrizations(module, name)
+            if name not in module._parameters:  # of frozen weights torch leaves a buffer
+                weight = getattr(module, name)
+                delattr(module, name)
+                module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
         for hook in list(module._forward_pre_hooks.values()):
             if getattr(hook, "name", None) == name:
                 {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}.get(

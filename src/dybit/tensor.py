@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 import torch
@@ -39,6 +39,10 @@ class TensorSpec:
         transposed: 0 where the first dimension of the weight counts output channels; else the number of channel groups
             of a weight of shape (in, out / groups, …), as transposed convolutions and transformers' ``Conv1D`` have.
 
+    Attributes:
+        bits: Width of a code.
+        choice_bits: Bits of a choice, 0 for a family of one.
+
     Raises:
         DyBitError: A field is out of range or does not fit the others.
     """
@@ -50,10 +54,14 @@ class TensorSpec:
     scale: ScaleType = "fp32"
     choice: Granularity = "channel"
     transposed: int = 0
+    # Plain attributes and not properties that look the family up: torch.compile reads them.
+    bits: int = field(init=False, compare=False, repr=False)
+    choice_bits: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Checks the fields, which may come from a file."""
-        rivals.family(self.family)
+        object.__setattr__(self, "bits", self.formats.bits)
+        object.__setattr__(self, "choice_bits", self.formats.choice_bits)
         positive = all(isinstance(n, int) and n > 0 for n in self.shape)
         if not isinstance(self.shape, tuple) or not positive or not 2 <= len(self.shape) <= 5:
             raise DyBitError(f"shape must be 2 to 5 positive integers, not {self.shape!r}")
@@ -78,11 +86,6 @@ class TensorSpec:
     def formats(self) -> Family:
         """The family itself."""
         return rivals.family(self.family)
-
-    @property
-    def bits(self) -> int:
-        """Width of a code."""
-        return self.formats.bits
 
     @property
     def rows(self) -> int:
@@ -119,15 +122,15 @@ class TensorSpec:
     @property
     def scale_shape(self) -> tuple[int, int]:
         """Shape of the scales: (1, 1), (rows, 1) or (rows, groups)."""
-        return self._unit_shape(self.granularity)
+        return self.unit_shape(self.granularity)
 
     @property
     def choice_shape(self) -> tuple[int, int] | None:
         """Shape of the packed choices, dense in ``family.choice_bits`` bits a unit; None for a family of one."""
-        bits = self.formats.choice_bits
+        bits = self.choice_bits
         if not bits:
             return None
-        rows, units = self._unit_shape(self.choice)
+        rows, units = self.unit_shape(self.choice)
         # A channel's only choice is packed with those of the other channels, a group's with the others of its row.
         return (1, packed_size(rows, bits)) if units == 1 else (rows, packed_size(units, bits))
 
@@ -142,7 +145,8 @@ class TensorSpec:
         size = self.rows * self.row_bytes + math.prod(self.scale_shape) * self.scale_dtype.itemsize
         return size + math.prod(self.choice_shape or (0,)) + (4 if self.scale == "e4m3" else 0)
 
-    def _unit_shape(self, granularity: Granularity) -> tuple[int, int]:
+    def unit_shape(self, granularity: Granularity) -> tuple[int, int]:
+        """Rows and columns of a table with one entry for each tensor, channel or group."""
         return {"tensor": (1, 1), "channel": (self.rows, 1), "group": (self.rows, self.groups)}[granularity]
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -173,7 +177,7 @@ class TensorSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {**asdict(self), "shape": list(self.shape)}
+        return {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
@@ -182,10 +186,14 @@ class TensorSpec:
         Raises:
             DyBitError: A field is missing, unknown or bad.
         """
-        known = {field.name for field in fields(cls)}
-        if not isinstance(data, Mapping) or set(data) != known or not isinstance(data["shape"], list):
+        known = _stored_fields()
+        if not isinstance(data, Mapping) or set(data) != set(known) or not isinstance(data["shape"], list):
             raise DyBitError(f"a stored weight must have the fields {', '.join(sorted(known))}, not {data!r:.200}")
         return cls(**{**data, "shape": tuple(data["shape"])})
+
+
+def _stored_fields() -> list[str]:
+    return [item.name for item in fields(TensorSpec) if item.init]
 
 
 @dataclass(frozen=True)
@@ -229,8 +237,8 @@ class QuantizedTensor:
         """The index of the codebook of every unit: uint8 of shape (1, 1), (rows, 1) or (rows, groups), or None."""
         if self.choice is None:
             return None
-        rows, units = self.spec._unit_shape(self.spec.choice)
-        bits = self.spec.formats.choice_bits
+        rows, units = self.spec.unit_shape(self.spec.choice)
+        bits = self.spec.choice_bits
         if units == 1:
             return unpack(self.choice, rows, bits).reshape(rows, 1)
         return unpack(self.choice, units, bits)
@@ -302,7 +310,7 @@ def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> Quantized
     )
     choice = None
     if scales.choice is not None:
-        bits = spec.formats.choice_bits
+        bits = spec.choice_bits
         units = scales.choice.reshape(1, -1) if scales.choice.shape[1] == 1 else scales.choice
         choice = pack(units, bits)
     tensor_scale = torch.tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
