@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dybit.attention import attend
 from dybit.codec import Family
 from dybit.errors import DyBitError
-from dybit.layers import InputSpec, channel_dim
+from dybit.layers import InputSpec, channel_dim, input_places, is_attention
 from dybit.scale import Method, choose_reach, choose_scales
 
 _SAMPLES_PER_BATCH = 1 << 15
@@ -55,6 +55,7 @@ class InputStatistics:
 
     def second_moment(self, index: int = 0) -> Tensor:
         """Mean square of every channel of an input: float32 of shape (channels,)."""
+        index = index if index in self.square_sums else 0  # self-attention of a subclass with one argument
         return (self.square_sums[index] / self.counts[index]).float()
 
     def add(self, index: int, flat: Tensor) -> None:
@@ -107,7 +108,7 @@ def calibrate(
     statistics = {name: InputStatistics() for name in layers}
     generator = torch.Generator().manual_seed(_SEED)
     count = 0
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad(), _observing(layers, statistics, sample, generator):
@@ -116,7 +117,8 @@ def calibrate(
                 if progress:
                     progress(f"calibrating: batch {count}")
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     if count == 0:
         raise DyBitError("calibration yields no batch")
     return statistics
@@ -164,7 +166,7 @@ def _observing(
     layers: Mapping[str, nn.Module], statistics: Mapping[str, InputStatistics], sample: bool, generator: torch.Generator
 ) -> Iterator[None]:
     handles = []
-    patched = [module for module in layers.values() if isinstance(module, nn.MultiheadAttention)]
+    patched = [module for module in layers.values() if is_attention(module)]
     try:
         for name, module in layers.items():
             hook = partial(_observe, name, statistics[name], sample, generator)
@@ -188,9 +190,8 @@ def _observe(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> None:
-    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
-    count = 3 if isinstance(module, nn.MultiheadAttention) else 1  # query, key, value
-    for index, x in enumerate(inputs[:count]):
+    inputs = [args[place] if isinstance(place, int) else kwargs[place] for place in input_places(module, args, kwargs)]
+    for index, x in enumerate(inputs):
         if not x.numel():
             continue
         channels = channel_dim(module, x)

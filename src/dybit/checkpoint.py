@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dybit.errors import CheckpointError, DyBitError
-from dybit.fold import expect_folded_
+from dybit.fold import expect_folded_, is_pair
 from dybit.layers import InputSpec, swap_, weight_names
 from dybit.model import bypass_fast_path_, folded_pairs, make_plain_, quantized_layers
 from dybit.recipe import Recipe
@@ -126,7 +126,10 @@ def write(
     """
     with replacing(Path(path)) as folder:
         target = folder / TENSORS
-        safetensors.torch.save_file(dict(tensors), target, metadata={"format": "pt", "dybit_version": _version()})
+        try:
+            safetensors.torch.save_file(dict(tensors), target, metadata={"format": "pt", "dybit_version": _version()})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise DyBitError(f"path {str(path)!r} cannot be written: {error}") from None
         manifest = {
             "format": "dybit",
             "version": FORMAT_VERSION,
@@ -244,8 +247,13 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
             path.rename(old)
-            folder.rename(path)
-            shutil.rmtree(old.parent)
+            try:
+                folder.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            finally:
+                shutil.rmtree(old.parent, ignore_errors=True)
         else:
             folder.rename(path)
     except OSError as error:
@@ -306,7 +314,7 @@ def _check_architecture(manifest: Manifest, model: nn.Module, path: str | os.Pat
                     f"{path} does not fit the model: {name}.{key} has shape {shape}, the checkpoint {spec.shape}"
                 )
     for conv, norm in manifest.folded:
-        if conv not in modules or norm not in modules or not hasattr(modules[conv], "bias"):
+        if not is_pair(modules.get(conv), modules.get(norm)):
             raise CheckpointError(f"{path} does not fit the model: it has no {conv!r} with batch norm {norm!r}")
 
 

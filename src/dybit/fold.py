@@ -5,6 +5,8 @@ Must not know quantization.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Collection
 
@@ -60,9 +62,30 @@ def _pairs_below(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
             continue
         conv, norm = module.get_submodule(str(source.target)), module.get_submodule(str(node.target))
         once = calls[source.target] == 1 and calls[node.target] == 1
-        if once and isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS) and norm.running_mean is not None:
+        if once and isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS) and _folds(conv, norm):
             pairs.append((f"{prefix}{source.target}", f"{prefix}{node.target}"))
     return pairs
+
+
+def _folds(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether folding leaves the result as it is; classes derived from torch's may do more than their name says."""
+    assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
+    if norm.training or norm.running_mean is None or type(norm).forward is not nn.BatchNorm2d.forward:
+        return False  # statistics of the batch, or a norm with an activation of its own
+    if any(type(conv).forward is cls.forward for cls in _CONVOLUTIONS):
+        return True
+    parts = nn.Sequential(copy.deepcopy(conv), copy.deepcopy(norm)).double().eval()
+    sizes = [d * (k - 1) + 2 * s + 1 for d, k, s in zip(conv.dilation, conv.kernel_size, conv.stride, strict=True)]
+    count = math.prod((2, conv.in_channels, *sizes))
+    x = torch.linspace(-1, 1, count, dtype=torch.float64, device=conv.weight.device).sin()
+    x = x.view(2, conv.in_channels, *sizes)
+    try:
+        with torch.no_grad():
+            expected = parts(x)
+            fold_(parts, [("0", "1")])
+            return torch.allclose(parts(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    except Exception:  # code of the model's own, on an input that it may not expect
+        return False
 
 
 def fold_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
@@ -79,6 +102,11 @@ def fold_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
         remove_norm_(model, norm_name)
 
 
+def is_pair(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether two modules are a convolution and a batch norm."""
+    return isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
+
+
 def remove_norm_(model: nn.Module, name: str) -> None:
     """Puts ``nn.Identity`` in the place of a batch norm."""
     parent, _, child = name.rpartition(".")
@@ -89,6 +117,7 @@ def expect_folded_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None
     """Gives a fresh model the structure that :func:`fold_` left, with values to be loaded: biases and identities."""
     for conv_name, norm_name in pairs:
         conv = model.get_submodule(conv_name)
+        assert isinstance(conv, _CONVOLUTIONS)
         if conv.bias is None:
             conv.bias = nn.Parameter(torch.zeros(conv.out_channels), requires_grad=False)
         remove_norm_(model, norm_name)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +110,16 @@ class Quantized(nn.Module):
         return cast(Tensor, fake_quantize_dynamic(x, spec.format, spec.reach, spec.group_size or 0))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
-        """Rounds the input, which is the first argument, and calls the layer's own forward."""
-        if args:
-            return super().forward(self.round_input(args[0]), *args[1:], **kwargs)
-        name = next(iter(kwargs), "")
-        return super().forward(**{**kwargs, name: self.round_input(kwargs[name])})
+        """Rounds the input and calls the layer's own forward."""
+        if self.input_spec is None:
+            return super().forward(*args, **kwargs)
+        positional = list(args)
+        for place in input_places(self, args, kwargs):
+            if isinstance(place, int):
+                positional[place] = self.round_input(args[place])
+            else:
+                kwargs[place] = self.round_input(kwargs[place])
+        return super().forward(*positional, **kwargs)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As ``nn.Module.register_buffer``, which would refuse the name of a property, and compute it to find out."""
@@ -188,6 +193,34 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module is an embedding table."""
     return isinstance(module, nn.Embedding)
+
+
+def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether a module is attention with torch's own forward, which :func:`dybit.attention.attend` can stand in for."""
+    return type(module).forward is nn.MultiheadAttention.forward
+
+
+def input_places(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int | str]:
+    """Where in the arguments of a call the inputs are: positions and names.
+
+    Query, key and value of attention, in this order; of other layers the first floating-point tensor.
+    """
+    places: list[int | str] = [i for i, x in enumerate(args) if _is_floating(x)]
+    named: list[int | str] = [name for name, x in kwargs.items() if _is_floating(x)]
+    if not isinstance(module, nn.MultiheadAttention):
+        return [*places, *named][:1]
+    roles = [name for name in ("query", "key", "value") if name in named]
+    return [*places, *(roles or named[: not places])][:3]
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def channels(module: nn.Module, name: str = "weight") -> int:
+    """The channels of the input that a weight multiplies."""
+    weight = getattr(module, name)
+    return int(weight.shape[0]) if transposed(module) else int(weight.shape[1]) * channel_groups(module)
 
 
 def transposed(module: nn.Module) -> int:
@@ -269,7 +302,7 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     mixin = Quantized
     if cls.forward is nn.Embedding.forward:
         mixin = _QuantizedEmbedding
-    elif issubclass(cls, nn.MultiheadAttention):
+    elif cls.forward is nn.MultiheadAttention.forward:
         mixin = _QuantizedAttention
 
     def reader(name: str) -> property:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from dybit.calibrate import InputStatistics, calibrate, choose_dynamic_input, choose_input
 from dybit.errors import DyBitError
@@ -22,6 +22,7 @@ from dybit.layers import (
     InputSpec,
     Quantized,
     channel_groups,
+    channels,
     is_embedding,
     swap_,
     transposed,
@@ -88,7 +89,8 @@ def quantize_(
         names = {plan.name for plan in plans if plan.recipe.weights is not None}
         pairs = [pair for pair in find_pairs(model) if pair[0] in names]
         fold_(model, pairs)
-        cast(Any, model)._dybit_folded = pairs
+        # Beside those of an attempt that failed later, or of an earlier quantization that was undone.
+        cast(Any, model)._dybit_folded = [*folded_pairs(model), *pairs]
     statistics = _statistics(model, plans, calibration, (lambda text: progress(0, total, text)) if progress else None)
     ties = _Ties(plans)
     for index, plan in enumerate(plans):
@@ -143,6 +145,8 @@ def make_plain_(module: nn.Module) -> None:
                 delattr(module, name)
                 module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
         for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+                prune.remove(module, name)
             if getattr(hook, "name", None) == name:
                 {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}.get(
                     type(hook).__name__, lambda *_: None
@@ -244,11 +248,11 @@ def _statistics(
     progress: Callable[[str], None] | None,
 ) -> Mapping[str, InputStatistics]:
     """Calibrates where the recipe can use it."""
-    static = [p.name for p in plans if p.recipe.activations is not None and p.recipe.activation_mode == "static"]
+    static = [p for p in plans if p.recipe.activations is not None and p.recipe.activation_mode == "static"]
     if calibration is None:
         if static:
             raise DyBitError(
-                f"activations={plans[0].recipe.activations!r} are static and need calibration; "
+                f"activations={static[0].recipe.activations!r} are static and need calibration; "
                 "pass calibration=batches or set activation_mode='dynamic'"
             )
         weighted = [p.name for p in plans if p.recipe.criterion == "activation" and not is_embedding(p.module)]
@@ -318,16 +322,22 @@ def _quantize_weight(
     return quantize(weight, spec, method=recipe.method, percentile=recipe.percentile, importance=importance)
 
 
-def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.Module) -> Tensor:
+def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.Module) -> Tensor | None:
     """The second moment of the input that every weight multiplies: (1 or rows, columns).
 
-    For convolutions all positions of a kernel see the same channel; borders are not accounted for.
+    For convolutions all positions of a kernel see the same channel; borders are not accounted for. None where the
+    channels of the input are not those of the weight: a subclass has put something between them.
     """
     if name == "in_proj_weight":  # the rows of query, key and value
-        return torch.stack([seen.second_moment(i) for i in range(3)]).repeat_interleave(spec.rows // 3, dim=0)
+        moments = [seen.second_moment(i) for i in range(3)]
+        fits = all(moment.numel() == spec.columns for moment in moments)
+        return torch.stack(moments).repeat_interleave(spec.rows // 3, dim=0) if fits else None
     groups = channel_groups(module)
     index = {"k_proj_weight": 1, "v_proj_weight": 2}.get(name, 0)
-    by_group = seen.second_moment(index).view(groups, -1)
+    moment = seen.second_moment(index)
+    if moment.numel() != channels(module, name):
+        return None
+    by_group = moment.view(groups, -1)
     by_group = by_group.repeat_interleave(spec.columns // by_group.shape[1], dim=1)
     return by_group if groups == 1 else by_group.repeat_interleave(spec.rows // groups, dim=0)
 

@@ -6,6 +6,7 @@ that ``torch.compile`` and ``torch.export`` see them whole; what is here is thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -18,6 +19,7 @@ from dybit.codec import Codebook
 from dybit.packing import packed_size
 
 _TABLE_LIMIT = 1 << 17
+_TINIEST = 2.0**-126  # smallest normal float
 _LIBRARY = torch.library.Library("dybit", "DEF")
 
 
@@ -59,7 +61,7 @@ class Lookup:
             int32 of the shape of ``x``.
         """
         if not self._unit:
-            return torch.bucketize(x, self._boundaries, out_int32=True)
+            return torch.bucketize(x.contiguous(), self._boundaries, out_int32=True)
         position = (x * (1.0 / self._unit)).clamp_(-self._limit, self._limit)
         index = position.floor().add_(position.ceil_()).add_(2 * self._limit).to(torch.int32)
         return self._table.index_select(0, index.reshape(-1)).view(x.shape)
@@ -105,7 +107,7 @@ def pack(codes: Tensor, bits: int, group_size: int | None = None) -> Tensor:
     parts = []
     for start, groups, length in spans(count, group_size):
         block = codes[:, start : start + groups * length].reshape(rows * groups, length)
-        parts.append(_pack_groups(block, bits).reshape(rows, -1))
+        parts.append(_pack_groups(block, bits).reshape(rows, groups * packed_size(length, bits)))
     return torch.cat(parts, dim=1) if parts else codes.new_zeros(rows, 0)
 
 
@@ -116,7 +118,7 @@ def unpack(packed: Tensor, count: int, bits: int, group_size: int | None = None)
     for _, groups, length in spans(count, group_size):
         size = packed_size(length, bits)
         block = packed[:, offset : offset + groups * size].reshape(rows * groups, size)
-        parts.append(_unpack_groups(block, length, bits).reshape(rows, -1))
+        parts.append(_unpack_groups(block, length, bits).reshape(rows, groups * length))
         offset += groups * size
     return torch.cat(parts, dim=1) if parts else packed.new_zeros(rows, 0)
 
@@ -134,7 +136,7 @@ def _pack_groups(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     length = codes.shape[1]
-    eights = torch.nn.functional.pad(codes, (0, -length % 8)).view(codes.shape[0], -1, 8)
+    eights = torch.nn.functional.pad(codes, (0, -length % 8)).unflatten(1, (-1, 8))
     word = torch.zeros(eights.shape[:2], dtype=torch.int64, device=codes.device)
     for i in range(8):
         word |= eights[..., i].to(torch.int64) << (i * bits)
@@ -147,7 +149,7 @@ def _unpack_groups(packed: Tensor, length: int, bits: int) -> Tensor:
     """The inverse of :func:`_pack_groups`."""
     if bits == 8:
         return packed
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).view(packed.shape[0], -1, bits)
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
     word = torch.zeros(padded.shape[:2], dtype=torch.int64, device=packed.device)
     for i in range(bits):
         word |= padded[..., i].to(torch.int64) << (8 * i)
@@ -182,12 +184,12 @@ def _dequantize(
         size = packed_size(length, bits)
         block = packed[:, offset : offset + groups * size].reshape(rows, groups, size)
         offset += groups * size
-        if per_byte * bits != 8:
+        if per_byte == 1:  # the codes of other widths straddle bytes
             block = _unpack_groups(block.reshape(rows * groups, size), length, bits).reshape(rows, groups, length)
         index = block.to(torch.int32)
         if choice is not None:
             index = index + _columns(choice, column, groups)[..., None].to(torch.int32) * 256
-        values = table.index_select(0, index.reshape(-1)).view(rows, groups, -1)[..., :length]
+        values = table.index_select(0, index.reshape(-1)).view(rows, groups, block.shape[2] * per_byte)[..., :length]
         out = result[:, start : start + groups * length].unflatten(1, (groups, length))
         torch.mul(values, _columns(scale, column, groups)[..., None], out=out)
         column += groups
@@ -202,27 +204,30 @@ def _columns(units: Tensor, start: int, count: int) -> Tensor:
 def _scaled_round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) -> Tensor:
     table = lookup(rivals.family(format).books[0], x.device)
     shifted = x.float() if offset is None else x.float() - offset
-    value = table.round(shifted / scale) * scale
+    ratio = shifted / scale
+    unknown = torch.isnan(ratio)
+    value = table.round(ratio.masked_fill(unknown, 0.0)) * scale
     value = value if offset is None else value + offset
     # NaN has no code: it must come out as NaN and never as a number.
-    return torch.where(torch.isnan(x), x, value.to(x.dtype))
+    return value.masked_fill(unknown, math.nan).to(x.dtype)
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) -> Tensor:
     """Plain-torch implementation of ``torch.ops.dybit.fake_quantize``; see :data:`SCHEMAS`."""
-    return _scaled_round(x, scale, offset, format)
+    return _scaled_round(x, scale, offset, format).contiguous()
 
 
 def _fake_quantize_dynamic(x: Tensor, format: str, reach: float, group_size: int) -> Tensor:
     """Plain-torch implementation of ``torch.ops.dybit.fake_quantize_dynamic``; see :data:`SCHEMAS`."""
     if x.numel() == 0:
-        return x.clone()
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = []
     for start, groups, length in spans(x.shape[-1], group_size or None):
         block = x[..., start : start + groups * length].unflatten(-1, (groups, length))
         scale = block.detach().float().abs().amax(-1, keepdim=True) / reach
-        # An all-zero or not finite group: scale 1 keeps zeros; infinities then saturate, NaN stays.
-        scale = torch.where((scale > 0) & torch.isfinite(scale), scale, 1.0)
+        # Where a group is not finite, infinities saturate at scale 1 and NaN stays; where it is zero, or so small that
+        # its scale is, the smallest scale takes a level that should be zero closest to it in a format without a zero.
+        scale = torch.where(torch.isfinite(scale), scale.clamp(min=_TINIEST), 1.0)
         parts.append(_scaled_round(block, scale, None, format).flatten(-2))
     return torch.cat(parts, dim=-1)
 
@@ -249,7 +254,7 @@ def _dequantize_shape(
 
 
 def _same_shape(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _straight_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -144,6 +145,8 @@ class LayerRecipe:
             return rivals.dybit(bits, kind="plain"), rivals.dybit(bits, signed=False)
         name = str(self.activations)
         signed = rivals.family(name)
+        if signed.scale or signed.group_size:
+            raise DyBitError(f"activations={name!r} prescribes its scales, which inputs do not support")
         try:
             return signed, rivals.family("u" + (name[1:] if name[:1] == "s" and name[1:2].isdigit() else name))
         except DyBitError:
@@ -276,7 +279,9 @@ class Recipe(LayerRecipe):
         """
         try:
             data = json.loads(text, object_pairs_hook=_unique)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except DyBitError:
+            raise
+        except (ValueError, TypeError, RecursionError) as error:
             raise DyBitError(f"the recipe is not valid JSON: {error}") from None
         return cls.from_dict(data)
 
@@ -309,6 +314,9 @@ def _freeze(rules: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | Non
             frozen.append((pattern, None if changes is None else tuple(dict(changes).items())))
     except (TypeError, ValueError):
         raise DyBitError(f"rules must map patterns to fields or None, not {rules!r:.200}") from None
+    repeated = [pattern for pattern, count in Counter(pattern for pattern, _ in frozen).items() if count > 1]
+    if repeated:
+        raise DyBitError(f"rules have the pattern {repeated[0]!r} twice")
     return tuple(frozen)
 
 

@@ -7,7 +7,7 @@ of a pair depends on an element only through the cell of a fine grid in which th
 pairs are sums of rows of one precomputed table, which is what ``embedding_bag`` does at memory speed. Then, for every
 codebook, the best scale is refined by one least-squares step and both are judged by their exact error. The steps for
 one codebook do not depend on which others take part: so a choice among several never has a larger error than any of
-them alone.
+them alone. (E4M3 scales are the exception: the factor that they share follows from all codebooks of the family.)
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ def choose_scales(
     """
     choice_granularity = choice_granularity or granularity
     _check(matrix, granularity, group_size, choice_granularity, method, percentile)
-    columns = matrix.shape[1]
-    importance = None if importance is None else _normalized(importance, columns)
+    importance = None if importance is None else _normalized(importance, *matrix.shape)
     tensor_scale = _tensor_scale(matrix, family) if scale_type == "e4m3" else 1.0
     search = _Search(family, _rounder(scale_type, tensor_scale), method, percentile)
     if granularity == "tensor":
@@ -192,7 +191,8 @@ class _Search:
         self, chunks: list[tuple[Tensor, Tensor | None]], unit: Tensor, book: Codebook, starts: Tensor, pooled: bool
     ) -> tuple[Tensor, Tensor]:
         """Judges the starting scales (units, starts) exactly and improves the best: (error, scale) of (units,)."""
-        limit = torch.finfo(torch.float32).max / max(1.0, float(np.abs(book.levels).max()))
+        # No level may overflow, also where the type rounds the scale up: E4M3 by up to a sixteenth.
+        limit = torch.finfo(torch.float32).max / 1.07 / max(1.0, float(np.abs(book.levels).max()))
         best: _Trial | None = None
         for start in starts.unbind(-1):
             for scale in self.rounder((start * unit[:, 0]).clamp(-limit, limit)):
@@ -220,12 +220,9 @@ class _Search:
         """The scales of every codebook at which nothing, or nothing but the percentile, is clipped: (units, 1 or 2)."""
         if self.method == "percentile":
             share = self.percentile / 100
-            if pooled:
-                magnitudes = torch.cat([x.abs().flatten() for x, _ in chunks])
-                rank = max(1, math.ceil(share * magnitudes.numel()))
-                high = low = magnitudes.kthvalue(rank).values[None]
-            else:
-                high = low = chunks[0][0].abs().quantile(share, dim=1)
+            magnitudes = torch.cat([x.abs().flatten() for x, _ in chunks])[None] if pooled else chunks[0][0].abs()
+            rank = max(1, math.ceil(share * magnitudes.shape[1]))
+            high = magnitudes.kthvalue(rank, dim=1).values
             high = low = torch.where(high > 0, high, 1.0)
         else:
             high = torch.cat([x.amax(1) for x, _ in chunks]).clamp(min=0)
@@ -383,17 +380,18 @@ def _tensor_scale(matrix: Tensor, family: Family) -> float:
     return ratio if ratio >= _TINIEST else 1.0
 
 
-def _normalized(importance: Tensor, columns: int) -> Tensor:
+def _normalized(importance: Tensor, rows: int, columns: int) -> Tensor:
     """Importance as float32 of mean one and shape (1 or rows, columns), with a floor.
 
     The floor keeps a unit whose inputs were all zero in calibration from a scale that fits nothing.
     """
     h = importance.float()
-    if h.shape[-1] != columns or not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
-        raise DyBitError(
-            f"importance must be {columns} finite numbers of at least 0 in its last dimension, not {tuple(h.shape)}"
-        )
+    if tuple(h.shape) not in ((columns,), (1, columns), (rows, columns)):
+        raise DyBitError(f"importance must have shape ({columns},) or ({rows}, {columns}), not {tuple(h.shape)}")
+    if not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
+        raise DyBitError(f"importance must be finite and at least 0, but is {float(h.min())} to {float(h.max())}")
     h = h if h.ndim == 2 else h[None]
+    h = h / h.max().clamp(min=_TINIEST)  # or the mean of large numbers would be infinite
     return h / h.mean().clamp(min=_TINIEST) + 1e-6
 
 

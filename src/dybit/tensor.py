@@ -368,10 +368,12 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
         raise DyBitError(f"weight must not be empty, but has shape {tuple(weight.shape)}")
     if shape is not None and tuple(weight.shape) != shape:
         raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
-    # Not finite if and only if the sum of x·0 is NaN; found so without a copy of the size of the weight.
-    for index, row in enumerate(weight.detach().split(max(1, (1 << 20) * weight.shape[0] // weight.numel()))):
-        bad = ~torch.isfinite(row)
+    if weight.is_meta:
+        raise DyBitError("weight is on the meta device and has no values")
+    step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
+    for start in range(0, weight.shape[0], step):
+        bad = ~torch.isfinite(weight.detach()[start : start + step])
         if bool(bad.any()):
             first = [int(i) for i in bad.nonzero()[0]]
-            first[0] += index * max(1, (1 << 20) * weight.shape[0] // weight.numel())
+            first[0] += start
             raise DyBitError(f"weight holds {float(weight[tuple(first)])} at position {tuple(first)}")

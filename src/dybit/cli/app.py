@@ -1,0 +1,91 @@
+"""The application: the commands under their names, and the entry point.
+
+Must not know what a command does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from dybit.cli.compare import compare
+from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
+from dybit.cli.demo import demo
+from dybit.cli.doctor import doctor
+from dybit.cli.evaluate import evaluate
+from dybit.cli.info import info
+from dybit.cli.quantize import quantize
+from dybit.cli.table import table
+
+app = typer.Typer(
+    name="dybit",
+    help="DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo)
+app.command("table")(table)
+app.command("compare")(compare)
+app.command("quantize")(quantize)
+app.command("evaluate")(evaluate)
+app.command("info")(info)
+app.command("doctor")(doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out().print(f"dybit {installed_version()}")
+        raise typer.Exit
+
+
+def installed_version() -> str:
+    """The version of the installed package."""
+    try:
+        return version("dybit")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.
+
+    Results go to stdout, progress and notes to stderr. Errors are one sentence (exit code 2); DYBIT_DEBUG=1 shows
+    where they come from. Start with: dybit demo
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    try:
+        return app(standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # Typer's own errors of usage, by their interface: it has moved its classes between versions.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            if os.environ.get("DYBIT_DEBUG", "0") not in ("", "0"):
+                traceback.print_exc()
+            fail(f"{type(error).__name__}: {error} (a defect of dybit; DYBIT_DEBUG=1 shows where)")
+            return 1
+        fail(f"{message()} Try: dybit --help")
+        return USAGE_ERROR

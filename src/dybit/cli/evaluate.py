@@ -1,0 +1,286 @@
+"""``dybit evaluate``: how close quantized models come to their original on real inputs.
+
+Must not know how anything is quantized or measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dybit.cli import options, sources
+from dybit.cli.console import Bar, grid, guarded, note, out, progress, size
+from dybit.cli.layers import Watch
+from dybit.cli.quantize import float_bytes
+from dybit.errors import DyBitError
+from dybit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dybit.fidelity import Fidelity, Kind
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the result: a quantized model.
+
+    Attributes:
+        name: The format, the recipe or the checkpoint.
+        fidelity: How close it is.
+        stored: Bytes of its tensors.
+        seconds: Time to quantize or load it.
+    """
+
+    name: str
+    fidelity: Fidelity
+    stored: int
+    seconds: float
+
+
+@guarded
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
+    ],
+    model: Annotated[str | None, typer.Option(help="The original of a checkpoint, as MODEL in dybit quantize.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Inputs: module:function, or .npy/.safetensors.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: a text file, for language models.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Weight formats separated by commas, one row each; fp32 is the original.")
+    ] = None,
+    weights: options.Weights = None,
+    activations: options.Activations = None,
+    embeddings: options.Embeddings = None,
+    keep_embeddings: options.KeepEmbeddings = False,
+    group_size: options.GroupSize = None,
+    granularity: options.Granularity = None,
+    scale: options.Scale = None,
+    variants: options.Variants = None,
+    method: options.Method = None,
+    criterion: options.Criterion = None,
+    activation_mode: options.ActivationMode = None,
+    recipe: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A recipe in JSON; may be given several times.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Data to calibrate on, as in dybit quantize.")
+    ] = None,
+    tokenizer: options.Tokenizer = None,
+    split: Annotated[str, typer.Option(help="Which split to ask the DATA function for.")] = "evaluation",
+    batches: options.Batches = None,
+    batch_size: options.BatchSize = 16,
+    outputs: Annotated[str, typer.Option(help="What outputs are: logits, embeddings, values or auto.")] = "auto",
+) -> None:
+    """Compare quantized models with their FP32 original on real inputs.
+
+    SQNR of the outputs in dB (higher is better); agreement: the same largest logit, or the same nearest neighbour for
+    embeddings, in %; KL divergence in nats per output (lower is better); rank correlation (Spearman, 1 is best);
+    perplexity for language models (lower is better). Static activations without --calibration are calibrated on the
+    calibration split of DATA, if it has one.
+
+    Example: dybit evaluate dybit.demo:minilm --data dybit.demo:minilm_batches --formats fp32,int4,nf4,dybit4spare
+    """
+    if (data is None) == (text is None):
+        raise DyBitError("give the inputs by --data or by --text, one of them")
+    kind = _kind(outputs)
+    fields = {
+        "weights": weights,
+        "activations": activations,
+        "embeddings": "none" if keep_embeddings else embeddings,
+        "group_size": group_size,
+        "granularity": granularity,
+        "scale": scale,
+        "variants": variants,
+        "method": method,
+        "criterion": criterion,
+        "activation_mode": activation_mode,
+    }
+    checkpoint = (Path(target) / "dybit.json").is_file()
+    plans: list[tuple[str, Recipe | None]] = []
+    if checkpoint:
+        given = [name for name, value in {**fields, "formats": formats, "recipe": recipe}.items() if value is not None]
+        if given:
+            raise DyBitError(f"--{given[0].replace('_', '-')} does not go with {target!r}, which is quantized already")
+        if model is None:
+            raise DyBitError(f"{target!r} is a checkpoint: give its floating-point original by --model")
+    else:
+        if model is not None:
+            raise DyBitError(f"--model {model!r} goes with a checkpoint, and {target!r} is none")
+        plans = _plans(formats, recipe or [], fields)
+    spec = data if data is not None else str(text)
+    source = model if checkpoint and model else target
+    if calibration is None and any(_static(plan) for _, plan in plans):
+        if not sources.takes_split(data):
+            raise DyBitError(f"--activations {fields['activations']} are static and need --calibration")
+        calibration = data
+        note(f"note: calibrating on the calibration split of {data}")
+    original = sources.load_model(source, "--model" if checkpoint else "MODEL")
+    loading: dict[str, Any] = {"model": source, "tokenizer": tokenizer, "batch_size": batch_size}
+    inputs = sources.load_batches(spec, "--data" if data else "--text", split=split, limit=batches, **loading)
+    prepared = None
+    if calibration is not None and not checkpoint:
+        prepared = sources.load_batches(calibration, "--calibration", split="calibration", **loading)
+    if checkpoint:
+        lines, kind = _judge_checkpoint(target, original, inputs, kind)
+    else:
+        lines, kind = _judge_plans(original, inputs, plans, prepared, kind)
+    _print(lines, kind, float_bytes(original.state_dict()), f"{source} on {spec}, {len(inputs)} batches")
+
+
+def _kind(word: str) -> Kind | None:
+    if word == "auto":
+        return None
+    from typing import cast
+
+    from dybit.fidelity import KINDS
+
+    if word not in KINDS:
+        raise DyBitError(f"--outputs must be auto, {', '.join(KINDS)}, not {word!r}")
+    return cast("Kind", word)
+
+
+def _static(recipe: Recipe | None) -> bool:
+    return recipe is not None and recipe.activations is not None and recipe.activation_mode == "static"
+
+
+def _plans(formats: str | None, recipes: Sequence[Path], fields: dict[str, Any]) -> list[tuple[str, Recipe | None]]:
+    """The name and recipe of every row; the original has none."""
+    plans: list[tuple[str, Recipe | None]] = [(path.name, options.read_recipe(path)) for path in recipes]
+    if formats is not None:
+        if fields["weights"] is not None:
+            raise DyBitError(f"--weights {fields['weights']} and --formats exclude each other")
+        for word in (part.strip() for part in formats.split(",")):
+            if word.lower() == "fp32":
+                plans.append(("fp32", None))
+            elif word:
+                recipe = options.make_recipe(None, **{**fields, "weights": word})
+                plans.append((word, recipe))
+        if not plans:
+            raise DyBitError(f"--formats must name at least one format, not {formats!r}")
+    elif not recipes or any(value is not None for value in fields.values()):
+        recipe = options.make_recipe(None, **fields)
+        plans.append((short_name(recipe), recipe))
+    return plans
+
+
+def short_name(recipe: Recipe) -> str:
+    """A recipe in a word: ``W4A8``, ``W4``, ``nf4 A8``."""
+    weights = f"W{recipe.weights}" if isinstance(recipe.weights, int) else str(recipe.weights or "W32")
+    if recipe.activations is None:
+        return weights
+    space = "" if isinstance(recipe.activations, int) and isinstance(recipe.weights, int) else " "
+    return f"{weights}{space}A{recipe.activations}"
+
+
+def _judge_checkpoint(path: str, original: nn.Module, inputs: list[Any], kind: Kind | None) -> tuple[list[Line], Kind]:
+    import dybit
+    from dybit.fidelity import Reference
+
+    start = time.perf_counter()
+    quantized = dybit.load(path, copy.deepcopy(original))
+    seconds = time.perf_counter() - start
+    with progress("running the original", len(inputs)) as bar, Reference(original, inputs, kind, bar.update) as kept:
+        bar.start("running the checkpoint", len(inputs))
+        fidelity = kept.judge(quantized, bar.update)
+        lines = [
+            Line("fp32", kept.fidelity, float_bytes(original.state_dict()), 0.0),
+            Line(Path(path).name, fidelity, stored_bytes(quantized), seconds),
+        ]
+        return lines, kept.kind
+
+
+def _judge_plans(
+    original: nn.Module, inputs: list[Any], plans: Sequence[tuple[str, Recipe | None]], data: list[Any] | None,
+    kind: Kind | None,
+) -> tuple[list[Line], Kind]:  # fmt: skip
+    from dybit.fidelity import Reference
+
+    lines = []
+    with progress("running the original", len(inputs)) as bar, Reference(original, inputs, kind, bar.update) as kept:
+        for name, recipe in plans:
+            if recipe is None:
+                lines.append(Line(name, kept.fidelity, float_bytes(original.state_dict()), 0.0))
+                continue
+            model, seconds = quantized_copy(original, recipe, data, bar, name)
+            stored = stored_bytes(model)
+            if recipe.activations is None:  # the same results, bit for bit, without unpacking for every batch
+                from dybit.model import dequantize_
+
+                dequantize_(model)
+            bar.start(f"running {name}", len(inputs))
+            try:
+                lines.append(Line(name, kept.judge(model, bar.update), stored, seconds))
+            except DyBitError as error:
+                raise DyBitError(f"{name}: {error}") from None
+        return lines, kept.kind
+
+
+def quantized_copy(
+    original: nn.Module, recipe: Recipe, data: list[Any] | None, bar: Bar, name: str
+) -> tuple[nn.Module, float]:
+    """Quantizes a copy of a model: the copy, and the seconds that it took.
+
+    Args:
+        original: The floating-point model, which is not changed.
+        recipe: What to do.
+        data: Calibration batches, or None; dropped where the recipe has no use for them.
+        bar: Where to show the progress.
+        name: What the recipe is called.
+    """
+    import dybit
+
+    model = copy.deepcopy(original)
+    bar.start(f"quantizing {name}")
+    start = time.perf_counter()
+    dybit.quantize_(model, recipe, calibration=data, progress=Watch(model, bar, measure=False))
+    return model, time.perf_counter() - start
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's tensors as a checkpoint holds them."""
+    distinct = {(t.data_ptr(), tuple(t.shape)): t for t in model.state_dict().values()}
+    return sum(tensor.nbytes for tensor in distinct.values())
+
+
+def _print(lines: Sequence[Line], kind: Kind, fp32: int, title: str) -> None:
+    """Prints one row for every model, with the measures that apply."""
+    agree = {"logits": ">top-1 agree", "embeddings": ">neighbours agree"}.get(kind)
+    columns = ["weights", ">size", ">ratio", ">SQNR dB", *([agree] if agree else [])]
+    if kind == "logits":
+        columns.append(">KL nats")
+    columns.append(">Spearman")
+    language = any(line.fidelity.perplexity is not None for line in lines)
+    table = grid(*columns, *([">perplexity"] if language else []), ">seconds")
+    for line in lines:
+        cells = [line.name, size(line.stored), f"{fp32 / line.stored:.2f}", *measures(line.fidelity, kind)]
+        if language:
+            cells.append(_number(line.fidelity.perplexity, ".2f"))
+        table.add_row(*cells, f"{line.seconds:.1f}", style="bold yellow" if "dybit" in line.name else "")
+    console = out()
+    console.print(f"{title}, {lines[0].fidelity.outputs:,} outputs", style="bold", soft_wrap=True)
+    console.print(table)
+    console.print("Compared with the FP32 original; seconds: to quantize.", style="dim", soft_wrap=True)
+
+
+def measures(fidelity: Fidelity, kind: Kind) -> list[str]:
+    """The cells of SQNR, agreement, KL and Spearman that apply to a kind of outputs."""
+    cells = ["∞" if fidelity.sqnr == math.inf else f"{fidelity.sqnr:.2f}"]
+    if kind != "values":
+        cells.append("–" if fidelity.agreement is None else f"{100 * fidelity.agreement:.1f} %")
+    if kind == "logits":
+        cells.append(_number(fidelity.kl, ".4f"))
+    return [*cells, _number(fidelity.spearman, ".4f")]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,63 @@
+"""``dybit info``: what a checkpoint says about itself.
+
+Must not know models: it reads the manifest and the header of the tensors' file only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dybit.cli.console import guarded, out, size
+from dybit.cli.layers import LayerRow, print_layers, print_totals
+from dybit.errors import CheckpointError
+
+_SHOWN_LAYERS = 40
+
+
+@guarded
+def info(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that dybit wrote.")],
+    every: Annotated[bool, typer.Option("--all", help=f"Show all layers, not the first {_SHOWN_LAYERS}.")] = False,
+) -> None:
+    """Show recipe, layers with their formats, and sizes of a checkpoint; no model is needed.
+
+    Example: dybit info minilm-w4a8
+    """
+    from dybit.checkpoint import MANIFEST, TENSORS, read_manifest, read_tensors
+
+    manifest = read_manifest(path)
+    stored = read_tensors(path, manifest)  # also checks the file against its checksum
+    keys = {f"{layer}.{name}".lstrip(".") for layer, entry in manifest.layers.items() for name in entry.weights}
+    missing = next((key for key in keys if key not in stored and key not in manifest.shared), None)
+    if missing is not None:
+        raise CheckpointError(f"{path / TENSORS} lacks the tensor {missing!r} that {MANIFEST} describes")
+    console = out()
+    console.print(f"{path}: written by dybit {manifest.version}, checksum right", style="bold", soft_wrap=True)
+    recipe = json.dumps(manifest.recipe.to_dict()) if manifest.recipe else "not stored"
+    console.print(f"recipe: {recipe}", soft_wrap=True)
+    rows, fp32 = [], 0
+    ours: set[str] = set()
+    for layer, entry in manifest.layers.items():
+        for name, spec in entry.weights.items():
+            key = f"{layer}.{name}".lstrip(".")
+            tied = key in manifest.shared
+            ours.update(key + suffix for suffix in spec.buffers())
+            fp32 += 0 if tied else 4 * math.prod(spec.shape)
+            rows.append(LayerRow(layer or "(model)" if name == "weight" else key, spec, entry.input, tied=tied))
+        if not entry.weights:
+            rows.append(LayerRow(layer, None, entry.input))
+    rest = {key: tensor for key, tensor in stored.items() if key not in ours}
+    plain = sum(4 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes for tensor in rest.values())
+    print_layers(rows, None if every else _SHOWN_LAYERS)
+    other = size(sum(tensor.nbytes for tensor in rest.values()))
+    console.print(
+        f"{len(manifest.layers)} quantized layers, {len(rest)} other tensors ({other}), "
+        f"{len(manifest.folded)} folded batch norms, {len(manifest.shared)} tied tensors",
+        soft_wrap=True,
+    )
+    print_totals(fp32 + plain, sum(file.stat().st_size for file in path.iterdir()))

@@ -1,0 +1,107 @@
+"""The options that make a recipe, shared by ``quantize`` and ``evaluate``.
+
+Must not know torch or models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dybit import rivals
+from dybit.errors import DyBitError
+from dybit.recipe import Recipe
+
+Weights = Annotated[
+    str | None, typer.Option(metavar="BITS|NAME", help="Weights: 2 to 8 bits, a format such as nf4, or none. [4]")
+]
+Activations = Annotated[
+    str | None, typer.Option(metavar="BITS|NAME", help="Inputs of layers: 2 to 8 bits, a format, or none. [none]")
+]
+Embeddings = Annotated[
+    str | None, typer.Option(metavar="BITS|NAME", help="Embedding tables and layers tied to them. [8]")
+]
+KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="The same as --embeddings none.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights of a channel that share a scale. [none: one scale per output channel]")
+]
+Granularity = Annotated[str | None, typer.Option(help="What shares a scale: tensor, channel or group.")]
+Scale = Annotated[str | None, typer.Option(help="Type of the scales: fp32, bf16, pow2 or e4m3. [fp32]")]
+Variants = Annotated[
+    str | None, typer.Option(help="DyBit variants to choose from: plain, spare, midrise or all. [by width]")
+]
+Method = Annotated[str | None, typer.Option(help="How weight scales are chosen: mse, absmax or percentile. [mse]")]
+Criterion = Annotated[str | None, typer.Option(help="What mse weighs errors by: weight, activation or auto. [auto]")]
+ActivationMode = Annotated[
+    str | None, typer.Option(help="Scales of inputs: static (from calibration) or dynamic (every token). [static]")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="For text: a transformers directory, a tokenizer.json, or module:function.")
+]
+Batches = Annotated[int | None, typer.Option(min=1, help="Use only so many batches of the data.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in a batch, for .npy and .safetensors data.")]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe from a JSON file.
+
+    Raises:
+        DyBitError: It cannot be read, or is no recipe.
+    """
+    try:
+        return Recipe.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DyBitError(f"--recipe {str(path)!r} cannot be read: {error.strerror}") from None
+    except (DyBitError, UnicodeDecodeError) as error:
+        raise DyBitError(f"--recipe {str(path)!r}: {error}") from None
+
+
+def make_recipe(recipe: Path | None, **values: Any) -> Recipe:  # noqa: ANN401
+    """Makes a recipe from options, or reads it from a file.
+
+    Args:
+        recipe: The file, or None.
+        **values: Fields as the command line gave them; None where it did not. Widths are words.
+
+    Raises:
+        DyBitError: Both a file and fields were given, or a value is bad.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if recipe is not None:
+        if given:
+            first = next(iter(given)).replace("_", "-")
+            raise DyBitError(f"--{first} and --recipe {str(recipe)!r} exclude each other; put it into the recipe")
+        return read_recipe(recipe)
+    for name in ("weights", "activations", "embeddings"):
+        if name in given:
+            given[name] = width(name, given[name])
+    return Recipe(**with_prescribed(given))
+
+
+def with_prescribed(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe, with the group size that the format of the weights prescribes (mxfp4, nvfp4)."""
+    name = given.get("weights")
+    family = rivals.family(name) if isinstance(name, str) else None
+    if family and family.group_size and given.get("group_size") is None:
+        return {**given, "group_size": family.group_size}
+    return given
+
+
+def width(option: str, word: str) -> int | str | None:
+    """Reads ``"4"``, ``"nf4"`` or ``"none"``.
+
+    Raises:
+        DyBitError: It is no width and no format.
+    """
+    if word.lower() in ("none", "fp32"):
+        return None
+    if word.lstrip("-").isdigit():
+        if not 2 <= int(word) <= 8:
+            raise DyBitError(f"--{option} must be 2 to 8 bits, the name of a format, or none, not {word!r}")
+        return int(word)
+    try:
+        return rivals.family(word).name
+    except DyBitError as error:
+        raise DyBitError(f"--{option} {word!r}: {error}") from None

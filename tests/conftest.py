@@ -1,0 +1,25 @@
+"""Shared set-up: seeds, threads, a deterministic hypothesis profile, and a header that says what the tests ran on."""
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile("derandomized", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("derandomized")
+
+
+def pytest_report_header():
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    return 0
