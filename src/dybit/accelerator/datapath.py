@@ -14,21 +14,21 @@ from dybit.format import MAX_BITS, MIN_BITS, variants
 CONTAINERS = (2, 4, 8)
 FIELD_BITS = 8  # raw activation bits that one row takes in a cycle
 
-# Registers between a memory word and an encoded output; the last two terms are those of the array's corner, which the
-# formula R + C counts once too often each: the first row and the first column come without skew.
+# Registers that the first operand passes until its encoded output appears.
 PIPE_STAGES = {
-    "address": 1,  # controller → SRAM address
-    "read": 1,  # SRAM → raw fields
+    "sequence": 1,  # start → counters of the controller
+    "address": 1,  # counters → address
+    "read": 1,  # memory → raw fields
     "decode": 1,  # raw fields → significands
     "operands": 1,  # operand registers of the PE
     "product": 1,  # product register of the PE
     "sum": 1,  # partial-sum register of the PE
-    "accumulate": 1,  # partial-sum SRAM
-    "scale": 2,  # bias, then multiplier
-    "encode": 2,  # shift, then leading-one detection and rounding
-    "corner": -2,
+    "accumulate": 1,  # partial sums of all K folds
+    "scale": 2,  # bias, multiplier
+    "encode": 2,  # shift and ReLU, encoder
 }
-PIPE = sum(PIPE_STAGES.values())
+# M + R + C count the first row of the input, of the array and the first column as one cycle each, but they add none.
+PIPE = sum(PIPE_STAGES.values()) - 3
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,36 @@ def datapath_factor(signed: bool, midrise: bool) -> int:
 
 
 @cache
-def lane_bits(terms: int, narrowest: int = 2, native: Mode | None = None) -> tuple[int, ...]:
+def lane_bits(terms: int, narrowest: int = 2) -> tuple[int, ...]:
     """Returns the two's-complement width of every partial-sum lane that is exact in the worst case.
 
     Args:
-        terms: Products that are summed.
+        terms: Products summed into one output channel.
         narrowest: Narrowest container of the array.
-        native: Only this mode, for the bits that a layer really uses; None for all modes.
 
     Returns:
         Widths of lanes 0, 1, …: as many as the narrowest weights need.
     """
+    return _worst_case({fused: terms for fused in modes(narrowest)}, narrowest)
+
+
+@cache
+def array_lane_bits(rows: int, narrowest: int = 2) -> tuple[int, ...]:
+    """Returns the widths of the lanes inside an array, where a fold sums only as many products as there are rows.
+
+    Args:
+        rows: Rows of the array.
+        narrowest: Narrowest container of the array.
+    """
+    return _worst_case({fused: rows * fused.activations for fused in modes(narrowest)}, narrowest)
+
+
+def _worst_case(terms: dict[Mode, int], narrowest: int) -> tuple[int, ...]:
+    """The widths that hold ``terms`` largest products in each mode."""
     widths = [0] * (FIELD_BITS // narrowest)
-    for fused in modes(narrowest) if native is None else (native,):
+    for fused, count in terms.items():
         activation = max(largest_integer(fused.activation_bits, signed) for signed in (False, True))
-        worst = activation * largest_integer(fused.weight_bits, True) * terms
+        worst = activation * largest_integer(fused.weight_bits, True) * count
         for lane in range(fused.lanes):
             widths[lane] = max(widths[lane], worst.bit_length() + 1)
     return tuple(widths)
