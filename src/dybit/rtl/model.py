@@ -123,19 +123,6 @@ class Requantizer:
         raise DyBitError(f"ratio must be within reach of {MULTIPLIER_BITS} bits shifted by 0 to 63, not {ratio}")
 
 
-def requantize(sums: ArrayLike, parameters: Requantizer) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
-    """Returns scaled partial sums in units of 2^-8, as floor of the magnitude with its sign, and whether it was cut.
-
-    Python's integers are used, since a sum times a multiplier can be wider than 64 bits.
-    """
-    array = np.asarray(sums).astype(object)
-    product = (array + parameters.bias) * parameters.multiplier
-    magnitude = np.frompyfunc(lambda p: abs(p) >> parameters.shift, 1, 1)(product)
-    cut = np.frompyfunc(lambda p: abs(p) & ((1 << parameters.shift) - 1) != 0, 1, 1)(product).astype(bool)
-    sign = np.frompyfunc(lambda p: -1 if p < 0 else 1, 1, 1)(product)
-    return magnitude * sign, cut
-
-
 def encode(sums: ArrayLike, parameters: Requantizer, fmt: Format, relu: bool = False) -> NDArray[np.uint8]:
     """Returns the codes that the column's requantizer and encoder make of partial sums, exactly.
 
