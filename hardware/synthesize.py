@@ -20,7 +20,8 @@ from pathlib import Path
 from amaranth.back import verilog
 from amaranth.lib.wiring import Component
 
-from dybit.accelerator import Config
+from dybit.accelerator import Config, simulate
+from dybit.networks import network
 from dybit.rtl.array import Array
 from dybit.rtl.codec import ActivationDecoder, Encoder, WeightDecoder
 from dybit.rtl.edges import Requantizer
@@ -130,8 +131,8 @@ def macs(name: str, bits: tuple[int, int]) -> int:
     return (8 // weight) * (8 // activation)
 
 
-def element_tables(rows: int, folder: Path, with_fpga: bool) -> None:
-    """Prints area and period of the elements, and what they compute per area."""
+def element_tables(rows: int, folder: Path, with_fpga: bool) -> dict[str, Silicon]:
+    """Prints area and period of the elements and what they compute per area; returns their silicon."""
     silicons: dict[str, Silicon] = {}
     print(f"| element, for {rows} rows | µm² | to int8 | flip-flops | ns | xcup LUT/FF/DSP | ECP5 LUT/FF/DSP |")
     print("|---|---|---|---|---|---|---|")
@@ -149,6 +150,36 @@ def element_tables(rows: int, folder: Path, with_fpga: bool) -> None:
     for name, part in silicons.items():
         ratio = part.area / silicons["int8"].area
         print(f"| {name} | {' | '.join(f'{macs(name, bits) / ratio:.2f}' for bits in PAIRS.values())} |")
+    return silicons
+
+
+def iso_area_table(silicons: dict[str, Silicon], rows: int, folder: Path) -> None:
+    """Prints speedups of arrays that take no more area than an int8 array, memories not included.
+
+    The base runs everything at 8/8 on rows × rows int8 elements. The others are the largest squares that fit its
+    area, decoders included, first without and then with a requantizer for every lane; clock, memories and DRAM are
+    the same for all.
+    """
+    kinds = {"dybit8_significand": 8, "dybit_4_8": 4, "dybit_2_4_8": 2}
+    output = silicon(Requantizer(32), "requantizer", folder).area
+    decoders = dict.fromkeys(kinds, 0.0)
+    for name, narrowest in kinds.items():
+        if narrowest < 8:
+            decoders[name] += silicon(ActivationDecoder(narrowest), "activation_decoder", folder).area
+            decoders[name] += silicon(WeightDecoder(narrowest), "weight_decoder", folder).area
+    print(f"| in the area of {rows} × {rows} int8 at 8/8 | array | {' | '.join(PAIRS)} |")
+    print("|---|---|" + "---|" * len(PAIRS))
+    for what, lane in (("array", 0.0), ("with requantizers", output)):
+        budget = rows * rows * silicons["int8"].area + rows * lane
+        for name, narrowest in kinds.items():
+            edge = decoders[name] + lane * 8 // narrowest
+            side = max(n for n in range(1, rows + 1) if n * edge + n * n * silicons[name].area <= budget)
+            for model in ("resnet50", "resnet18", "mobilenet_v2", "vit_b_16"):
+                base = simulate(network(model), (8, 8), Config(rows=rows, columns=rows, narrowest=8)).cycles
+                config = Config(rows=side, columns=side, narrowest=narrowest)
+                speedups = [base / simulate(network(model), bits, config).cycles for bits in PAIRS.values()]
+                cells = " | ".join(f"{speedup:.2f}" for speedup in speedups)
+                print(f"| {name}, {what}: {model} | {side} × {side} | {cells} |")
 
 
 def edge_table(config: Config, folder: Path) -> None:
@@ -183,7 +214,9 @@ def main() -> None:
         sys.exit(f"{LIBRARY} not found: apt-get install qflow-tech-osu018")
     with tempfile.TemporaryDirectory() as name:
         folder, size = Path(name), options.array
-        element_tables(options.rows, folder, not options.skip_fpga)
+        silicons = element_tables(options.rows, folder, not options.skip_fpga)
+        print()
+        iso_area_table(silicons, options.rows, folder)
         print()
         edge_table(Config(rows=size, columns=size), folder)
 

@@ -139,13 +139,13 @@ def main() -> None:
         if shutil.which(tool) is None:
             sys.exit(f"{tool} not found: apt-get install verilator g++")
     size = options.size
-    config = Config(rows=size, columns=size, activation_sram=1 << 18, weight_sram=1 << 18, sum_sram=1 << 14)
+    config = Config(rows=size, columns=size, activation_sram=1 << 16, weight_sram=1 << 16, sum_sram=1 << 13)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         binary = build(config, folder)
-        print(f"built {size} × {size} in {time.perf_counter() - start:.0f} s\n")
+        print(f"built {size} × {size} in {time.perf_counter() - start:.0f} s\n", flush=True)
         print("| tile | M × K × N | cycles | formula | codes |")
         print("|---|---|---|---|---|")
         wrong = 0

@@ -88,7 +88,7 @@ small_configs = st.builds(
     weight_sram=st.sampled_from([1 << 14, 1 << 18]),
     sum_sram=st.sampled_from([1 << 13, 1 << 18]),
     fuse=st.sampled_from(["split", "together"]),
-    narrowest=st.sampled_from([2, 4]),
+    narrowest=st.sampled_from([2, 4, 8]),
 )
 
 
@@ -184,6 +184,7 @@ class TestDatapath:
         fused = mode(*bits)
         assert (fused.weight_bits, fused.activation_bits) == expected
         assert mode(2, 2, narrowest=4) == mode(4, 4)
+        assert mode(2, 4, narrowest=8) == mode(8, 8)
 
     @pytest.mark.parametrize("bits", [(1, 8), (8, 9), (True, 8), (4.0, 8), ("4", 8)])
     def test_unsupported_pairs(self, bits):
@@ -236,7 +237,7 @@ class TestConfig:
             ("frequency = 0", "frequency must be a positive finite number, not 0"),
             ("dram_bytes_per_cycle = inf", "dram_bytes_per_cycle must be a positive finite number, not inf"),
             ("schedule = 'os'", "schedule must be one of jit, scalesim, not 'os'"),
-            ("narrowest = 3", "narrowest must be one of 2, 4, not 3"),
+            ("narrowest = 3", "narrowest must be one of 2, 4, 8, not 3"),
             ("pack_depthwise = 1", "pack_depthwise must be true or false, not 1"),
             ("weight_sram = 4096", "weight_sram must hold two tiles of weights, 8192 bytes for 32 x 32, not 4096"),
             ("sum_sram = 100", "sum_sram must hold one row of partial sums, 544 bytes for 32 x 32, not 100"),

@@ -15,6 +15,7 @@ def test_verilog_has_the_modules_and_the_ports():
     assert "module tiny(" in text.replace("\\", "")
     for word in ("output [23:0] address__1;", "input start;", "output [31:0] cycles;", "pe_0_1"):
         assert word in text, word
+    assert "initial begin\n    bank[0]" not in text
 
 
 def test_there_is_no_hardware_for_lanes_summed_together():

@@ -156,6 +156,7 @@ def test_the_formula_is_the_documented_one():
     [
         ({"fuse": "together"}, "hardware needs fuse='split' and schedule='jit', not 'together'"),
         ({"schedule": "scalesim"}, "not 'split', 'scalesim'"),
+        ({"narrowest": 8}, "narrowest must be 2 or 4 for the hardware, whose elements are fused, not 8"),
         ({"weight_port": 16}, "weight_port must be at least 32 bits for the hardware, not 16"),
     ],
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dybit.accelerator.datapath import FIELD_BITS, Mode, lane_bits, modes
+from dybit.accelerator.datapath import CONTAINERS, FIELD_BITS, Mode, lane_bits, modes
 from dybit.accelerator.energy import EnergyTable
 from dybit.accelerator.names import check_keys
 from dybit.errors import DyBitError
@@ -33,7 +33,8 @@ class Config:
         dram_bytes_per_cycle: Bytes that DRAM moves in a cycle, both directions together.
         weight_port: Raw weight bits that a column takes in a cycle.
         frequency: Clock in hertz.
-        narrowest: Narrowest container of the array: 2, or 4 for processing elements without 2-bit lanes.
+        narrowest: Narrowest container of the array: 2; 4 for processing elements without 2-bit lanes; 8 for elements
+            that are not fused, where narrower codes save traffic only.
         reduction: Largest number of products summed into one output for which partial sums are exact.
         schedule: ``jit`` brings weights with the first activation; ``scalesim`` is SCALE-Sim's stall-free count.
         fuse: ``split`` gives narrow weights lanes of their own; ``together`` sums all lanes of a PE as BitFusion does.
@@ -74,7 +75,7 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise DyBitError(f"{name} must be a positive finite number, not {value!r}")
-        for name, choices in (("schedule", SCHEDULES), ("fuse", FUSES), ("narrowest", (2, 4))):
+        for name, choices in (("schedule", SCHEDULES), ("fuse", FUSES), ("narrowest", CONTAINERS)):
             value = getattr(self, name)
             if value not in choices:
                 raise DyBitError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")

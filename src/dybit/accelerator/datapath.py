@@ -25,7 +25,7 @@ PIPE_STAGES = {
     "sum": 1,  # partial-sum register of the PE
     "accumulate": 1,  # partial sums of all K folds
     "scale": 2,  # bias, multiplier
-    "encode": 2,  # shift and ReLU, encoder
+    "encode": 3,  # magnitude, shift and ReLU, encoder
 }
 # M + R + C count the first row of the input, of the array and the first column as one cycle each, but they add none.
 PIPE = sum(PIPE_STAGES.values()) - 3
@@ -80,7 +80,7 @@ def mode(weight_bits: int, activation_bits: int, narrowest: int = 2) -> Mode:
     Args:
         weight_bits: Width of the weight codes, 2 to 8.
         activation_bits: Width of the activation codes, 2 to 8.
-        narrowest: Narrowest container of the array: 2, or 4 for an array without 2-bit lanes.
+        narrowest: Narrowest container of the array: 2, 4 or 8.
 
     Raises:
         DyBitError: A width is not an integer from 2 to 8.

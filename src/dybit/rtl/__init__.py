@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from dybit.accelerator.config import Config
 from dybit.errors import DyBitError, MissingExtraError
+
+# Memories are filled before they are read; without the zeros, one line for every word, the text is many times shorter.
+_ZEROED = re.compile(r"  initial begin\n(?:    \w+\[\d+\] = \d+'h0+;\n)+  end\n")
 
 
 def verilog(config: Config | None = None, *, name: str = "accelerator") -> str:
@@ -29,7 +33,7 @@ def verilog(config: Config | None = None, *, name: str = "accelerator") -> str:
         raise MissingExtraError(f"Verilog needs Amaranth and its Yosys: pip install 'dybit[rtl]' ({error})") from error
     check_hardware(config)
     text: str = back.convert(Accelerator(config), name=name, emit_src=False)
-    return text
+    return _ZEROED.sub("", text)
 
 
 def rtl_command(

@@ -26,11 +26,13 @@ def check_hardware(config: Config) -> None:
     """Checks that there is hardware for a config.
 
     Raises:
-        DyBitError: The config asks for lanes summed together, SCALE-Sim's schedule, or a narrow weight port; these
-            exist in the simulator only.
+        DyBitError: The config asks for lanes summed together, SCALE-Sim's schedule, elements that are not fused, or a
+            narrow weight port; these exist in the simulator only.
     """
     if config.fuse != "split" or config.schedule != "jit":
         raise DyBitError(f"hardware needs fuse='split' and schedule='jit', not {config.fuse!r}, {config.schedule!r}")
+    if config.narrowest == 8:
+        raise DyBitError("narrowest must be 2 or 4 for the hardware, whose elements are fused, not 8")
     raw = 64 // config.narrowest
     if config.weight_port < raw:
         raise DyBitError(f"weight_port must be at least {raw} bits for the hardware, not {config.weight_port}")

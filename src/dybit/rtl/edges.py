@@ -12,7 +12,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from dybit.accelerator.config import Config
-from dybit.accelerator.datapath import FIELD_BITS, array_lane_bits, lane_bits
+from dybit.accelerator.datapath import FIELD_BITS, PIPE_STAGES, array_lane_bits, lane_bits
 from dybit.rtl.codec import (
     MODE,
     VARIANT,
@@ -32,6 +32,7 @@ SUM_CONTROL = StructLayout(
     {"valid": 1, "k_first": 1, "k_last": 1, "last": 1, "step": COUNT_BITS, "channel": COUNT_BITS, "output": COUNT_BITS}
 )
 OUTPUT = StructLayout({"magnitude_bits": 4, "max_run": 4, "negative": 1, "relu": 1})
+REQUANTIZE_STAGES = PIPE_STAGES["scale"] + PIPE_STAGES["encode"]
 WRITE_TARGETS = {"activations": 0, "weights": 1, "variants": 2, "requantizers": 3}
 
 
@@ -210,7 +211,9 @@ class Accumulator(wiring.Component):
 
 
 class Requantizer(wiring.Component):
-    """Turns the complete sum of one lane into a code: bias, multiplier, shift, ReLU, encoder; four cycles.
+    """Turns the complete sum of one lane into a code: bias, multiplier, magnitude, shift and ReLU, encoder.
+
+    Each is one cycle.
 
     Args:
         bits: Width of the sum and of the bias.
@@ -218,7 +221,7 @@ class Requantizer(wiring.Component):
     Members:
         sum, bias, multiplier, shift: Of the same output, in the same cycle.
         output: View of ``OUTPUT``, constant while a layer runs.
-        code: The code, four cycles later.
+        code: The code, ``REQUANTIZE_STAGES`` cycles later.
     """
 
     def __init__(self, bits: int) -> None:
@@ -241,21 +244,18 @@ class Requantizer(wiring.Component):
         p_product = Signal(signed(self.bits + 1 + MULTIPLIER_BITS))
         m.d.sync += [b_sum.eq(self.sum + self.bias), b_multiplier.eq(self.multiplier), b_shift.eq(self.shift)]
         m.d.sync += [p_product.eq(b_sum * b_multiplier), p_shift.eq(b_shift)]
-        minus = p_product[-1]
-        size = Signal(len(p_product))
-        low = Signal(len(p_product))  # the bits that the shift drops
-        whole = Signal(len(p_product))
-        m.d.comb += [
-            size.eq(Mux(minus, -p_product, p_product)),
-            whole.eq(size >> p_shift),
-            low.eq(size ^ (whole << p_shift)[: len(size)]),
-        ]
-        silent = self.output.relu & minus
+        a_size, a_minus, a_shift = Signal(len(p_product)), Signal(), Signal(SHIFT_BITS)
+        m.d.sync += [a_size.eq(Mux(p_product < 0, -p_product, p_product)), a_minus.eq(p_product < 0)]
+        m.d.sync += a_shift.eq(p_shift)
+        whole = Signal(len(a_size))
+        m.d.comb += whole.eq(a_size >> a_shift)
+        dropped = a_size & Cat(*(a_shift > i for i in range(len(a_size))))
+        silent = self.output.relu & a_minus
         e_value, e_cut, e_minus = Signal(16), Signal(), Signal()
         m.d.sync += [
             e_value.eq(Mux(silent, 0, Mux(whole[16:].any(), 0xFFFF, whole))),
-            e_cut.eq(~silent & low.any()),
-            e_minus.eq(minus),
+            e_cut.eq(~silent & dropped.any()),
+            e_minus.eq(a_minus),
         ]
         m.d.comb += [
             encoder.value.eq(e_value),
@@ -327,7 +327,7 @@ class OutputEdge(wiring.Component):
     def _delay(self, m: Module, done) -> None:
         """Carries valid, last and the address beside the requantizers."""
         stage = Cat(done.valid, done.valid & done.last, done.output)
-        for i in range(4):
+        for i in range(REQUANTIZE_STAGES):
             following = Signal(len(stage), name=f"delay_{i}")
             m.d.sync += following.eq(stage)
             stage = following
