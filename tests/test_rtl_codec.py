@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from combinational import Combinational
 from dybit.accelerator.datapath import modes
 from dybit.format import Format, variants
 from dybit.rtl.codec import MODE, VARIANT, ActivationDecoder, Encoder, WeightDecoder, mode_bits, variant_bits
 from dybit.rtl.model import scaled, widen
-from helpers import Combinational
 
 narrowest = pytest.mark.parametrize("narrowest", [2, 4])
 

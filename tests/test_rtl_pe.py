@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
+from combinational import Combinational
 from dybit.accelerator.datapath import Mode, array_lane_bits, modes
 from dybit.format import variants
 from dybit.rtl.codec import MODE, VARIANT, ActivationDecoder, WeightDecoder, mode_bits, variant_bits
 from dybit.rtl.model import integers, pack_fields, pe_sums, widen
 from dybit.rtl.pe import Combiner, Multiplier, ProcessingElement
-from helpers import Combinational
 
 
 def word(layout, fields):
