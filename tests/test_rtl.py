@@ -44,3 +44,9 @@ def test_the_command_writes_a_file_and_says_what(tmp_path):
         rtl_command(tmp_path / "a.v", rows=0)
     with pytest.raises(DyBitError, match="output must be a file that can be written"):
         rtl_command(tmp_path, rows=1, config=tmp_path / "small.toml")
+
+
+def test_no_torch_is_imported():
+    code = "import sys, dybit.rtl.testbench, dybit.rtl.reference; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
