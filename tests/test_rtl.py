@@ -13,8 +13,9 @@ from dybit.rtl import rtl_command, verilog
 def test_verilog_has_the_modules_and_the_ports():
     text = verilog(Config(rows=1, columns=2, activation_sram=64, weight_sram=64, sum_sram=64), name="tiny")
     assert "module tiny(" in text.replace("\\", "")
-    for word in ("output [23:0] address__1;", "input start;", "output [31:0] cycles;", "pe_0_1"):
+    for word in ("output [23:0] address__1;", "input start;", "output [31:0] cycles;", "tiny_pe pe_0_1"):
         assert word in text, word
+    assert text.count("module tiny_pe(") == 1  # written once, however many there are
     assert "initial begin\n    bank[0]" not in text
 
 

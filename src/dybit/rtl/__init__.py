@@ -29,11 +29,14 @@ def verilog(config: Config | None = None, *, name: str = "accelerator") -> str:
         from amaranth.back import verilog as back
 
         from dybit.rtl.accelerator import Accelerator, check_hardware
+        from dybit.rtl.shared import Shared
     except ImportError as error:
         raise MissingExtraError(f"Verilog needs Amaranth and its Yosys: pip install 'dybit[rtl]' ({error})") from error
     check_hardware(config)
-    text: str = back.convert(Accelerator(config), name=name, emit_src=False)
-    return _ZEROED.sub("", text)
+    shared = Shared(name)
+    texts = [back.convert(Accelerator(config, shared), name=name, emit_src=False)]
+    texts += [back.convert(part, name=f"{name}_{kind}", emit_src=False) for kind, part in shared.parts.items()]
+    return _ZEROED.sub("", "\n".join(texts))
 
 
 def rtl_command(

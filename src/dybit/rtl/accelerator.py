@@ -16,6 +16,7 @@ from dybit.rtl.array import Array
 from dybit.rtl.codec import MODE, VARIANT
 from dybit.rtl.edges import OUTPUT, ROW_CONTROL, SUM_CONTROL, WEIGHT_CONTROL, OutputEdge, Row, WeightEdge, write_layout
 from dybit.rtl.sequencer import COUNT_BITS, SIZES, Sequencer
+from dybit.rtl.shared import Shared
 
 LAYER = StructLayout({"mode": MODE, "variant": VARIANT, "output": OUTPUT, "sizes": SIZES})
 # Cycles by which what leaves column 0 lags behind what enters row 0, less the rows: see PIPE_STAGES.
@@ -43,6 +44,7 @@ class Accelerator(wiring.Component):
 
     Args:
         config: The accelerator; ``fuse`` must be ``split`` and the weight port wide enough for one row a cycle.
+        shared: Where parts that are many are written once and referred to, or None to have them in every place.
 
     Members:
         write: Port through which the memories are filled, view of ``write_layout(config)``.
@@ -56,9 +58,9 @@ class Accelerator(wiring.Component):
         DyBitError: The hardware does not do what ``config`` asks for.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shared: Shared | None = None) -> None:
         check_hardware(config)
-        self.config = config
+        self.config, self.shared = config, shared
         columns = config.columns
         super().__init__({
             "write": In(write_layout(config)),
@@ -75,7 +77,7 @@ class Accelerator(wiring.Component):
         """Wires controllers, edges and array, and counts cycles."""
         m = Module()
         config = self.config
-        m.submodules.array = array = Array(config.rows, config.columns, config.narrowest)
+        m.submodules.array = array = Array(config.rows, config.columns, config.narrowest, self.shared)
         m.submodules.entering = entering = Sequencer(config.rows)
         m.submodules.leaving = leaving = Sequencer(config.rows)
         m.d.comb += [
@@ -127,7 +129,7 @@ class Accelerator(wiring.Component):
         for name in ("valid", "k_first", "k_last", "last", "step", "channel", "output"):
             m.d.comb += control[name].eq(getattr(leaving, name))
         for c in range(self.config.columns):
-            m.submodules[f"output_{c}"] = edge = OutputEdge(self.config, c)
+            m.submodules[f"output_{c}"] = edge = OutputEdge(self.config, c, self.shared)
             m.d.comb += [
                 edge.write.eq(self.write),
                 edge.output.eq(self.layer.output),

@@ -12,6 +12,7 @@ from amaranth.lib.wiring import In, Out
 from dybit.accelerator.datapath import array_lane_bits
 from dybit.rtl.codec import MODE, activation_word_bits, weight_word_bits
 from dybit.rtl.pe import ProcessingElement
+from dybit.rtl.shared import Shared, place
 
 
 class Array(wiring.Component):
@@ -26,6 +27,7 @@ class Array(wiring.Component):
         rows: Rows of PEs.
         columns: Columns of PEs.
         narrowest: Narrowest container: 2 or 4.
+        shared: Where the element is written once and referred to, or None to have it in every place.
 
     Members:
         activation, first: For every row.
@@ -34,8 +36,9 @@ class Array(wiring.Component):
         mode: View of ``MODE``, constant while a layer runs.
     """
 
-    def __init__(self, rows: int, columns: int, narrowest: int = 2) -> None:
+    def __init__(self, rows: int, columns: int, narrowest: int = 2, shared: Shared | None = None) -> None:
         self.rows, self.columns, self.narrowest = rows, columns, narrowest
+        self.shared = shared
         super().__init__({
             "activation": In(activation_word_bits(narrowest)).array(rows),
             "first": In(1).array(rows),
@@ -51,7 +54,7 @@ class Array(wiring.Component):
         for r in range(self.rows):
             word, first = self.activation[r], self.first[r]
             for c in range(self.columns):
-                m.submodules[f"pe_{r}_{c}"] = pe = ProcessingElement(self.rows, self.narrowest)
+                pe = place(m, f"pe_{r}_{c}", lambda: ProcessingElement(self.rows, self.narrowest), "pe", self.shared)
                 m.d.comb += [
                     pe.activation.eq(word),
                     pe.first.eq(first),

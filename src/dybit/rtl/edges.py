@@ -5,6 +5,8 @@ Must not know how a layer is walked through: addresses arrive, and are handed on
 
 from __future__ import annotations
 
+from functools import partial
+
 from amaranth.hdl import Cat, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.data import StructLayout
@@ -24,6 +26,7 @@ from dybit.rtl.codec import (
 )
 from dybit.rtl.model import MULTIPLIER_BITS, SHIFT_BITS
 from dybit.rtl.sequencer import COUNT_BITS
+from dybit.rtl.shared import Shared, place
 
 # What travels along the rows and along the columns, one a cycle.
 ROW_CONTROL = StructLayout({"first": 1, "address": COUNT_BITS})
@@ -278,8 +281,8 @@ class OutputEdge(wiring.Component):
         codes: Eight bits for every lane.
     """
 
-    def __init__(self, config: Config, index: int) -> None:
-        self.config, self.index = config, index
+    def __init__(self, config: Config, index: int, shared: Shared | None = None) -> None:
+        self.config, self.index, self.shared = config, index, shared
         self.lane_bits = lane_bits(config.reduction, config.narrowest)
         super().__init__({
             "write": In(write_layout(config)),
@@ -311,7 +314,9 @@ class OutputEdge(wiring.Component):
         ]
         at = 0
         for lane, bits in enumerate(self.lane_bits):
-            m.submodules[f"requantizer_{lane}"] = requantizer = Requantizer(bits)
+            requantizer = place(
+                m, f"requantizer_{lane}", partial(Requantizer, bits), f"requantizer_{bits}", self.shared
+            )
             m.d.comb += [
                 requantizer.sum.eq(accumulator.sums[at : at + bits].as_signed()),
                 requantizer.bias.eq(parameters[f"bias_{lane}"]),
