@@ -20,6 +20,7 @@ def test_the_table_and_the_totals(tmp_path):
     cost, base = (simulate(network("resnet18"), bits, config) for bits in ((2, 2), (8, 8)))
     assert f"{cost.cycles:,} cycles" in totals
     assert f"speedup {base.cycles / cost.cycles:.2f} over 8/8 bits on the same array" in totals
+    assert "first layer at 2/2, last at 2/2" in totals
     console = Console(width=200)
     with console.capture() as captured:
         console.print(table)

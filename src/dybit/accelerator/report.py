@@ -65,11 +65,12 @@ def write_csv(cost: Cost, path: str | Path) -> None:
 def summary(cost: Cost, base: Cost) -> str:
     """Returns the totals in one sentence each, with what the speedup is measured against."""
     config = cost.config
+    ends = [f"{layer.bits[0]}/{layer.bits[1]}" for layer in (cost.layers[0], cost.layers[-1])]
     lines = [
         f"{cost.cycles:,} cycles, {cost.seconds * 1e3:.3f} ms at {config.frequency / 1e6:g} MHz; "
         f"{cost.memory_bound:.0%} of them in memory-bound layers; {cost.traffic / 1e6:.2f} MB of DRAM traffic",
         f"speedup {base.cycles / cost.cycles:.2f} over {BASE[0]}/{BASE[1]} bits on the same array "
-        f"({base.cycles:,} cycles); no layer is exempt unless the recipe says so",
+        f"({base.cycles:,} cycles); first layer at {ends[0]}, last at {ends[1]}",
     ]
     if cost.joules is not None:
         lines.append(f"{cost.joules * 1e3:.3f} mJ by the energy table of the config")
