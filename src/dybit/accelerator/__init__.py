@@ -1,0 +1,7 @@
+"""The accelerator in numbers: its parameters and its cycle simulator. Must not know torch or Amaranth."""
+
+from dybit.accelerator.config import Config
+from dybit.accelerator.energy import EnergyTable
+from dybit.accelerator.simulate import Cost, LayerCost, layer_cost, simulate
+
+__all__ = ["Config", "Cost", "EnergyTable", "LayerCost", "layer_cost", "simulate"]
