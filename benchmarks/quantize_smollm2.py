@@ -45,6 +45,7 @@ class PeakMemory:
 
 
 def main() -> None:
+    """Runs the benchmark and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group-size", type=int, help="weights that share a scale; default: an output channel's")
     parser.add_argument("--output", type=Path, help="write the result as JSON")

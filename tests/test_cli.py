@@ -62,7 +62,7 @@ def test_that_torch_would_be_noticed():
         (("tabel",), "'?tabel'?"),
         (("table",), "(?i)missing argument"),
         (("table", "4", "--bogus"), "--bogus"),
-        (("table", "4", "--max-run", "x"), "--max-run.*'x'"),
+        (("table", "4", "--max-run", "x"), "--max-run.*integer"),
         (("table", "q4"), "BITS|NAME 'q4'.*u4"),
         (("table", "9"), "bits.*not 9"),
     ],

@@ -5,7 +5,9 @@ from itertools import count
 
 import numpy as np
 import pytest
+import torch
 
+from dybit import Recipe, quantize_
 from dybit.accelerator import Config
 from dybit.accelerator.datapath import PIPE, datapath_factor, largest_integer, modes
 from dybit.errors import DyBitError
@@ -143,6 +145,44 @@ def test_a_whole_convolution_equals_the_float_computation_of_its_values():
     assert np.array_equal(program.outputs[0], expected)
     check(config, [program])
     assert len(np.unique(expected)) > 8
+
+
+def test_a_whole_convolution_equals_the_quantized_layer_of_a_torch_model():
+    """What quantize_ makes of two convolutions, run by torch, against the first one's codes on the array.
+
+    With powers of two for scales torch's float sums are exact, so nothing may differ by a single code.
+    """
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 11, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(11, 2, 1)
+    ).eval()
+    images = torch.rand(1, 3, 9, 7) * 6
+    quantize_(model, Recipe(weights=4, activations=4, variants="all", scale="pow2"), [images])
+    first, second = model[0], model[2]
+    first.input_scale.fill_(2.0**-1)
+    second.input_scale.fill_(2.0**-2)
+    weight = first.quantized_tensor()
+    scales = weight.scales().numpy()[:, 0].astype(float)
+    formats = tuple(weight.spec.formats.books[i] for i in weight.choices()[:, 0].tolist())
+    assert len(set(formats)) > 2
+    unit = 2.0**-3 * 2.0**-3  # of both operands in containers of 4 bits
+    biases = np.random.default_rng(1).integers(-200, 200, 11)
+    first.bias.data = torch.from_numpy(biases * unit * 0.5 * scales).float()
+
+    x, y = Format.parse(first.input_spec.format), Format.parse(second.input_spec.format)
+    assert not x.signed and not y.signed
+    with torch.no_grad():
+        seen = second.round_input(model[1](first(images)))[0].flatten(1).T.numpy()  # (positions, channels)
+    matrix = im2col(x.encode(images[0].numpy() / 0.5), 3, 2, 1)
+    requantizers = tuple(
+        Requantizer.of(0.5 * scale * unit / 0.25, int(bias)) for scale, bias in zip(scales, biases, strict=True)
+    )
+    config = Config(rows=3, columns=2, **MEMORIES)
+    program = Program(
+        config, matrix[None], x, weight.codes().numpy().T[None], formats, requantizers, y, relu=True, tile=7
+    )
+    assert np.array_equal(y.values[program.outputs[0]] * 0.25, seen)
+    check(config, [program])
 
 
 def test_the_formula_is_the_documented_one():
