@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from dybit.cli.accelerator import rtl, simulate
 from dybit.cli.compare import compare
 from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
 from dybit.cli.demo import demo
@@ -37,6 +38,8 @@ app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
 app.command("info")(info)
 app.command("doctor")(doctor)
+app.command("simulate")(simulate)
+app.command("rtl")(rtl)
 
 
 def _show_version(wanted: bool) -> None:
