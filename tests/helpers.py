@@ -23,7 +23,7 @@ def numpy_units(units, spec):
     """A table with an entry a unit, (1 or rows, 1 or groups), spread over all elements."""
     units = np.asarray(units)
     width = spec.group_size or spec.columns
-    if units.shape[1] > 1:
+    if units.shape[1] > 1:  # a column a group
         units = np.repeat(units, width, axis=1)[:, : spec.columns]
     return np.broadcast_to(units, (spec.rows, spec.columns))
 

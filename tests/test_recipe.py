@@ -5,7 +5,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dybit import rivals
@@ -46,6 +46,7 @@ def recipes(draw):
 
 
 @given(recipes())
+@settings(max_examples=50)
 def test_json_round_trip(recipe):
     text = recipe.to_json()
     assert Recipe.from_json(text) == recipe
@@ -131,7 +132,6 @@ def test_what_is_left_open_is_resolved():
     assert (signed.name, unsigned.name) == ("dybit8plain", "udybit8")
     assert [f and f.name for f in Recipe(activations="s4r2").activation_families] == ["s4r2", "u4r2"]
     assert [f and f.name for f in Recipe(activations="int8").activation_families] == ["int8", "uint8"]
-    assert [f and f.name for f in Recipe(activations="e2m1").activation_families] == ["e2m1", None] or True
     assert [f and f.name for f in Recipe(activations="nf4").activation_families] == ["nf4", None]
 
 

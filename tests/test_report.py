@@ -12,9 +12,9 @@ from dybit.report import FormatRow, histogram, write_page
 from dybit.report.histogram import check_path, save, to_svg
 
 ROWS = [
-    FormatRow("dybit4", np.linspace(-2, 2, 15), "20.1 dB", "dybit"),
+    FormatRow("dybit4", np.linspace(-2, 2, 15), "20.1 dB", "s4r2", "dybit"),
     FormatRow("nf4", np.array([-9.0, -1, 0, 1]), "20.0 dB"),
-    FormatRow("Lloyd-Max", np.linspace(-2, 2, 16), "21.0 dB", "bound"),
+    FormatRow("Lloyd-Max", np.linspace(-2, 2, 16), "21.0 dB", kind="bound"),
 ]
 
 

@@ -310,9 +310,9 @@ def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> Quantized
     )
     choice = None
     if scales.choice is not None:
-        bits = spec.choice_bits
-        units = scales.choice.reshape(1, -1) if scales.choice.shape[1] == 1 else scales.choice
-        choice = pack(units, bits)
+        rows, units = spec.unit_shape(spec.choice)
+        choices = scales.choice[:rows, :units]  # one a scale there, of which choices that are coarser are repetitions
+        choice = pack(choices.reshape(1, -1) if units == 1 else choices, spec.choice_bits)
     tensor_scale = torch.tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
     return QuantizedTensor(spec, packed.view(spec.packed_shape), _store_scale(scales, spec.scale), choice, tensor_scale)
 

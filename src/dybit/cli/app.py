@@ -68,6 +68,8 @@ def _options(
     Results go to stdout, progress and notes to stderr. Errors are one sentence (exit code 2); DYBIT_DEBUG=1 shows
     where they come from. Start with: dybit demo
     """
+    # Threads of OpenMP that wait by spinning make a shared machine several times slower. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from dybit.report import FormatRow
 
 _SYNTHETIC_SHAPE = (256, 2048)
-_BOUND_SAMPLES = 1 << 20
+_BOUND_WEIGHTS = 1 << 20  # that the bound is fitted to
+_BOUND_SAMPLES = 1 << 19
+_BOUND_ROUNDS = 4
+_BOUND_ITERATIONS = 300
 _HISTOGRAM_SAMPLES = 1 << 20
 _MAX_PICTURED = 8
 _HTML = (".html", ".htm")
@@ -233,6 +236,7 @@ def measure(matrices: Sequence[Tensor], families: Sequence[Family], setting: Set
             name = family.name
             ours = "dybit" if "dybit" in name or (name[:1] in "su" and name[1:2].isdigit()) else "rival"
             results.append(_measure(matrices, family, setting, ours, step))
+        bar.update(done, text="Lloyd-Max")
         bound = _lloyd(matrices, setting, bits)
         if bound is not None:
             results.append(_measure(matrices, bound, setting, "bound", step))
@@ -305,30 +309,67 @@ def _unit_rms(matrix: Tensor, setting: Setting) -> Tensor:
 
 def normalized(matrices: Sequence[Tensor], setting: Setting, limit: int) -> NDArray[np.float64]:
     """About ``limit`` weights, evenly drawn, each divided by the root mean square of its unit: float64 (samples,)."""
+    units = [_unit_rms(matrix, setting) for matrix in matrices]
+    return _drawn(matrices, units, setting, limit)[0]
+
+
+def _drawn(
+    matrices: Sequence[Tensor], units: Sequence[Tensor], setting: Setting, limit: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """About ``limit`` weights, evenly drawn, each divided by its unit's number; and these: float64 of (samples,)."""
     import torch
 
     total = sum(matrix.numel() for matrix in matrices)
-    parts = []
-    for matrix in matrices:
-        rms = _unit_rms(matrix, setting)
-        size = setting.group_size if setting.granularity == "group" else None
-        spread = rms if size is None else rms.repeat_interleave(size, dim=1)[:, : matrix.shape[1]]
-        flat = (matrix.float() / spread).flatten()
-        # A stride that shares no factor with a row's length would be better than this only for periodic weights.
-        wanted = max(1, round(limit * flat.numel() / total))
-        index = torch.linspace(0, flat.numel() - 1, min(wanted, flat.numel()), dtype=torch.float64).long()
-        parts.append(flat[index])
-    samples: NDArray[np.float64] = torch.cat(parts).double().numpy()
-    return samples
+    samples, divisors = [], []
+    for matrix, unit in zip(matrices, units, strict=True):
+        spread = unit
+        if setting.granularity == "group":
+            spread = unit.repeat_interleave(setting.group_size or matrix.shape[1], dim=1)[:, : matrix.shape[1]]
+        wanted = max(1, round(limit * matrix.numel() / total))
+        index = torch.linspace(0, matrix.numel() - 1, min(wanted, matrix.numel()), dtype=torch.float64).long()
+        divisor = spread.expand(matrix.shape).reshape(-1)[index].double()
+        samples.append(matrix.reshape(-1)[index].double() / divisor)
+        divisors.append(divisor)
+    return torch.cat(samples).numpy(), torch.cat(divisors).numpy()
 
 
 def _lloyd(matrices: Sequence[Tensor], setting: Setting, bits: int) -> Family | None:
-    """The best single table for these weights, one for all, as a format; None where they have too few values."""
-    try:
-        book = rivals.lloyd_max(normalized(matrices, setting, _BOUND_SAMPLES), bits, iterations=300)
-    except DyBitError:
-        return None
-    return Family(book.name, (book,))
+    """The best single table for these weights, as a format; None where they have too few values.
+
+    Table and scales depend on each other, so they are fitted in turns. A unit's error counts by the square of its
+    scale, so its weights are drawn in that proportion.
+    """
+    from dybit.scale import choose_scales
+
+    every = max(1, round(sum(matrix.numel() for matrix in matrices) / _BOUND_WEIGHTS))
+    fitted = [matrix[::every] for matrix in matrices]
+    units = [_unit_rms(matrix, setting) for matrix in fitted]
+    best: tuple[float, Family] | None = None
+    for _ in range(_BOUND_ROUNDS):
+        samples, scales = _drawn(fitted, units, setting, _BOUND_WEIGHTS)
+        heavy = np.cumsum(scales**2)
+        at = np.searchsorted(heavy, (np.arange(_BOUND_SAMPLES) + 0.5) / _BOUND_SAMPLES * heavy[-1])
+        try:
+            book = rivals.lloyd_max(samples[at], bits, iterations=_BOUND_ITERATIONS)
+        except DyBitError:
+            break
+        family = Family(book.name, (book,))
+        found = [
+            choose_scales(
+                matrix,
+                family,
+                granularity=setting.granularity,
+                group_size=setting.group_size,
+                scale_type=setting.scale,
+                method=setting.method,
+            )
+            for matrix in fitted
+        ]
+        error = sum(item.error for item in found)
+        if best is None or error < best[0]:
+            best = error, family
+        units = [item.scale for item in found]
+    return best and best[1]
 
 
 def _row(place: int, result: Result) -> list[str]:
@@ -388,19 +429,23 @@ def _write_csv(path: Path, results: Sequence[Result]) -> None:
 
 
 def picture_rows(results: Sequence[Result]) -> list[FormatRow]:
-    """The best formats and the bound as rows of a picture, the best DyBit format first."""
+    """The best formats, a DyBit one among them, and the bound as rows of a picture."""
     from dybit.report import FormatRow
 
     named = [result for result in results if result.kind != "bound"]
-    first = next((result for result in named if result.kind == "dybit"), named[0])
-    chosen = [first, *(result for result in named if result is not first)][:_MAX_PICTURED]
+    chosen = named[:_MAX_PICTURED]
+    ours = next((result for result in named if result.kind == "dybit"), None)
+    if ours is not None and ours not in chosen:
+        chosen[-1] = ours
     chosen += [result for result in results if result.kind == "bound"]
     rows = []
     for result in chosen:
         name = "Lloyd-Max" if result.kind == "bound" else result.family.name
-        if len(result.family.books) > 1:
-            name += f"\n{result.most_used.name} {result.share:.0%}" if result is first else ""
-        rows.append(FormatRow(name, result.most_used.levels * result.unit, f"{result.sqnr:.2f} dB", result.kind))
+        single = len(result.family.books) == 1
+        unit = result.setting.granularity
+        detail = "" if single else f"{result.most_used.name}, the choice of {result.share:.0%} of {unit}s"
+        levels = result.most_used.levels * result.unit
+        rows.append(FormatRow(name, levels, f"{result.sqnr:.2f} dB", detail, result.kind))
     return rows
 
 
@@ -417,7 +462,7 @@ def draw(
         picture_rows(results),
         title,
         subtitle,
-        xlabel=f"weight / root mean square of its {unit}; levels of the most used table at its typical scale",
+        xlabel=f"weight / root mean square of its {unit}",
     )
     if path.suffix.lower() not in _HTML:
         save(figure, path)

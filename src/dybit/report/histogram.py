@@ -33,12 +33,14 @@ class FormatRow:
         name: What the row is called.
         levels: Its levels in the unit of the histogram: float64 of shape (levels,).
         note: A few words at the end of the row, such as its SQNR.
+        detail: What to add to the name where the levels cross the bars, such as the table that was chosen.
         kind: ``dybit`` (highlighted), ``rival`` or ``bound``.
     """
 
     name: str
     levels: NDArray[np.float64]
     note: str = ""
+    detail: str = ""
     kind: str = "rival"
 
 
@@ -50,7 +52,9 @@ def histogram(
     xlabel: str = "weight / root mean square of its channel",
     reach: float | None = None,
 ) -> Any:  # noqa: ANN401 - a matplotlib figure
-    """Draws a histogram with, below it, a row of marks for every format; the levels of the first cross the bars.
+    """Draws a histogram with, below it, a row of marks for every format.
+
+    The levels of the best DyBit format, or of the best, cross the bars.
 
     Args:
         weights: Samples of any shape.
@@ -79,7 +83,7 @@ def histogram(
         left=0.175, right=0.845, top=1 - 0.78 / (bars + strip + 1.2), bottom=0.55 / (bars + strip + 1.2)
     )
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[bars, strip], gridspec_kw={"hspace": 0.05})
-    _draw_bars(top, sample, rows[0], reach)
+    _draw_bars(top, sample, next((row for row in rows if row.kind == "dybit"), rows[0]), reach)
     _draw_rows(below, rows, reach)
     below.set_xlabel(xlabel, color=_INK)
     below.set_xlim(-reach, reach)
@@ -96,7 +100,7 @@ def _draw_bars(axes: Any, sample: NDArray[np.float64], first: FormatRow, reach: 
         axes.axvline(level, color=_colour(first), linewidth=1.1, alpha=0.85)
     axes.set_ylabel("density", color=_INK)
     axes.set_ylim(0, float(density.max()) * 1.06)
-    label = f"lines: levels of {' '.join(first.name.split())}"
+    label = f"lines: levels of {first.name}{f' ({first.detail})' if first.detail else ''}"
     axes.text(1, 1.02, label, transform=axes.transAxes, ha="right", va="bottom", size=8.5, color=_colour(first))
     axes.tick_params(bottom=False, colors=_GREY, labelsize=8.5)
     _frame(axes, "left", "bottom")
