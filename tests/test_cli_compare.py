@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_cli import invoke
 
 from dybit import rivals
 from dybit.cli import compare
+from test_cli import invoke
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_formats_are_ranked_and_pooled(weights, tmp_path):
     result = invoke("compare", weights, "--formats", "int4,nf4,dybit4spare,mxfp4", "--csv", str(table))
     assert result.exit_code == 0, result.stderr
     assert "2 tensors, 4,992 weights" in result.stdout
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     values = [float(row["sqnr_db"]) for row in rows]
     assert values == sorted(values, reverse=True)
     named = {row["format"]: row for row in rows}

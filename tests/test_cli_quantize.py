@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_cli import invoke
 from torch import nn
 
 import dybit
+from test_cli import invoke
 
 MODULE = """
 import torch
@@ -119,6 +119,13 @@ def test_tied_weights_count_once_and_warnings_are_notes(tmp_path):
     assert re.search(r"head .* tied", good("info", str(tmp_path / "q")))
 
 
+def test_layers_fit_a_narrow_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = good("quantize", "mine:net", "-o", str(tmp_path / "q"), "--activations", "8", "--calibration", "mine:data")
+    assert max(map(len, text.splitlines()[:3])) <= 80 and re.search(r"^0 +4 +s4\w* \d+% +\d\d", text, re.MULTILINE)
+    assert "dybit4spare" in good("info", str(tmp_path / "q"))
+
+
 def test_options_reach_the_recipe(tmp_path):
     options = "--weights 3 --group-size 8 --scale bf16 --variants plain --method absmax --embeddings none"
     good("quantize", "mine:net", "-o", str(tmp_path / "q"), *options.split())
@@ -155,7 +162,7 @@ def test_a_plain_file_loads_into_its_architecture(tmp_path):
             "embed_tokens": nn.Embedding(12, 16),
             "conv": nn.Conv1d(4, 6, 3),
             "attention": nn.MultiheadAttention(16, 2),
-            "half": nn.Linear(16, 8).bfloat16(),
+            "low": nn.Linear(16, 8).bfloat16(),
             "norm": nn.LayerNorm(16),
         }
     )
@@ -165,12 +172,12 @@ def test_a_plain_file_loads_into_its_architecture(tmp_path):
     assert re.search(r"embed_tokens +8 ", text)
     fresh = nn.ModuleDict({name: type(part)(*arguments) for name, part, arguments in (
         ("embed_tokens", model["embed_tokens"], (12, 16)), ("conv", model["conv"], (4, 6, 3)),
-        ("attention", model["attention"], (16, 2)), ("half", model["half"], (16, 8)), ("norm", model["norm"], (16,)),
+        ("attention", model["attention"], (16, 2)), ("low", model["low"], (16, 8)), ("norm", model["norm"], (16,)),
     )})  # fmt: skip
-    fresh["half"].bfloat16()
+    fresh["low"].bfloat16()
     loaded = dybit.load(tmp_path / "q", fresh)
-    assert loaded["half"].weight.dtype == torch.bfloat16
-    for name, width in (("conv", 0.2), ("half", 0.2), ("embed_tokens", 0.02)):
+    assert loaded["low"].weight.dtype == torch.bfloat16
+    for name, width in (("conv", 0.2), ("low", 0.2), ("embed_tokens", 0.02)):
         error = (loaded[name].weight.float() - model[name].weight.float()).norm() / model[name].weight.float().norm()
         assert 0 < error < width
     assert torch.equal(loaded["norm"].weight, model["norm"].weight)
@@ -293,7 +300,7 @@ def test_a_transformers_directory_with_text(tmp_path):
     model, text = str(tmp_path / "m"), str(tmp_path / "t.txt")
     good("quantize", model, "-o", str(tmp_path / "q"), "--activations", "8", "--calibration", text)
     shown = good("evaluate", str(tmp_path / "q"), "--model", model, "--text", text)
-    assert "perplexity" in shown and "top-1 agree" in shown
+    assert "PPL" in shown and "top-1" in shown
     (tmp_path / "m" / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
     result = invoke("quantize", model, "-o", str(tmp_path / "q2"))
     assert result.exit_code == 2 and "NoSuchModel" in result.stderr.splitlines()[-1]

@@ -1,6 +1,7 @@
-"""The package as a whole: what importing it loads, who may import whom, and that every module has its tests."""
+"""The house as a whole: what imports what, what `import dybit` loads, and a test file for every module."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,107 +10,167 @@ import pytest
 
 import dybit
 
-SOURCE = Path(dybit.__file__).parent
+ROOT = Path(dybit.__file__).parent
 TESTS = Path(__file__).parent
-HEAVY = ("torch", "numpy", "scipy", "transformers", "matplotlib", "safetensors", "typer", "rich", "amaranth")
+HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinja2", "matplotlib", "scipy", "amaranth"}
 
-# The layers of docs/design.md. A module imports from its own layer and from those before it.
-LAYERS = (
-    {"errors", "codec", "format", "rivals", "packing", "recipe", "workload", "networks"},
-    {"ops", "scale", "tensor"},
-    {"attention", "layers", "fold", "calibrate", "model", "checkpoint", "fidelity", "trace"},
-    {"demo", "report", "cli", "__main__"},
-)
-BESIDE = {"accelerator", "rtl"}  # from layer 1 only; imported by the doors
+# Layers of docs/design.md, from the ground up; a module imports from its own layer and from those below.
+LAYERS = [
+    {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
+    {"scale", "tensor", "ops", "kernels"},
+    {"layers", "attention", "fold", "calibrate", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
+    {"sensitivity", "cost", "search"},
+    {"demo", "report", "cli", "integrations", "__main__"},
+]
+BESIDE = {"accelerator", "rtl"}  # know layer 1 and no torch
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+# What nobody but the doors may import, and what a room must not know though it is in its layer.
+PRIVATE = {"layers": {"model", "calibrate", "checkpoint"}, "calibrate": {"model", "recipe", "checkpoint"}}
+PRIVATE |= {"attention": set(LEVEL) - {"attention"}, "fold": set(LEVEL) - {"fold"}, "errors": set(LEVEL)}
+PRIVATE |= {"codec": {"format", "rivals", "packing"}, "packing": {"format", "codec", "rivals"}, "format": {"rivals"}}
+PRIVATE |= {"scale": {"tensor"}, "tensor": {"layers"}, "model": {"checkpoint"}, "ops": {"scale", "tensor"}}
 
 
 def modules():
-    """(name of the room, file) of every module."""
-    for file in sorted(SOURCE.rglob("*.py")):
-        parts = file.relative_to(SOURCE).with_suffix("").parts
-        if parts != ("__init__",):
-            yield parts[0], file
+    """Path and dotted name of every module."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(file):
-    """The rooms of dybit that a module imports, and the other packages, anywhere in it."""
-    rooms, packages = set(), set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: imports are absolute"
-            whole = node.module == "dybit"
-            names = [f"dybit.{alias.name}" for alias in node.names] if whole else [node.module]
-        else:
+def imports(path, name):
+    """The dotted names that a module imports, also inside functions; not those for type checkers only."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    package = ["dybit", *name.split(".")] if path.name == "__init__.py" and name else ["dybit", *name.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if id(node) in skipped:
             continue
-        for name in names:
-            package, _, rest = name.partition(".")
-            if package == "dybit":
-                rooms.add(rest.partition(".")[0])
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            if source == "dybit":
+                yield from (f"dybit.{alias.name}" for alias in node.names)
             else:
-                packages.add(package)
-    return {dybit._HOMES.get(room, room) for room in rooms}, packages
+                yield source
 
 
-def allowed(room):
-    if room in BESIDE:
-        return LAYERS[0] | BESIDE
-    level = next(i for i, layer in enumerate(LAYERS) if room in layer)
-    below = set().union(*LAYERS[: level + 1])
-    return below | BESIDE if level == len(LAYERS) - 1 else below
+def rooms(path, name):
+    """The rooms of dybit that a module imports from, by their first name."""
+    return {target.split(".")[1] for target in imports(path, name) if target.startswith("dybit.")}
 
 
-@pytest.mark.parametrize(("room", "file"), list(modules()), ids=lambda x: x.stem if isinstance(x, Path) else x)
-def test_modules_import_only_from_their_layer_or_the_layers_before(room, file):
-    rooms, packages = imported(file)
-    assert rooms - {"", room} <= allowed(room), f"{file} may not import {rooms - allowed(room)}"
-    if room in LAYERS[0] | BESIDE:
-        assert "torch" not in packages
-    if room in LAYERS[0]:
-        assert not packages - set(sys.stdlib_module_names) - {"numpy"}
+MODULES = {name or "__init__": (path, name) for path, name in modules()}
+each_module = pytest.mark.parametrize(("path", "name"), MODULES.values(), ids=MODULES)
 
 
-def test_every_room_has_a_layer():
-    rooms = {room for room, _ in modules()}
-    assert rooms <= set().union(*LAYERS) | BESIDE
+@each_module
+def test_every_module_is_in_a_layer(path, name):
+    room = name.split(".")[0]
+    assert not room or room in LEVEL or room in BESIDE
 
 
-def test_every_module_has_a_test_file_of_its_name():
-    tested = {file.stem.removeprefix("test_") for file in TESTS.glob("test_*.py")}
-    for room in {room for room, _ in modules()} - {"__main__"}:
-        assert any(name == room or name.startswith(f"{room}_") for name in tested), f"there is no tests/test_{room}.py"
+@each_module
+def test_layer_rule(path, name):
+    room = name.split(".")[0]
+    used = rooms(path, name) - {room}
+    if not room:
+        assert not used  # dybit/__init__.py loads names when they are touched
+    elif room in BESIDE:
+        assert used <= LAYERS[0] | BESIDE
+    else:
+        doors = room in LAYERS[4]  # they know everything
+        too_high = {other for other in used if LEVEL.get(other, LEVEL[room] + 1 - doors) > LEVEL[room]}
+        assert not too_high, f"{name} imports {sorted(too_high)}, which are above it"
+        assert not used & PRIVATE.get(room, set())
 
 
-def run(code):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return result.stdout.split()
+@each_module
+def test_what_may_import_torch(path, name):
+    room = name.split(".")[0]
+    outside = {target.split(".")[0] for target in imports(path, name)}
+    if not room or room in LAYERS[0] or room in BESIDE:
+        assert not outside & {"torch", "safetensors", "transformers", "scipy"}
+    if room in LAYERS[1] or room in LAYERS[2]:
+        assert not outside & {"transformers", "rich", "typer", "jinja2", "matplotlib", "plotly"}
+
+
+def test_the_rule_finds_offenders(tmp_path):
+    bad = tmp_path / "scale.py"
+    bad.write_text("import torch\ndef f():\n    from dybit.model import quantize_\nfrom dybit import ops, cli\n")
+    assert rooms(bad, "scale") == {"model", "ops", "cli"}
+    assert set(imports(bad, "scale")) == {"torch", "dybit.model", "dybit.ops", "dybit.cli"}
+    relative = tmp_path / "families.py"
+    relative.write_text("from .tables import x\nfrom ..model import y\nfrom ... import z\n")
+    assert "dybit.model" in set(imports(relative, "rivals.families"))
+    typed = tmp_path / "typed.py"
+    typed.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dybit.model import x\n")
+    assert rooms(typed, "typed") == set()
 
 
 def loaded(statement):
-    heavy = run(f"import sys; {statement}; print(*[n for n in {HEAVY} if n in sys.modules])")
-    return set(heavy)
+    """The modules that a new process has after a statement."""
+    script = f"import sys, json\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {module.split(".")[0] for module in json.loads(run.stdout.splitlines()[-1])}
 
 
-def test_importing_the_package_loads_nothing_heavy():
-    assert loaded("import dybit") == set()
-    assert loaded("import dybit; dybit.DyBitError") == set()
+def test_import_is_cheap():
+    assert not loaded("import dybit; dir(dybit); dybit.DyBitError; dybit.CheckpointError") & HEAVY
+    assert "torch" in loaded("import dybit; dybit.quantize_")  # the test can tell
 
 
-@pytest.mark.parametrize(
-    "room", ["format", "rivals", "recipe", "packing", "workload", "networks", "accelerator", "demo", "cli"]
-)
-def test_rooms_without_torch_do_not_load_it(room):
-    assert "torch" not in loaded(f"import dybit.{room}")
+@pytest.mark.parametrize("name", ["format", "codec", "packing", "rivals", "recipe", "errors"])
+def test_the_ground_floor_loads_no_torch(name):
+    assert not loaded(f"import dybit.{name}") & (HEAVY - {"numpy"})
+    if name == "errors":
+        assert "numpy" not in loaded("import dybit.errors")
 
 
-def test_the_check_of_what_is_loaded_works():
-    assert "torch" in loaded("import dybit; dybit.quantize_")
+def test_public_names_of_the_ground_floor_load_no_torch():
+    assert "torch" not in loaded("import dybit; dybit.Format(4).values; dybit.Recipe(weights=4).to_json(); dybit.variants")
 
 
-def test_every_public_name_is_there():
+def test_public_names():
+    assert dybit.__all__ == sorted(dybit.__all__)
     for name in dybit.__all__:
-        assert getattr(dybit, name).__doc__
-    assert set(dybit.__all__) <= set(dir(dybit))
+        thing = getattr(dybit, name)
+        assert thing.__name__ == name and thing.__doc__
+        assert thing.__module__.startswith("dybit.")
+        assert name in dir(dybit)
+    wanted = {"Format", "Recipe", "quantize_", "save", "load"}
+    assert wanted <= set(dybit.__all__)
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.asname for node in block.body for alias in node.names}
+    assert typed == set(dybit.__all__)
+    assert (ROOT / "py.typed").exists()
+
+
+def test_unknown_names():
     with pytest.raises(AttributeError, match="module 'dybit' has no attribute 'quantise_'"):
-        dybit.quantise_
+        _ = dybit.quantise_
+
+
+@each_module
+def test_every_module_has_tests(path, name):
+    room, *rest = name.split(".")
+    if not room or room == "__main__":
+        return
+    exact = TESTS / f"test_{'_'.join([room, *rest])}.py"
+    assert exact.exists() or (path.parent != ROOT and list(TESTS.glob(f"test_{room}*.py"))), exact.name
+
+
+@each_module
+def test_every_module_says_what_it_is(path, name):
+    assert ast.get_docstring(ast.parse(path.read_text()))

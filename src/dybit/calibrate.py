@@ -69,8 +69,9 @@ class InputStatistics:
         """Keeps some of the positions, as long as there is room."""
         if sum(part.numel() for part in self.samples) < _MAX_SAMPLES:
             wanted = max(_LEAST_POSITIONS, _SAMPLES_PER_BATCH // flat.shape[1])
-            index = torch.randint(flat.shape[0], (min(flat.shape[0], wanted),), generator=generator)
-            self.samples.append(flat[index.to(flat.device)].cpu())
+            if flat.shape[0] > wanted:
+                flat = flat[torch.randint(flat.shape[0], (wanted,), generator=generator).to(flat.device)]
+            self.samples.append(flat.cpu())
 
     def elements(self) -> Tensor:
         """All elements drawn: float32 of shape (n,)."""

@@ -222,7 +222,10 @@ def _agree_on_ties(model: nn.Module, plans: list[_Plan]) -> list[_Plan]:
         mine = [id(p) for n in weight_names(plan.module) if (p := plan.module._parameters.get(n)) is not None]
         sharers = list(dict.fromkeys(name for key in mine for name in owners[key]))
         outside = [name for name in sharers if name not in planned]
-        if outside and plan.recipe.weights is not None:
+        if outside:
+            if plan.recipe.weights is None:
+                result.append(plan)
+                continue
             warnings.warn(
                 f"layer {plan.name!r} keeps floating point: {outside[0]!r}, not quantized, has the same weight",
                 DyBitWarning,
@@ -267,7 +270,8 @@ def _statistics(
     missed = [name for name, seen in statistics.items() if not seen.seen]
     if missed:
         warnings.warn(
-            f"calibration never reached {len(missed)} layers, whose inputs are kept: {', '.join(missed[:8])}",
+            f"calibration never reached {len(missed)} layers, which go without (static inputs are kept): "
+            f"{', '.join(missed[:8])}",
             DyBitWarning,
             stacklevel=3,
         )

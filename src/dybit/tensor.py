@@ -173,7 +173,8 @@ class TensorSpec:
         if not self.transposed:
             return matrix.view(self.shape)
         rest = (self.shape[0] // self.transposed, *self.shape[2:])
-        return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape)
+        # Contiguous, since the layout decides in which order a matrix product adds up.
+        return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""

@@ -60,7 +60,7 @@ def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_in
     return Workload(label, tuple(recorder.layers), max(learned - inside, 0))
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
+class _Recorder(TorchDispatchMode):
     """Turns operators into layers while it is active."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from rich.text import Text
 from dybit import rivals
 from dybit.cli import sources
 from dybit.cli.console import grid, guarded, note, out, progress
-from dybit.codec import SCALE_BITS, Codebook, Family, ScaleType
+from dybit.codec import SCALE_BITS, Codebook, Family, ScaleType, Table
 from dybit.errors import DyBitError
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from dybit.report import FormatRow
 
 _SYNTHETIC_SHAPE = (256, 2048)
-_BOUND_WEIGHTS = 1 << 20  # that the bound is fitted to
-_BOUND_SAMPLES = 1 << 19
-_BOUND_ROUNDS = 4
-_BOUND_ITERATIONS = 300
+_BOUND_WEIGHTS = 1 << 21  # that the bound is fitted to
+_BOUND_ROUNDS = 10
 _HISTOGRAM_SAMPLES = 1 << 20
 _MAX_PICTURED = 8
 _HTML = (".html", ".htm")
@@ -237,7 +235,11 @@ def measure(matrices: Sequence[Tensor], families: Sequence[Family], setting: Set
             ours = "dybit" if "dybit" in name or (name[:1] in "su" and name[1:2].isdigit()) else "rival"
             results.append(_measure(matrices, family, setting, ours, step))
         bar.update(done, text="Lloyd-Max")
-        bound = _lloyd(matrices, setting, bits)
+        singles = [
+            r for r in results if len(r.family.books) == 1 and r.family.group_size is None and r.family.bits == bits
+        ]
+        start = max(singles, key=lambda result: result.sqnr).most_used if singles else None
+        bound = _lloyd(matrices, setting, bits, start)
         if bound is not None:
             results.append(_measure(matrices, bound, setting, "bound", step))
     return sorted(results, key=lambda result: -result.sqnr)
@@ -307,69 +309,109 @@ def _unit_rms(matrix: Tensor, setting: Setting) -> Tensor:
     return torch.where(mean > 0, mean, 1.0).sqrt()
 
 
+def _spread(unit: Tensor, matrix: Tensor, setting: Setting) -> Tensor:
+    """A number of every unit, for every element where units are groups; broadcasts against the matrix."""
+    if setting.granularity != "group":
+        return unit
+    return unit.repeat_interleave(setting.group_size or matrix.shape[1], dim=1)[:, : matrix.shape[1]]
+
+
 def normalized(matrices: Sequence[Tensor], setting: Setting, limit: int) -> NDArray[np.float64]:
     """About ``limit`` weights, evenly drawn, each divided by the root mean square of its unit: float64 (samples,)."""
-    units = [_unit_rms(matrix, setting) for matrix in matrices]
-    return _drawn(matrices, units, setting, limit)[0]
-
-
-def _drawn(
-    matrices: Sequence[Tensor], units: Sequence[Tensor], setting: Setting, limit: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """About ``limit`` weights, evenly drawn, each divided by its unit's number; and these: float64 of (samples,)."""
     import torch
 
     total = sum(matrix.numel() for matrix in matrices)
-    samples, divisors = [], []
-    for matrix, unit in zip(matrices, units, strict=True):
-        spread = unit
-        if setting.granularity == "group":
-            spread = unit.repeat_interleave(setting.group_size or matrix.shape[1], dim=1)[:, : matrix.shape[1]]
+    samples = []
+    for matrix in matrices:
+        ratio = matrix / _spread(_unit_rms(matrix, setting), matrix, setting)
         wanted = max(1, round(limit * matrix.numel() / total))
         index = torch.linspace(0, matrix.numel() - 1, min(wanted, matrix.numel()), dtype=torch.float64).long()
-        divisor = spread.expand(matrix.shape).reshape(-1)[index].double()
-        samples.append(matrix.reshape(-1)[index].double() / divisor)
-        divisors.append(divisor)
-    return torch.cat(samples).numpy(), torch.cat(divisors).numpy()
+        samples.append(ratio.reshape(-1)[index].double())
+    return torch.cat(samples).numpy()
 
 
-def _lloyd(matrices: Sequence[Tensor], setting: Setting, bits: int) -> Family | None:
+def _lloyd(matrices: Sequence[Tensor], setting: Setting, bits: int, start: Codebook | None) -> Family | None:
     """The best single table for these weights, as a format; None where they have too few values.
 
-    Table and scales depend on each other, so they are fitted in turns. A unit's error counts by the square of its
-    scale, so its weights are drawn in that proportion.
+    Table and scales depend on each other, so they are fitted in turns (Lloyd's algorithm, the error of a unit counting
+    by the square of its scale). No turn makes the error larger; so it begins at the best table that is known.
+
+    Args:
+        matrices: The weights.
+        setting: Granularity and scales.
+        bits: Width of the table.
+        start: The best single table of the comparison, if any.
     """
+    share = min(1.0, _BOUND_WEIGHTS / sum(matrix.numel() for matrix in matrices))
+    fitted = [_sampled_rows(matrix, share) for matrix in matrices]
+    best: tuple[float, Family] | None = None
+    try:
+        fresh = rivals.lloyd_max(normalized([matrix for matrix, _ in fitted], setting, _BOUND_WEIGHTS), bits)
+    except DyBitError:
+        return None
+    for book in (fresh, start):
+        for _ in range(_BOUND_ROUNDS if book is not None else 0):
+            assert book is not None
+            family = Family("Lloyd-Max", (book,))
+            error, updated = _lloyd_turn(fitted, family, setting)
+            if best is None or error < best[0]:
+                best = error, family
+            if updated is None:
+                break
+            book = updated
+    return best and best[1]
+
+
+def _sampled_rows(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Some rows, and how many each stands for, (rows, 1): few rows with outliers may carry most of the error.
+
+    Half of the sample are the rows with the largest norms, the others every so many of the rest.
+    """
+    import torch
+
+    order = matrix.norm(dim=1).argsort(descending=True)
+    sure = min(len(order), math.ceil(len(order) * share / 2))
+    every = max(1, round((len(order) - sure) / max(1, len(order) * share / 2)))
+    rest = order[sure + every // 2 :: every]
+    counts = torch.cat([torch.ones(sure), torch.full((len(rest),), (len(order) - sure) / max(1, len(rest)))])
+    return matrix[torch.cat([order[:sure], rest])], counts[:, None]
+
+
+def _lloyd_turn(
+    matrices: Sequence[tuple[Tensor, Tensor]], family: Family, setting: Setting
+) -> tuple[float, Codebook | None]:
+    """The error of a table at its best scales, and the table that is best for the codes at these scales.
+
+    The latter is None where two of its levels would be the same.
+    """
+    import torch
+
+    from dybit.ops import lookup
     from dybit.scale import choose_scales
 
-    every = max(1, round(sum(matrix.numel() for matrix in matrices) / _BOUND_WEIGHTS))
-    fitted = [matrix[::every] for matrix in matrices]
-    units = [_unit_rms(matrix, setting) for matrix in fitted]
-    best: tuple[float, Family] | None = None
-    for _ in range(_BOUND_ROUNDS):
-        samples, scales = _drawn(fitted, units, setting, _BOUND_WEIGHTS)
-        heavy = np.cumsum(scales**2)
-        at = np.searchsorted(heavy, (np.arange(_BOUND_SAMPLES) + 0.5) / _BOUND_SAMPLES * heavy[-1])
-        try:
-            book = rivals.lloyd_max(samples[at], bits, iterations=_BOUND_ITERATIONS)
-        except DyBitError:
-            break
-        family = Family(book.name, (book,))
-        found = [
-            choose_scales(
-                matrix,
-                family,
-                granularity=setting.granularity,
-                group_size=setting.group_size,
-                scale_type=setting.scale,
-                method=setting.method,
-            )
-            for matrix in fitted
-        ]
-        error = sum(item.error for item in found)
-        if best is None or error < best[0]:
-            best = error, family
-        units = [item.scale for item in found]
-    return best and best[1]
+    table = lookup(family.books[0], torch.device("cpu"))
+    count = len(table.levels)
+    error, products, squares = 0.0, torch.zeros(count).double(), torch.zeros(count).double()
+    for matrix, counts in matrices:
+        found = choose_scales(
+            matrix,
+            family,
+            granularity=setting.granularity,
+            group_size=setting.group_size,
+            scale_type=setting.scale,
+            method=setting.method,
+        )
+        scale = _spread(found.scale, matrix, setting)
+        level = table.nearest(matrix / scale)
+        value = table.levels[level.long()]
+        error += float(((matrix - value * scale).square() * counts).sum(dtype=torch.float64))
+        level = level.flatten().long()
+        products += torch.bincount(level, (matrix * scale * counts).flatten().double(), count)
+        squares += torch.bincount(level, (scale.square() * counts).expand(matrix.shape).flatten().double(), count)
+    levels = torch.where(squares > 0, products / squares, table.levels.double())
+    values = np.full(1 << family.bits, np.nan)
+    values[:count] = levels.sort().values.numpy()
+    return error, Table("lloyd", values) if len(np.unique(values[:count])) == count else None
 
 
 def _row(place: int, result: Result) -> list[str]:

@@ -17,7 +17,7 @@ import typer
 from dybit import rivals
 from dybit.cli import compare, sources
 from dybit.cli.console import Bar, grid, guarded, note, out, progress, size
-from dybit.cli.evaluate import measures, quantized_copy, short_name
+from dybit.cli.evaluate import AGREEMENT, LEGEND, measures, quantized_copy, short_name
 from dybit.cli.quantize import float_bytes
 from dybit.errors import DyBitError
 from dybit.recipe import Recipe
@@ -175,20 +175,20 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _print(subject: _Subject, original: Fidelity, outcomes: list[_Outcome], kind: Kind, fp32: int) -> None:
-    agree = {"logits": ">top-1 agree", "embeddings": ">neighbours agree"}[kind]
-    columns = ["", ">size on disk", ">ratio", ">SQNR dB", agree, *([">KL nats"] if kind == "logits" else [])]
+    columns = ["", ">size", ">ratio", ">SQNR dB", AGREEMENT[kind], *([">KL nats"] if kind == "logits" else [])]
     language = original.perplexity is not None
-    table = grid(*columns, ">Spearman", *([">perplexity"] if language else []), ">seconds", "saved = loaded")
+    table = grid(*columns, ">Spearman", *([">PPL"] if language else []), ">s", "reloaded")
     rest = [f"{original.perplexity:.2f}"] if original.perplexity is not None else []
     table.add_row("FP32", size(fp32), "1.00", *measures(original, kind), *rest, "", "", style="dim")
     for item in outcomes:
         rest = [f"{item.fidelity.perplexity:.2f}"] if item.fidelity.perplexity is not None else []
-        check = "bit for bit" if item.same else "DIFFERENT"
+        check = "equal" if item.same else "DIFFERENT"
         cells = [f"DyBit {item.name}", size(item.stored), f"{fp32 / item.stored:.2f}", *measures(item.fidelity, kind)]
         table.add_row(*cells, *rest, f"{item.seconds:.0f}", check)
     console = out()
     console.print(f"{subject.title}: {original.outputs:,} {subject.inputs}", style="bold", soft_wrap=True)
     console.print(table)
+    console.print(f"{LEGEND[kind]}; size: on disk; reloaded: bit for bit", style="dim", soft_wrap=True)
 
 
 def _remark(subject: _Subject, outcomes: list[_Outcome], kind: Kind) -> None:

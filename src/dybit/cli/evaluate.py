@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from dybit.fidelity import Fidelity, Kind
 
 
+AGREEMENT = {"logits": ">top-1", "embeddings": ">neighbours"}
+_MEASURES = "SQNR of outputs against FP32; Spearman: rank correlation"
+LEGEND = {
+    "logits": f"{_MEASURES} of the logits; top-1: same largest logit; KL of predictions; s: seconds to quantize",
+    "embeddings": f"{_MEASURES} of all similarities; neighbours: same nearest neighbour; s: seconds to quantize",
+    "values": f"{_MEASURES} of each output; s: seconds to quantize",
+}
+
+
 @dataclass(frozen=True)
 class Line:
     """A row of the result: a quantized model.
@@ -254,13 +263,13 @@ def stored_bytes(model: nn.Module) -> int:
 
 def _print(lines: Sequence[Line], kind: Kind, fp32: int, title: str) -> None:
     """Prints one row for every model, with the measures that apply."""
-    agree = {"logits": ">top-1 agree", "embeddings": ">neighbours agree"}.get(kind)
+    agree = AGREEMENT.get(kind)
     columns = ["weights", ">size", ">ratio", ">SQNR dB", *([agree] if agree else [])]
     if kind == "logits":
         columns.append(">KL nats")
     columns.append(">Spearman")
     language = any(line.fidelity.perplexity is not None for line in lines)
-    table = grid(*columns, *([">perplexity"] if language else []), ">seconds")
+    table = grid(*columns, *([">PPL"] if language else []), ">s")
     for line in lines:
         cells = [line.name, size(line.stored), f"{fp32 / line.stored:.2f}", *measures(line.fidelity, kind)]
         if language:
@@ -269,7 +278,7 @@ def _print(lines: Sequence[Line], kind: Kind, fp32: int, title: str) -> None:
     console = out()
     console.print(f"{title}, {lines[0].fidelity.outputs:,} outputs", style="bold", soft_wrap=True)
     console.print(table)
-    console.print("Compared with the FP32 original; seconds: to quantize.", style="dim", soft_wrap=True)
+    console.print(LEGEND[kind], style="dim", soft_wrap=True)
 
 
 def measures(fidelity: Fidelity, kind: Kind) -> list[str]:

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
 from dybit.cli.console import Bar, grid, note, out, size
 
 if TYPE_CHECKING:
@@ -20,6 +18,9 @@ if TYPE_CHECKING:
 
     from dybit.layers import InputSpec
     from dybit.tensor import QuantizedTensor, TensorSpec
+
+_WIDE = 120  # columns of a terminal that shows everything
+_NARROW_NAME = 26
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def row(
 
     books = weight.spec.formats.books
     choices = weight.choices()
-    counts = Counter({0: 1}) if choices is None else Counter(torch.bincount(choices.flatten().long()).tolist())
+    counts = Counter({0: 1})
     if choices is not None:
         votes = torch.bincount(choices.flatten().long(), minlength=len(books)).tolist()
         counts = Counter({index: votes[index] for index in range(len(books)) if votes[index]})
@@ -129,44 +130,53 @@ class Watch:
 
 
 def print_layers(rows: Iterable[LayerRow], limit: int | None = None) -> None:
-    """Prints a table of layers to stdout."""
+    """Prints a table of layers to stdout; a narrow terminal gets the most important columns."""
     rows = list(rows)
-    measured = any(item.sqnr is not None for item in rows)
-    shared = any(item.shares for item in rows)
-    columns = ["layer", ">bits", "format", "scales", "inputs", ">bytes", ">ratio"]
-    if shared:
-        columns.insert(4, "variants (share of scales)")
-    if measured:
-        columns.insert(5, ">SQNR dB")
-    table = grid(*columns)
-    for item in rows[:limit]:
-        table.add_row(*_cells(item, shared, measured))
-    out().print(table)
+    console = out()
+    narrow = console.width < _WIDE
+    cells = [_cells(item, narrow) for item in rows]
+    names = [
+        "layer",
+        ">bits",
+        "format",
+        "scales",
+        "variants (share of scales)",
+        ">SQNR dB",
+        "inputs",
+        ">bytes",
+        ">ratio",
+    ]
+    shown = [any(row[index] for row in cells) for index in range(len(names))]
+    if narrow:
+        shown[2], shown[3] = shown[2] and not shown[4], False
+        names[4], names[5] = "variant", ">dB"
+    table = grid(*(name for name, keep in zip(names, shown, strict=True) if keep))
+    for row in cells[:limit]:
+        table.add_row(*(cell for cell, keep in zip(row, shown, strict=True) if keep))
+    console.print(table)
     if limit is not None and len(rows) > limit:
         note(f"… and {len(rows) - limit} more layers; --all shows them")
 
 
-def _cells(item: LayerRow, shared: bool, measured: bool) -> list[str | Text]:
-    inputs = "" if item.inputs is None else item.inputs.format + ("" if item.inputs.mode == "static" else " dynamic")
-    if item.inputs is not None and item.inputs.offset:
-        inputs += " offset"
+def _cells(item: LayerRow, narrow: bool) -> list[str]:
+    """Layer, bits, format, scales, variants, SQNR, inputs, bytes, ratio."""
+    name = item.name
+    if narrow and len(name) > _NARROW_NAME:  # the end of a qualified name says more
+        name = "…" + name[1 - _NARROW_NAME :]
+    inputs = "fp32"
+    if item.inputs is not None:
+        words = [item.inputs.format, "dynamic" * (item.inputs.mode == "dynamic"), "offset" * item.inputs.offset]
+        inputs = words[0] + "+" * item.inputs.offset if narrow else " ".join(word for word in words if word)
     spec = item.spec
     if spec is None:
-        return [item.name, "32", "fp32", "", *([""] * shared), *([""] * measured), inputs or "fp32", "", ""]
-    count = math.prod(spec.shape)
-    cells: list[str | Text] = [item.name, str(spec.bits), spec.family, _scales(spec)]
-    if shared:
-        cells.append(" ".join(f"{name} {share:.0%}" for name, share in item.shares[:3]))
-    if measured:
-        cells.append("" if item.sqnr is None else f"{item.sqnr:.1f}")
-    if item.tied:
-        return [*cells, inputs or "fp32", "tied", ""]
-    return [*cells, inputs or "fp32", size(spec.nbytes), f"{4 * count / spec.nbytes:.2f}"]
-
-
-def _scales(spec: TensorSpec) -> str:
+        return [name, "32", "fp32", "", "", "", inputs, "", ""]
     unit = f"group {spec.group_size}" if spec.group_size else spec.granularity
-    return unit if spec.scale == "fp32" else f"{unit} {spec.scale}"
+    scales = unit if spec.scale == "fp32" else f"{unit} {spec.scale}"
+    variants = " ".join(f"{book} {share:.0%}" for book, share in item.shares[: 1 if narrow else 3])
+    sqnr = "" if item.sqnr is None else f"{item.sqnr:.1f}"
+    ratio = f"{4 * math.prod(spec.shape) / spec.nbytes:.2f}"
+    sizes = ["tied", ""] if item.tied else [size(spec.nbytes), ratio]
+    return [name, str(spec.bits), spec.family, scales, variants, sqnr, inputs, *sizes]
 
 
 def print_totals(fp32: float, stored: float, what: str = "size on disk") -> None:
