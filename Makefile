@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Threads of OpenMP that wait by spinning take the cores from those that work, on a machine that is busy.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test lint format clean rtl verilate synth
 
