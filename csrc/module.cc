@@ -34,6 +34,7 @@ dybit::PackedWeight* make(uintptr_t packed, int64_t rows, int64_t columns, int b
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  nb::set_leak_warnings(false);  // packed weights may live until the process ends
   m.def("isa", [] { return std::string(dybit::kernels().name); });
   m.def("available", [] {
     std::vector<std::string> names;
