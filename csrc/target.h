@@ -14,3 +14,9 @@
 #define DYBIT_TARGET_BEGIN(isa)
 #define DYBIT_TARGET_END
 #endif
+
+#if defined(__GNUC__)
+#define DYBIT_INLINE __attribute__((always_inline))
+#else
+#define DYBIT_INLINE
+#endif

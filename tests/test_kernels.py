@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dybit import kernels, packing
+from dybit import kernels, packing, rivals
 from dybit.errors import DyBitError
 from dybit.format import Format, variants
 from dybit.tensor import QuantizedTensor, TensorSpec
@@ -121,7 +121,9 @@ def test_extremes_do_not_overflow(name, inputs, sign):
     codes = np.full((rows, columns), int(np.argmax(fmt.significands * sign)), dtype=np.uint8)
     for m, x_sign in ((1, 1), (7, 1), (3, -1)):
         x = x_fmt.significands.max() if x_sign > 0 else x_fmt.significands.min()
-        found = run_all(portable(codes, fmt), inputs, input_values(np.full((m, columns), x), x_fmt), scale=torch.ones(1))
+        found = run_all(
+            portable(codes, fmt), inputs, input_values(np.full((m, columns), x), x_fmt), scale=torch.ones(1)
+        )
         expected = float(x * fmt.significands[codes[0, 0]] * columns) * fmt.step * x_fmt.step
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -150,7 +152,9 @@ def test_choices_scales_and_dynamic_inputs(bits, group_size, m):
             for start in range(0, k, x_group or k):
                 part = x[:, start : start + (x_group or k)]
                 scale = part.abs().amax(1, keepdim=True) / 1.5
-                rounded[:, start : start + part.shape[1]] = fmt.decode(fmt.encode((part / scale).numpy())) * scale.numpy()
+                rounded[:, start : start + part.shape[1]] = (
+                    fmt.decode(fmt.encode((part / scale).numpy())) * scale.numpy()
+                )
             np.testing.assert_allclose(found, rounded @ values.T + bias.numpy(), rtol=1e-5, atol=1e-4)
 
 
@@ -184,11 +188,12 @@ def test_infinity_saturates_and_nan_stays():
 @pytest.mark.parametrize("family", ["dybit2", "dybit3", "dybit4", "dybit6", "dybit8", "int5", "e2m1"])
 @pytest.mark.parametrize("m", [0, 1, 3])
 def test_unrounded_inputs(family, m):
-    torch.manual_seed(0)
-    from dybit.tensor import quantize
-
-    weight = quantize(torch.randn(21, 75), TensorSpec(family, (21, 75), "group", 32, choice="group"))
-    x = torch.randn(m, 75)
+    rng = np.random.default_rng(m)
+    books = rivals.family(family).books
+    codes = rng.integers(0, 1 << books[0].bits, (21, 75), dtype=np.uint8)
+    choice = rng.integers(0, len(books), (21, 3)).astype(np.uint8) if len(books) > 1 else None
+    weight = portable(codes, books[0], 0.3, 32, family, choice)
+    x = torch.from_numpy(rng.normal(size=(m, 75)).astype(np.float32))
     found = run_all(weight, "", x)
     torch.testing.assert_close(torch.from_numpy(found), x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
     for isa in ISAS:

@@ -24,7 +24,8 @@ INPUTS = [
 
 def weight_of(family="dybit4", rows=19, columns=70):
     torch.manual_seed(0)
-    return quantize(torch.randn(rows, columns), TensorSpec(family, (rows, columns), "group", 32, choice="group"))
+    spec = TensorSpec(family, (rows, columns), "group", 32, choice="group")
+    return quantize(torch.randn(rows, columns), spec, method="absmax")
 
 
 def parts(x, weight, bias=None, **inputs):
@@ -76,11 +77,18 @@ def test_gradients_are_those_of_the_dequantized_weight():
     torch.testing.assert_close(bias.grad, 2 * y.sum(0))
 
 
-def model_of(activations=8, mode="dynamic", group_size=32):
+def model_of(mode="dynamic"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 10)).eval()
     batches = [torch.randn(16, 64) for _ in range(2)]
-    recipe = Recipe(weights=4, activations=activations, group_size=group_size, activation_mode=mode)
+    recipe = Recipe(
+        weights="s4r2",
+        activations="int8",
+        group_size=32,
+        method="absmax",
+        activation_mode=mode,
+        activation_method="absmax",
+    )
     return quantize_(model, recipe, calibration=batches), batches[0]
 
 
@@ -102,7 +110,7 @@ def test_compile_and_export(mode):
         expected = model(x)
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
         batch = torch.export.Dim("batch", min=1, max=1024)
-        exported = torch.export.export(model, (x,), dynamic_shapes=((batch,),))
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(exported.module()(x[:5]), model(x[:5]))
 
 
@@ -145,7 +153,7 @@ def test_new_codes_are_seen_and_old_ones_are_let_go():
 
 
 def test_formats_without_a_step_run_on_torch():
-    weight = quantize(torch.randn(19, 64), TensorSpec("nf4", (19, 64)))
+    weight = quantize(torch.randn(19, 64), TensorSpec("nf4", (19, 64)), method="absmax")
     x = torch.randn(3, 64)
     torch.testing.assert_close(linear(x, weight), x @ weight.dequantize().T)
 

@@ -123,7 +123,9 @@ def _tables(family: str) -> tuple[np.ndarray, np.ndarray] | None:
     tables, steps = [], []
     for book in books:
         values = np.nan_to_num(book.values)
-        step = next((2.0**e for e in range(8, -25, -1) if np.array_equal(np.round(values / 2.0**e) * 2.0**e, values)), 0)
+        step = next(
+            (2.0**e for e in range(8, -25, -1) if np.array_equal(np.round(values / 2.0**e) * 2.0**e, values)), 0
+        )
         if not step or np.abs(values / step).max() > _MAX_SIGNIFICAND:
             return None
         tables.append((values / step).astype(np.int32))

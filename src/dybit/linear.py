@@ -25,7 +25,8 @@ from dybit.tensor import QuantizedTensor, TensorSpec
 # Returns (..., rows) of the type of x.
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, Tensor? bias, "
-    "Tensor? input_scale, Tensor? input_offset, str spec, str input_format, float reach, int input_group_size) -> Tensor"
+    "Tensor? input_scale, Tensor? input_offset, str spec, str input_format, float reach, int input_group_size) "
+    "-> Tensor"
 )
 _FEW_ROWS = 4  # up to so many unrounded input rows, the weights are used as they are read, not dequantized first
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
@@ -179,8 +180,9 @@ def linear(
     """Returns ``x · weightᵀ + bias``, the inputs rounded to codes first.
 
     With the compiled kernels the products of significands are summed as integers and scaled in a fixed order
-    (:meth:`dybit.kernels.PackedWeight.linear`); the plain-torch path has the same codes and sums their values in floating
-    point, so that the two differ by the rounding of those sums. NaN in a row of ``x`` makes the row's results NaN.
+    (:meth:`dybit.kernels.PackedWeight.linear`); the plain-torch path has the same codes and sums their values in
+    floating point, so that the two differ by the rounding of those sums (and, for half-precision ``x``, by the rounding
+    of inputs and weights to its type, which the kernels do not need). NaN in a row of ``x`` makes the row's results NaN.
 
     Args:
         x: Floating point of shape (..., columns).
