@@ -181,8 +181,8 @@ def linear(
 
     With the compiled kernels the products of significands are summed as integers and scaled in a fixed order
     (:meth:`dybit.kernels.PackedWeight.linear`); the plain-torch path has the same codes and sums their values in
-    floating point, so that the two differ by the rounding of those sums (and, for half-precision ``x``, by the rounding
-    of inputs and weights to its type, which the kernels do not need). NaN in a row of ``x`` makes the row's results NaN.
+    floating point, so that the two differ by the rounding of those sums and, for half-precision ``x``, of inputs and
+    weights to its type, which the kernels do without. NaN in a row of ``x`` makes the row's results NaN.
 
     Args:
         x: Floating point of shape (..., columns).
