@@ -4,12 +4,19 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "pool.h"
 
 namespace dybit {
 namespace {
+
+constexpr size_t kAlignment = 64, kHugePage = size_t(1) << 21;
 
 // Bytes of a group of codes.
 int64_t group_bytes(int64_t count, int bits) { return (count * bits + 7) / 8; }
@@ -53,6 +60,21 @@ void place(uint8_t* chunk, int storage, int row, int column, int value) {
   }
 }
 
+// Zeroed, on a cache line; large ones on huge pages where the system has them, since a stream of weights otherwise
+// waits for the address translation of every 4 KB.
+uint8_t* allocate(size_t size) {
+  auto* memory = static_cast<uint8_t*>(::operator new(size, std::align_val_t(kAlignment)));
+#if defined(__linux__)
+  if (size >= 2 * kHugePage) {
+    const auto first = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+    const auto last = (reinterpret_cast<uintptr_t>(memory) + size) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  std::memset(memory, 0, size);
+  return memory;
+}
+
 struct Units {
   const Portable& p;
   int64_t groups = (p.columns + p.group_size - 1) / p.group_size;
@@ -68,6 +90,10 @@ struct Units {
 };
 
 }  // namespace
+
+void PackedWeight::Free::operator()(uint8_t* memory) const {
+  ::operator delete(memory, std::align_val_t(kAlignment));
+}
 
 int max_significand(int magnitude_bits, int max_run) {
   return ((2 << (magnitude_bits - max_run)) - 1) << (2 * max_run - 2);
@@ -128,8 +154,7 @@ void PackedWeight::cut(const Portable& p) {
 void PackedWeight::fill(const Portable& p) {
   const Units units{p};
   const size_t size = size_t(weight_.blocks) * weight_.chunk_count * weight_.chunk_bytes;
-  memory_.reset(new uint8_t[size + 64]());
-  codes_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+  codes_.reset(allocate(size));
   scales_.assign(size_t(weight_.blocks) * weight_.segment_count * kBlockRows, 0.0f);
   weight_.choice_by_segment = p.choice && p.choice_by_group && weight_.segment_count > 1;
   const int choice_units = weight_.choice_by_segment ? weight_.segment_count : 1;
@@ -160,7 +185,7 @@ void PackedWeight::fill(const Portable& p) {
       int64_t sum = 0;
       for (int k = 0; k < segment.length; ++k) {
         const int code = reader.next();
-        uint8_t* chunk = codes_ + (block * weight_.chunk_count + segment.chunk + k / kChunk) * weight_.chunk_bytes;
+        uint8_t* chunk = codes_.get() + (block * weight_.chunk_count + segment.chunk + k / kChunk) * weight_.chunk_bytes;
         place(chunk, weight_.storage, n, k % kChunk, weight_.storage <= 4 ? code : table[code]);
         sum += table[code];
       }
@@ -168,7 +193,7 @@ void PackedWeight::fill(const Portable& p) {
     }
     sums_[row] = float(total);
   }
-  weight_.codes = codes_;
+  weight_.codes = codes_.get();
   weight_.scales = scales_.data();
   weight_.choices = choices_.data();
   weight_.tables = tables_.entries;

@@ -61,8 +61,10 @@ class PackedWeight {
   bool many_input_groups_ = false;
   Weight weight_{};
   std::vector<Segment> segments_;
-  std::unique_ptr<uint8_t[]> memory_;
-  uint8_t* codes_ = nullptr;
+  struct Free {
+    void operator()(uint8_t* memory) const;
+  };
+  std::unique_ptr<uint8_t, Free> codes_;
   std::vector<float> scales_, sums_;  // sums_: of each row's values, for inputs with an offset
   std::vector<uint8_t> choices_;
   struct alignas(64) Tables {

@@ -250,18 +250,23 @@ def test_integers_are_dybit_with_a_run_of_one():
     assert kernels.input_format("nf4") is None
 
 
-@pytest.mark.parametrize("isa", ["torch", "scalar", "nonsense"])
-def test_environment_chooses(isa):
-    if isa == "scalar" and not ISAS:
-        pytest.skip("no compiled kernels")
-    code = "from dybit import kernels; print(kernels.isa())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "DYBIT_ISA": isa}, capture_output=True, text=True, check=False
-    )
-    if isa == "nonsense" and ISAS:
-        assert "DYBIT_ISA='nonsense'" in done.stderr
-    elif isa != "nonsense":
-        assert done.stdout.strip() == isa
+@needs_kernels
+def test_environment_chooses():
+    code = """
+import os
+from dybit import kernels
+for isa in ("torch", "nonsense", "scalar"):
+    os.environ["DYBIT_ISA"] = isa
+    kernels._extension.cache_clear()
+    try:
+        print(kernels.isa())
+    except kernels.DyBitError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert (first, third) == ("torch", "scalar")
+    assert second.startswith("DYBIT_ISA='nonsense' cannot be used")
 
 
 def test_a_missing_extension_is_said_once():

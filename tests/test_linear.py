@@ -63,9 +63,8 @@ def test_paths_agree(inputs, shape, dtype, monkeypatch):
 @pytest.mark.parametrize("inputs", INPUTS, ids=["kept", "dynamic", "groups", "static"])
 def test_opcheck(inputs):
     weight = weight_of()
-    for x in (torch.randn(3, 70), torch.randn(2, 2, 70, requires_grad=True)):
-        bias = torch.randn(19, requires_grad=True)
-        torch.library.opcheck(torch.ops.dybit.linear, parts(x, weight, bias, **inputs))
+    x, bias = torch.randn(2, 2, 70, requires_grad=True), torch.randn(19, requires_grad=True)
+    torch.library.opcheck(torch.ops.dybit.linear, parts(x, weight, bias, **inputs))
 
 
 def test_gradients_are_those_of_the_dequantized_weight():
