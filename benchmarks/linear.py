@@ -4,7 +4,8 @@ Run ``python benchmarks/linear.py`` (``--help`` for options). Every round times 
 the next of several copies of its weights, so that the weights of single rows come from memory and all see the same
 disturbances. Printed are medians of the rounds, the quartiles of the paired ratios, and the share of a floor: the
 bytes of the weights over the read bandwidth for few rows, the products over the integer peak for many; both are
-measured in the same run.
+measured in the same run. With one thread the clock is the thread's processor time, so that other programs on the
+machine disturb the memory but do not count; with more it is the wall's.
 """
 
 from __future__ import annotations
@@ -115,14 +116,15 @@ def measure(contestants: dict[str, Runs], seconds: float, limit: int = 400) -> d
         for run in runs:
             run()
     order, start, i = list(contestants), time.perf_counter(), 0
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     shuffle = random.Random(0)
     while i < 5 or (time.perf_counter() - start < seconds and i < limit):
         shuffle.shuffle(order)
         for name in order:
             run = contestants[name][i % len(contestants[name])]
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            times[name].append((time.perf_counter() - begin) * 1e3)
+            times[name].append((clock() - begin) * 1e3)
         i += 1
     return times
 
