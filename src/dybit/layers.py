@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dybit import rivals
 from dybit.attention import attend
 from dybit.errors import DyBitError
+from dybit.linear import linear
 from dybit.ops import dequantize, fake_quantize, fake_quantize_dynamic
 from dybit.tensor import QuantizedTensor, TensorSpec
 
@@ -148,6 +149,27 @@ class Quantized(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Copies and pickles by the original class, since the quantized one is made at run time."""
         return _rebuild, (original_class(self), tuple(self.weight_specs)), self.__dict__
+
+
+class _QuantizedLinear(Quantized):
+    """A linear layer that multiplies by the codes, with the compiled kernels where they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiplies: (..., in_features) to (..., out_features)."""
+        bias = self._parameters.get("bias")
+        spec, weight = self.input_spec, self.quantized_tensor()
+        if spec is None:
+            return linear(input, weight, bias)
+        return linear(
+            input,
+            weight,
+            bias,
+            input_format=spec.format,
+            input_scale=self._buffers.get("input_scale"),
+            input_offset=self._buffers.get("input_offset"),
+            reach=spec.reach or 1.0,
+            input_group_size=spec.group_size or 0,
+        )
 
 
 class _QuantizedEmbedding(Quantized):
@@ -294,7 +316,11 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' ``Conv1D``, a linear layer with a transposed weight; without importing it."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return any(_named_conv1d(c) for c in type(module).__mro__)
+
+
+def _named_conv1d(cls: type) -> bool:
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 @cache
@@ -302,6 +328,8 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     mixin = Quantized
     if cls.forward is nn.Embedding.forward:
         mixin = _QuantizedEmbedding
+    elif names and (cls.forward is nn.Linear.forward or _named_conv1d(cls)):
+        mixin = _QuantizedLinear
     elif cls.forward is nn.MultiheadAttention.forward:
         mixin = _QuantizedAttention
 

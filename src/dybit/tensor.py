@@ -5,6 +5,7 @@ Must not know layers, models or files.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -42,6 +43,7 @@ class TensorSpec:
     Attributes:
         bits: Width of a code.
         choice_bits: Bits of a choice, 0 for a family of one.
+        key: The fields as JSON text, by which operators are told the spec.
 
     Raises:
         DyBitError: A field is out of range or does not fit the others.
@@ -57,11 +59,13 @@ class TensorSpec:
     # Plain attributes and not properties that look the family up: torch.compile reads them.
     bits: int = field(init=False, compare=False, repr=False)
     choice_bits: int = field(init=False, compare=False, repr=False)
+    key: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Checks the fields, which may come from a file."""
         object.__setattr__(self, "bits", self.formats.bits)
         object.__setattr__(self, "choice_bits", self.formats.choice_bits)
+        object.__setattr__(self, "key", json.dumps(self.to_dict()))
         positive = all(isinstance(n, int) and n > 0 for n in self.shape)
         if not isinstance(self.shape, tuple) or not positive or not 2 <= len(self.shape) <= 5:
             raise DyBitError(f"shape must be 2 to 5 positive integers, not {self.shape!r}")

@@ -1,0 +1,233 @@
+"""Packed linear layers against FP32, torch's INT8 and ONNX Runtime: paired, interleaved, weights from memory.
+
+Run ``python benchmarks/linear.py`` (``--help`` for options). Every round times each contestant once, in a new order, on
+the next of several copies of its weights, so that the weights of single rows come from memory and all see the same
+disturbances. Printed are medians of the rounds, the quartiles of the paired ratios, and the share of a floor: the
+bytes of the weights over the read bandwidth for few rows, the products over the integer peak for many; both are
+measured in the same run. With one thread the clock is the thread's processor time, so that other programs on the
+machine disturb the memory but do not count; with more it is the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dybit import kernels, packing, rivals
+from dybit.tensor import QuantizedTensor, TensorSpec
+
+Runs = list[Callable[[], object]]
+COPIES_BYTES = 160 << 20  # more than the last cache
+
+
+def random_weight(family: str, rows: int, columns: int, group: int | None) -> QuantizedTensor:
+    """Random codes, scales and choices: speed does not depend on them."""
+    rng = np.random.default_rng(0)
+    book = rivals.family(family).books[0]
+    granularity = "group" if group else "channel"
+    spec = TensorSpec(family, (rows, columns), granularity, group, "fp32", granularity)
+    packed = torch.from_numpy(rng.integers(0, 256, spec.packed_shape, dtype=np.uint8))
+    scale = torch.from_numpy(rng.uniform(0.001, 0.01, spec.scale_shape).astype(np.float32))
+    choice = None
+    if spec.choice_shape:
+        units = spec.unit_shape(spec.choice)
+        books = len(rivals.family(family).books)
+        index = rng.integers(0, books, units, dtype=np.uint8)
+        flat = index.reshape(1, -1) if units[1] == 1 else index
+        choice = torch.from_numpy(packing.pack(flat, spec.choice_bits))
+    assert book.bits == spec.bits
+    return QuantizedTensor(spec, packed, scale, choice)
+
+
+def dybit_runs(family: str, inputs: str, x: torch.Tensor, rows: int, group: int | None) -> tuple[Runs, int]:
+    """The layer of dybit on copies of its weight, and the bytes that one run reads."""
+    weight = random_weight(family, rows, x.shape[1], group)
+    form = kernels.input_format(inputs)
+    first = kernels.PackedWeight(weight, form)
+    count = max(2, min(16, COPIES_BYTES // first.nbytes)) if x.shape[0] <= 4 else 2
+    copies = [first, *(kernels.PackedWeight(weight, form) for _ in range(count - 1))]
+    return [lambda w=w: w.linear(x, reach=1.9) for w in copies], first.nbytes
+
+
+def float_runs(x: torch.Tensor, rows: int) -> Runs:
+    weights = [torch.randn(rows, x.shape[1]) for _ in range(3)]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+
+def int8_runs(x: torch.Tensor, rows: int) -> Runs:
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    torch.backends.quantized.engine = "x86"
+    layers = []
+    for _ in range(4):
+        layer = Linear(x.shape[1], rows)
+        scales, zeros = torch.full((rows,), 0.01), torch.zeros(rows, dtype=torch.int64)
+        weight = torch.quantize_per_channel(torch.randn(rows, x.shape[1]), scales, zeros, 0, torch.qint8)
+        layer.set_weight_bias(weight, torch.zeros(rows))
+        layers.append(layer)
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
+def onnx_runs(x: torch.Tensor, rows: int, threads: int) -> Runs:
+    """MatMulNBits, 4 bits, blocks of 128, accuracy_level 4 (8-bit activations)."""
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    array, columns, rng = x.numpy(), x.shape[1], np.random.default_rng(0)
+    runs: Runs = []
+    for _ in range(12 if x.shape[0] <= 4 else 2):
+        codes = rng.integers(0, 256, (rows, columns // 128, 64), dtype=np.uint8)
+        scale = rng.uniform(0.001, 0.01, rows * columns // 128).astype(np.float32)
+        node = helper.make_node(
+            "MatMulNBits", ["x", "codes", "scale"], ["y"], domain="com.microsoft",
+            K=columns, N=rows, bits=4, block_size=128, accuracy_level=4,
+        )  # fmt: skip
+        graph = helper.make_graph(
+            [node],
+            "linear",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [x.shape[0], rows])],
+            [onnx.numpy_helper.from_array(codes, "codes"), onnx.numpy_helper.from_array(scale, "scale")],
+        )
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        runs.append(lambda s=session: s.run(None, {"x": array}))
+    return runs
+
+
+def measure(contestants: dict[str, Runs], seconds: float, limit: int = 400) -> dict[str, list[float]]:
+    """Times in milliseconds, one of every contestant in each round."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for runs in contestants.values():
+        for run in runs:
+            run()
+    order, start, i = list(contestants), time.perf_counter(), 0
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    shuffle = random.Random(0)
+    while i < 5 or (time.perf_counter() - start < seconds and i < limit):
+        shuffle.shuffle(order)
+        for name in order:
+            run = contestants[name][i % len(contestants[name])]
+            begin = clock()
+            run()
+            times[name].append((clock() - begin) * 1e3)
+        i += 1
+    return times
+
+
+def bandwidth() -> float:
+    """GB/s of reading, by a matrix times a vector in FP32 over several matrices."""
+    x = torch.randn(1, 4096)
+    times = measure({"read": float_runs(x, 4096)}, 1.0)["read"]
+    return 4096 * 4096 * 4 / statistics.median(times) / 1e6
+
+
+def integer_peak() -> float:
+    """10⁹ products a second of the byte kernel at its best: one long group, so that nothing is scaled on the way."""
+    x = torch.randn(384, 2048)
+    weight = random_weight("s4r2", 256, 2048, None)
+    packed = kernels.PackedWeight(weight, kernels.input_format("s8r1"))
+    times = measure({"peak": [lambda: packed.linear(x, reach=1.9)]}, 1.0, 4000)["peak"]
+    return 384 * 256 * 2048 / statistics.median(times) / 1e6
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return [float(q) for q in np.percentile(values, [25, 50, 75])]
+
+
+def cases() -> list[tuple[str, str, str, int, int | None]]:
+    """(name, weights, inputs, rows of inputs, group size)."""
+    few = [(f"W{bits}A8", f"dybit{bits}" if bits < 8 else "s8r1", "s8r1", 1, 128) for bits in (4, 2, 3)]
+    few += [
+        ("W8A8 int", "s8r1", "s8r1", 1, None),
+        ("W8A8 full run", "s8", "s8", 1, None),
+        ("W4A8 full run", "dybit4", "s8", 1, 128),
+    ]
+    many = [("W4A8", "dybit4", "s8r1", 128, 128), ("W4A8", "dybit4", "s8r1", 512, 128)]
+    many += [("W4A4", "dybit4", "s4", 128, 128), ("W8A8 full run", "s8", "s8", 128, None)]
+    return few + many
+
+
+def run_case(
+    case: tuple[str, str, str, int, int | None], rows: int, threads: int, seconds: float, machine: dict[str, float]
+) -> dict[str, object]:
+    name, family, inputs, m, group = case
+    x = torch.randn(m, 4096)
+    runs, size = dybit_runs(family, inputs, x, rows, group)
+    contestants = {"dybit": runs, "fp32": float_runs(x, rows)}
+    if name == "W4A8":
+        contestants["torch int8"] = int8_runs(x, rows)
+        try:
+            contestants["ort 4-bit"] = onnx_runs(x, rows, threads)
+        except ImportError:
+            print("(onnxruntime and onnx are not installed: left out)")
+    times = measure(contestants, seconds)
+    median = {key: statistics.median(value) for key, value in times.items()}
+    ratios = {
+        key: quartiles([a / b for a, b in zip(value, times["dybit"], strict=True)])
+        for key, value in times.items()
+        if key != "dybit"
+    }
+    reading = size / machine["read_gb_s"] / 1e6
+    computing = m * rows * 4096 / machine["peak_gmac_s"] / 1e6
+    floor = max(reading, computing)
+    row = {"case": name, "rows": m, "n": rows, "group": group, "threads": threads, "isa": kernels.isa(), "ms": median}
+    return row | {"faster_than": ratios, "floor_ms": floor, "floor": "read" if reading > computing else "compute"}
+
+
+def show(row: dict) -> str:
+    ratios = ", ".join(f"{k} {q[1]:.2f}× ({q[0]:.2f} to {q[2]:.2f})" for k, q in row["faster_than"].items())
+    own = row["ms"]["dybit"]
+    share = row["floor_ms"] / own
+    head = f"| {row['case']} | {row['rows']} | {row['n']} | {row['threads']} | {row['isa']} | {own:.3f} "
+    return head + f"| {row['ms']['fp32']:.2f} | {ratios} | {share:.0%} of {row['floor']} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.5, help="of every measurement")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4096, 11008], help="N of the layers; K is 4096")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--isa", nargs="+", default=[kernels.isa()])
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    results, machines = [], []
+    for threads in dict.fromkeys(options.threads):
+        torch.set_num_threads(threads)
+        for isa in options.isa:
+            kernels.use(isa)
+            machine = {"read_gb_s": bandwidth(), "peak_gmac_s": integer_peak()}
+            machines.append({"threads": threads, "isa": isa, **machine})
+            print(f"\n{isa}, {threads} threads: reads {machine['read_gb_s']:.1f} GB/s, "
+                  f"{machine['peak_gmac_s']:.0f} · 10⁹ products/s\n")  # fmt: skip
+            print("| layer | rows | N | threads | ISA | dybit ms | FP32 ms | times faster than | share of floor |")
+            print("|---|---|---|---|---|---|---|---|---|")
+            for rows in options.rows:
+                for case in cases():
+                    results.append(run_case(case, rows, threads, options.seconds, machine))
+                    print(show(results[-1]), flush=True)
+    if options.json:
+        cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if line.startswith("model name")), platform.processor())  # fmt: skip
+        text = json.dumps({"cpu": cpu, "torch": torch.__version__, "machine": machines, "results": results}, indent=1)
+        options.json.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

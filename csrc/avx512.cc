@@ -1,0 +1,420 @@
+// AVX-512 with VNNI: 64 products of bytes, or 32 of 16 bits, an instruction, summed exactly in 32 bits.
+//
+// vpdpbusd multiplies unsigned by signed bytes. For signed inputs the weights are the unsigned operand, biased by 128,
+// and 128 times the sum of the inputs is subtracted; for unsigned inputs the weights are the signed operand as they are.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "weight.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+
+#include "target.h"
+
+DYBIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace dybit {
+namespace {
+
+#include "portable.inc"
+
+constexpr int kUnit = 4;      // blocks whose unpacked weights are used together: 64 rows
+constexpr int kTileRows = 6;  // input rows of a register tile: 6 × 4 sums, 4 weights, 1 input
+constexpr int kFewRows = 4;   // up to so many input rows the weights are not unpacked but streamed
+constexpr int kPanelBytes = 64 * kUnit * 1024;
+
+enum class Product { kSigned8, kUnsigned8, kSigned16 };
+
+template <Product kP>
+inline __m512i multiply_add(__m512i sum, __m512i w, __m512i x) {
+  if constexpr (kP == Product::kSigned8) return _mm512_dpbusd_epi32(sum, w, x);
+  if constexpr (kP == Product::kUnsigned8) return _mm512_dpbusd_epi32(sum, x, w);
+  return _mm512_dpwssd_epi32(sum, w, x);
+}
+
+// The tables of the four registers' rows, one a lane, from the choices of a block's rows.
+inline void load_tables(const int8_t* tables, const uint8_t* choices, __m512i out[4]) {
+  for (int r = 0; r < 4; ++r) {
+    auto lane = [&](int l) { return _mm_load_si128((const __m128i*)(tables + 16 * choices[4 * l + r])); };
+    __m512i t = _mm512_castsi128_si512(lane(0));
+    t = _mm512_inserti32x4(t, lane(1), 1);
+    t = _mm512_inserti32x4(t, lane(2), 2);
+    out[r] = _mm512_inserti32x4(t, lane(3), 3);
+  }
+}
+
+inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+
+// The significands of a chunk: w[s][r], bytes. Biased by kBias for storage 8; else the tables are.
+template <int kStorage, int kBias>
+DYBIT_INLINE inline void decode(const uint8_t* p, const __m512i table[4], __m512i w[2][4]) {
+  const __m512i mask = _mm512_set1_epi8(kStorage == 4 ? 15 : 3), top = _mm512_set1_epi8(4);
+  const __m512i bias = _mm512_set1_epi8(char(kBias));
+  unroll<4>([&](auto r) DYBIT_INLINE {
+    unroll<2>([&](auto s) DYBIT_INLINE {
+      if constexpr (kStorage == 8) {
+        w[s][r] = _mm512_xor_si512(load512(p + (4 * s + r) * 64), bias);
+      } else if constexpr (kStorage == 4) {
+        const __m512i codes = _mm512_srli_epi16(load512(p + 64 * r), 4 * s);
+        w[s][r] = _mm512_shuffle_epi8(table[r], _mm512_and_si512(codes, mask));
+      } else {
+        const __m512i codes = _mm512_srli_epi16(load512(p + r / 2 * 64), r % 2 * 4 + s * 2);
+        __m512i index = _mm512_and_si512(codes, mask);
+        if constexpr (kStorage == 3) {
+          constexpr int kBit = r * 2 + s;
+          const __m512i plane = load512(p + 128);
+          const __m512i moved =
+              kBit < 2 ? _mm512_slli_epi16(plane, 2 - kBit) : _mm512_srli_epi16(plane, kBit < 2 ? 0 : kBit - 2);
+          index = _mm512_or_si512(index, _mm512_and_si512(moved, top));
+        }
+        w[s][r] = _mm512_shuffle_epi8(table[r], index);
+      }
+    });
+  });
+}
+
+// The same as 16 bits: w[eighth of the columns][r].
+template <int kStorage>
+DYBIT_INLINE inline void decode16(const uint8_t* p, const __m512i table[4], __m512i w[4][4]) {
+  if constexpr (kStorage == 16) {
+    unroll<16>([&](auto i) DYBIT_INLINE { w[i / 4][i % 4] = load512(p + i * 64); });
+  } else {
+    __m512i bytes[2][4];
+    decode<kStorage, 0>(p, table, bytes);
+    unroll<8>([&](auto i) DYBIT_INLINE {
+      const __m512i b = bytes[i / 4][i % 4];
+      w[i / 4 * 2][i % 4] = _mm512_srai_epi16(_mm512_unpacklo_epi8(b, b), 8);
+      w[i / 4 * 2 + 1][i % 4] = _mm512_srai_epi16(_mm512_unpackhi_epi8(b, b), 8);
+    });
+  }
+}
+
+// Within every lane: from 4 registers of 4 words, one row each, to 4 registers of one word of 4 rows.
+inline void transpose(__m512i a[4]) {
+  __m512i t0 = _mm512_unpacklo_epi32(a[0], a[1]), t1 = _mm512_unpacklo_epi32(a[2], a[3]);
+  __m512i t2 = _mm512_unpackhi_epi32(a[0], a[1]), t3 = _mm512_unpackhi_epi32(a[2], a[3]);
+  a[0] = _mm512_unpacklo_epi64(t0, t1);
+  a[1] = _mm512_unpackhi_epi64(t0, t1);
+  a[2] = _mm512_unpacklo_epi64(t2, t3);
+  a[3] = _mm512_unpackhi_epi64(t2, t3);
+}
+
+// The sums of the 16 rows, in order, from partial sums in lanes.
+inline __m512i reduce(const __m512i a[4]) {
+  __m512i s01 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+  __m512i s23 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(s01, s23), _mm512_unpackhi_epi64(s01, s23));
+}
+
+struct Job {
+  const Weight& w;
+  const Input& in;
+  const Output& out;
+  const int8_t* tables;  // biased where the product asks for it
+  const uint8_t* x;
+  int64_t x_stride;  // bytes
+
+  const uint8_t* choices(int block, int s) const {
+    return w.choices + (size_t(block) * (w.choice_by_segment ? w.segment_count : 1) + (w.choice_by_segment ? s : 0)) * 16;
+  }
+  const float* scales(int block, int s) const { return w.scales + (size_t(block) * w.segment_count + s) * kBlockRows; }
+  int32_t correction(int m, int s) const { return 128 * in.segment_sums[int64_t(m) * w.segment_count + s]; }
+};
+
+inline __m512 add_segment(const Job& job, __m512i sum, __m512 total, __m512 scale, int m, int s) {
+  if (job.in.group_scales)
+    scale = _mm512_mul_ps(scale, _mm512_set1_ps(job.in.group_scales[int64_t(m) * job.w.segment_count + s]));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, total);
+}
+
+inline void store_result(const Job& job, __m512 total, int m, int block) {
+  const __m512 y = _mm512_fmadd_ps(total, _mm512_set1_ps(job.in.row_scales[m]),
+                                   _mm512_loadu_ps(job.out.bias + block * kBlockRows));
+  const int rows = job.w.rows - block * kBlockRows;
+  const __mmask16 mask = rows >= kBlockRows ? 0xffff : __mmask16((1 << rows) - 1);
+  _mm512_mask_storeu_ps(job.out.data + m * job.out.stride + block * kBlockRows, mask, y);
+}
+
+// One block of rows times kM input rows, the weights read once and in order.
+template <int kStorage, Product kP, int kM>
+void stream_block(const Job& job, int block, int m0) {
+  const Weight& w = job.w;
+  const uint8_t* p = w.codes + size_t(block) * w.chunk_count * w.chunk_bytes;
+  __m512 total[kM];
+  __m512i table[4] = {};
+  unroll<kM>([&](auto m) DYBIT_INLINE { total[m] = _mm512_setzero_ps(); });
+  for (int s = 0; s < w.segment_count; ++s) {
+    const Segment& segment = w.segments[s];
+    if (kStorage < 8 && (s == 0 || w.choice_by_segment)) load_tables(job.tables, job.choices(block, s), table);
+    __m512i sum[kM][4];
+    unroll<kM * 4>([&](auto i) DYBIT_INLINE { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
+    constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
+    const uint8_t* x = job.x + m0 * job.x_stride + size_t(segment.chunk) * kChunk * kSize;
+    for (int c = 0; c < segment.chunks; ++c, x += kChunk * kSize) {
+      for (size_t line = 0; line < w.chunk_bytes; line += 64) _mm_prefetch((const char*)p + 3072 + line, _MM_HINT_T0);
+      constexpr int kParts = kSize == 2 ? 4 : 2;
+      __m512i weights[kParts][4];
+      if constexpr (kSize == 2)
+        decode16<kStorage>(p, table, weights);
+      else
+        decode<kStorage, kP == Product::kSigned8 ? 128 : 0>(p, table, weights);
+      unroll<kM * kParts>([&](auto mi) DYBIT_INLINE {
+        constexpr int m = mi / kParts, i = mi % kParts;
+        const __m512i xs = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + m * job.x_stride + 16 * i)));
+        unroll<4>([&](auto r) DYBIT_INLINE { sum[m][r] = multiply_add<kP>(sum[m][r], weights[i][r], xs); });
+      });
+      p += w.chunk_bytes;
+    }
+    const __m512 scale = _mm512_loadu_ps(job.scales(block, s));
+    unroll<kM>([&](auto m) DYBIT_INLINE {
+      __m512i d = reduce(sum[m]);
+      if (kP == Product::kSigned8) d = _mm512_sub_epi32(d, _mm512_set1_epi32(job.correction(m0 + m, s)));
+      total[m] = add_segment(job, d, total[m], scale, m0 + m, s);
+    });
+  }
+  unroll<kM>([&](auto m) DYBIT_INLINE { store_result(job, total[m], m0 + m, block); });
+}
+
+// Unpacks the segments first … last of a unit: panel[word of 4 bytes of columns][block][row], a word each.
+template <int kStorage, Product kP>
+void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* panel) {
+  const Weight& w = job.w;
+  constexpr int kParts = kP == Product::kSigned16 ? 4 : 2;
+  const int blocks = std::min(kUnit, w.blocks - block0);
+  const int chunk0 = w.segments[first].chunk;
+  for (int j = 0; j < blocks; ++j) {
+    __m512i table[4] = {};
+    for (int s = first; s < last; ++s) {
+      const Segment& segment = w.segments[s];
+      if (kStorage < 8) load_tables(job.tables, job.choices(block0 + j, s), table);
+      const uint8_t* p = w.codes + (size_t(block0 + j) * w.chunk_count + segment.chunk) * w.chunk_bytes;
+      uint8_t* to = panel + (size_t(segment.chunk - chunk0) * 4 * kParts * kUnit + j) * 64;
+      for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes) {
+        __m512i weights[kParts][4];
+        if constexpr (kParts == 4)
+          decode16<kStorage>(p, table, weights);
+        else
+          decode<kStorage, kP == Product::kSigned8 ? 128 : 0>(p, table, weights);
+        for (int i = 0; i < kParts; ++i) {
+          transpose(weights[i]);
+          for (int q = 0; q < 4; ++q, to += 64 * kUnit) _mm512_store_si512(to, weights[i][q]);
+        }
+      }
+    }
+  }
+}
+
+// The sums of one input row and the four blocks of a unit. Named and not an array: GCC would keep an array in memory.
+struct Four {
+  __m512i a, b, c, d;
+};
+
+template <Product kP>
+DYBIT_INLINE inline Four multiply_add(Four sum, Four w, const uint8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, 4);
+  const __m512i xs = _mm512_set1_epi32(word);
+  return {multiply_add<kP>(sum.a, w.a, xs), multiply_add<kP>(sum.b, w.b, xs), multiply_add<kP>(sum.c, w.c, xs),
+          multiply_add<kP>(sum.d, w.d, xs)};
+}
+
+// kM input rows times a panel. y holds the totals between panels.
+template <Product kP, int kM>
+void tile(const Job& job, const uint8_t* panel, int block0, int first, int last, int m0) {
+  const Weight& w = job.w;
+  constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
+  const int blocks = std::min(kUnit, w.blocks - block0);
+  alignas(64) float total[kM][kUnit][kBlockRows];
+  const bool ends = last == w.segment_count;
+  for (int m = 0; m < kM; ++m)
+    for (int j = 0; j < kUnit; ++j) {
+      const int rows = std::min(kBlockRows, w.rows - (block0 + j) * kBlockRows);
+      const __mmask16 mask = first && j < blocks ? __mmask16((1 << rows) - 1) : 0;
+      const float* y = job.out.data + (m0 + m) * job.out.stride + (block0 + j) * kBlockRows;
+      _mm512_store_ps(total[m][j], _mm512_maskz_loadu_ps(mask, y));
+    }
+  const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
+  for (int s = first; s < last; ++s) {
+    auto start = [&](int m) DYBIT_INLINE {
+      const bool biased = kP == Product::kSigned8 && m < kM;
+      const __m512i sum = biased ? _mm512_set1_epi32(-job.correction(m0 + m, s)) : _mm512_setzero_si512();
+      return Four{sum, sum, sum, sum};
+    };
+    Four sum0 = start(0), sum1 = start(1), sum2 = start(2), sum3 = start(3), sum4 = start(4), sum5 = start(5);
+    const int words = w.segments[s].chunks * kChunk * kSize / 4;
+    for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
+      const Four weights{_mm512_load_si512(panel), _mm512_load_si512(panel + 64), _mm512_load_si512(panel + 128),
+                         _mm512_load_si512(panel + 192)};
+      sum0 = multiply_add<kP>(sum0, weights, x);
+      if constexpr (kM > 1) sum1 = multiply_add<kP>(sum1, weights, x + job.x_stride);
+      if constexpr (kM > 2) sum2 = multiply_add<kP>(sum2, weights, x + 2 * job.x_stride);
+      if constexpr (kM > 3) sum3 = multiply_add<kP>(sum3, weights, x + 3 * job.x_stride);
+      if constexpr (kM > 4) sum4 = multiply_add<kP>(sum4, weights, x + 4 * job.x_stride);
+      if constexpr (kM > 5) sum5 = multiply_add<kP>(sum5, weights, x + 5 * job.x_stride);
+    }
+    const Four sums[6] = {sum0, sum1, sum2, sum3, sum4, sum5};
+    for (int m = 0; m < kM; ++m) {
+      const __m512i parts[kUnit] = {sums[m].a, sums[m].b, sums[m].c, sums[m].d};
+      for (int j = 0; j < blocks; ++j) {
+        const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
+        _mm512_store_ps(total[m][j], add_segment(job, parts[j], _mm512_load_ps(total[m][j]), scale, m0 + m, s));
+      }
+    }
+  }
+  for (int m = 0; m < kM; ++m)
+    for (int j = 0; j < blocks; ++j) {
+      const __m512 sum = _mm512_load_ps(total[m][j]);
+      if (ends) {
+        store_result(job, sum, m0 + m, block0 + j);
+      } else {
+        const int rows = std::min(kBlockRows, w.rows - (block0 + j) * kBlockRows);
+        _mm512_mask_storeu_ps(job.out.data + (m0 + m) * job.out.stride + (block0 + j) * kBlockRows,
+                              __mmask16((1 << rows) - 1), sum);
+      }
+    }
+}
+
+template <Product kP>
+void tiles(const Job& job, const uint8_t* panel, int block0, int first, int last) {
+  int m = 0;
+  for (; m + kTileRows <= job.in.rows; m += kTileRows) tile<kP, kTileRows>(job, panel, block0, first, last, m);
+  switch (job.in.rows - m) {
+    case 5: tile<kP, 5>(job, panel, block0, first, last, m); break;
+    case 4: tile<kP, 4>(job, panel, block0, first, last, m); break;
+    case 3: tile<kP, 3>(job, panel, block0, first, last, m); break;
+    case 2: tile<kP, 2>(job, panel, block0, first, last, m); break;
+    case 1: tile<kP, 1>(job, panel, block0, first, last, m); break;
+    default: break;
+  }
+}
+
+uint8_t* panel_memory() {
+  static thread_local std::vector<uint8_t> memory(kPanelBytes * 2 + 64);
+  return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+}
+
+template <int kStorage, Product kP>
+void run(const Job& job, int first_block, int last_block) {
+  if (job.in.rows <= kFewRows) {
+    for (int block = first_block; block < last_block; ++block) switch (job.in.rows) {
+        case 1: stream_block<kStorage, kP, 1>(job, block, 0); break;
+        case 2: stream_block<kStorage, kP, 2>(job, block, 0); break;
+        case 3: stream_block<kStorage, kP, 3>(job, block, 0); break;
+        case 4: stream_block<kStorage, kP, 4>(job, block, 0); break;
+        default: break;
+      }
+    return;
+  }
+  const size_t chunk_panel = size_t(kChunk) * kUnit * kBlockRows * (kP == Product::kSigned16 ? 2 : 1);
+  const int most = int(2 * kPanelBytes / chunk_panel);  // chunks; at least one segment
+  uint8_t* panel = panel_memory();
+  for (int block = first_block; block < last_block; block += kUnit)
+    for (int first = 0, last; first < job.w.segment_count; first = last) {
+      int chunks = 0;
+      for (last = first; last < job.w.segment_count && chunks + job.w.segments[last].chunks <= most; ++last)
+        chunks += job.w.segments[last].chunks;
+      unpack_panel<kStorage, kP>(job, block, first, last, panel);
+      tiles<kP>(job, panel, block, first, last);
+    }
+}
+
+template <Product kP>
+void run_storage(const Job& job, int first_block, int last_block) {
+  switch (job.w.storage) {
+    case 2: run<2, kP>(job, first_block, last_block); break;
+    case 3: run<3, kP>(job, first_block, last_block); break;
+    case 4: run<4, kP>(job, first_block, last_block); break;
+    case 8: run<8, kP>(job, first_block, last_block); break;
+    default:
+      if constexpr (kP == Product::kSigned16) run<16, kP>(job, first_block, last_block);
+  }
+}
+
+InputKind input_kind(int storage, int, int max_input, bool is_signed) {
+  if (storage == 16 || max_input > (is_signed ? 127 : 255)) return InputKind::kSigned16;
+  return is_signed ? InputKind::kSigned8 : InputKind::kUnsigned8;
+}
+
+// Expand for FP32 inputs and dequantize: row-major significands.
+template <int kStorage>
+void expand8(const Weight& w, int block, int s, int8_t* out) {
+  const Segment& segment = w.segments[s];
+  const uint8_t* choices =
+      w.choices + (size_t(block) * (w.choice_by_segment ? w.segment_count : 1) + (w.choice_by_segment ? s : 0)) * 16;
+  __m512i table[4] = {};
+  if (kStorage < 8) load_tables(w.tables, choices, table);
+  const int64_t stride = int64_t(segment.chunks) * kChunk;
+  const uint8_t* p = w.codes + (size_t(block) * w.chunk_count + segment.chunk) * w.chunk_bytes;
+  for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes) {
+    __m512i bytes[2][4];
+    decode<kStorage, 0>(p, table, bytes);
+    for (int i = 0; i < 2; ++i)
+      for (int r = 0; r < 4; ++r) {
+        int8_t* to = out + r * stride + c * kChunk + 16 * i;
+        _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(bytes[i][r]));
+        _mm_storeu_si128((__m128i*)(to + 4 * stride), _mm512_extracti32x4_epi32(bytes[i][r], 1));
+        _mm_storeu_si128((__m128i*)(to + 8 * stride), _mm512_extracti32x4_epi32(bytes[i][r], 2));
+        _mm_storeu_si128((__m128i*)(to + 12 * stride), _mm512_extracti32x4_epi32(bytes[i][r], 3));
+      }
+  }
+}
+
+void expand(const Weight& w, int block, int s, int8_t* out) {
+  switch (w.storage) {
+    case 2: expand8<2>(w, block, s, out); break;
+    case 3: expand8<3>(w, block, s, out); break;
+    case 4: expand8<4>(w, block, s, out); break;
+    default: expand8<8>(w, block, s, out);
+  }
+}
+
+void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
+  auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
+  auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
+  for (int block = first_block; block < last_block; ++block) {
+    if (w.storage == 16)
+      float_linear<int16_t>(w, in, out, block, words);
+    else
+      float_linear<int8_t>(w, in, out, block, bytes);
+  }
+}
+
+void dequantize(const Weight& w, float* out, int first_block, int last_block) {
+  auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
+  auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
+  for (int block = first_block; block < last_block; ++block) {
+    if (w.storage == 16)
+      dequantize_block<int16_t>(w, out, block, words);
+    else
+      dequantize_block<int8_t>(w, out, block, bytes);
+  }
+}
+
+void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
+  if (in.kind == InputKind::kFloat) return float_blocks(w, in, out, first_block, last_block);
+  alignas(64) int8_t tables[kMaxBooks * 16];
+  const int bias = in.kind == InputKind::kSigned8 ? 128 : 0;
+  for (int i = 0; i < kMaxBooks * 16; ++i) tables[i] = int8_t(w.tables[i] + bias);
+  const int64_t size = in.kind == InputKind::kSigned16 ? 2 : 1;
+  const Job job{w, in, out, tables, static_cast<const uint8_t*>(in.data), int64_t(w.chunk_count) * kChunk * size};
+  switch (in.kind) {
+    case InputKind::kSigned8: run_storage<Product::kSigned8>(job, first_block, last_block); break;
+    case InputKind::kUnsigned8: run_storage<Product::kUnsigned8>(job, first_block, last_block); break;
+    default: run_storage<Product::kSigned16>(job, first_block, last_block);
+  }
+}
+
+void encode(const EncodeTask& task, int first_row, int last_row) { encode_rows(task, first_row, last_row); }
+
+}  // namespace
+
+extern const Kernels kAvx512;
+const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize};
+
+}  // namespace dybit
+DYBIT_TARGET_END
+#endif

@@ -1,0 +1,90 @@
+#include "dispatch.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "packed.h"
+
+namespace dybit {
+namespace {
+
+std::vector<const Kernels*> present() {
+  std::vector<const Kernels*> sets{&kScalar};
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kAvx2);
+  if (sets.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    sets.push_back(&kAvx512);
+#endif
+  return sets;
+}
+
+// Small linear layers of every storage and kind of input, with numbers from a fixed generator.
+std::vector<float> sample(const Kernels& kernels) {
+  std::vector<float> results;
+  uint32_t state = 1;
+  auto draw = [&state] { return (state = state * 1664525u + 1013904223u) >> 8; };
+  constexpr int kRows = 19, kColumns = 77, kInputs = 7;
+  for (int bits : {2, 3, 4, 6, 8}) {
+    std::vector<int32_t> table(2 << bits);
+    for (int i = 0; i < 2 << bits; ++i) table[i] = int(draw() % (bits == 8 ? 8192 : 96)) - (bits == 8 ? 4096 : 48);
+    std::vector<uint8_t> packed(kRows * 80), choice(kRows * 2);
+    for (auto& byte : packed) byte = uint8_t(draw());
+    for (auto& book : choice) book = uint8_t(draw() & 1);
+    std::vector<float> scale(kRows * 2, 0.25f), x(kInputs * kColumns), steps{0.5f, 0.25f};
+    for (auto& value : x) value = float(int(draw() % 4001) - 2000) / 500.0f;
+    const Portable portable{packed.data(), kRows, kColumns, bits,         48,           scale.data(), true, true,
+                            choice.data(), true,  true,     table.data(), steps.data(), 2};
+    const InputFormat inputs[] = {{false, 0, 0, false, kColumns}, {true, 7, 1, true, kColumns}, {true, 8, 1, false, 40},
+                                  {true, 7, 7, true, kColumns}};
+    for (const InputFormat& input : inputs) {
+      const PackedWeight weight(portable, input, kernels);
+      for (int rows : {1, 3, kInputs}) {
+        std::vector<float> y(size_t(rows) * kRows);
+        weight.linear(x.data(), rows, y.data(), nullptr, nullptr, nullptr, 1.5f, 1);
+        results.insert(results.end(), y.begin(), y.end());
+      }
+    }
+  }
+  return results;
+}
+
+std::vector<const Kernels*> checked() {
+  std::vector<const Kernels*> good;
+  const std::vector<float> expected = sample(kScalar);
+  for (const Kernels* set : present()) {
+    const std::vector<float> found = sample(*set);
+    if (std::memcmp(found.data(), expected.data(), expected.size() * sizeof(float)) == 0) good.push_back(set);
+  }
+  return good;
+}
+
+const Kernels* find(const std::string& name) {
+  for (const Kernels* set : available())
+    if (name == set->name) return set;
+  throw std::invalid_argument("the instruction set '" + name + "' is unknown, not on this machine, or failed its test");
+}
+
+const Kernels*& chosen() {
+  static const Kernels* set = [] {
+    const char* name = std::getenv("DYBIT_ISA");
+    return name && *name ? find(name) : available().back();
+  }();
+  return set;
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> sets = checked();
+  return sets;
+}
+
+const Kernels& kernels() { return *chosen(); }
+
+void use(const std::string& name) { chosen() = find(name); }
+
+}  // namespace dybit

@@ -1,0 +1,258 @@
+#include "packed.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "pool.h"
+
+namespace dybit {
+namespace {
+
+constexpr size_t kAlignment = 64, kHugePage = size_t(1) << 21;
+
+// Bytes of a group of codes.
+int64_t group_bytes(int64_t count, int bits) { return (count * bits + 7) / 8; }
+
+// Reads the codes of one group in order.
+class Reader {
+ public:
+  Reader(const uint8_t* from, int bits) : from_(from), bits_(bits) {}
+  int next() {
+    if (held_ < bits_) {
+      word_ |= uint32_t(*from_++) << held_;
+      held_ += 8;
+    }
+    const int code = int(word_ & ((1u << bits_) - 1));
+    word_ >>= bits_;
+    held_ -= bits_;
+    return code;
+  }
+
+ private:
+  const uint8_t* from_;
+  uint32_t word_ = 0;
+  int bits_, held_ = 0;
+};
+
+// Puts a code or significand at its place in a chunk of zeros; see weight.h.
+void place(uint8_t* chunk, int storage, int row, int column, int value) {
+  const int r = row % 4, s = column / 16, byte = row / 4 * 16 + column % 16;
+  switch (storage) {
+    case 2: chunk[r / 2 * 64 + byte] |= uint8_t(value << (r % 2 * 4 + s * 2)); break;
+    case 3:
+      chunk[r / 2 * 64 + byte] |= uint8_t((value & 3) << (r % 2 * 4 + s * 2));
+      chunk[128 + byte] |= uint8_t((value >> 2) << (r * 2 + s));
+      break;
+    case 4: chunk[r * 64 + byte] |= uint8_t(value << (s * 4)); break;
+    case 8: chunk[(s * 4 + r) * 64 + byte] = uint8_t(value); break;
+    default: {
+      const int16_t wide = int16_t(value);
+      std::memcpy(chunk + (column / 8 * 4 + r) * 64 + row / 4 * 16 + column % 8 * 2, &wide, 2);
+    }
+  }
+}
+
+// Zeroed, on a cache line; large ones on huge pages where the system has them, since a stream of weights otherwise
+// waits for the address translation of every 4 KB.
+uint8_t* allocate(size_t size) {
+  auto* memory = static_cast<uint8_t*>(::operator new(size, std::align_val_t(kAlignment)));
+#if defined(__linux__)
+  if (size >= 2 * kHugePage) {
+    const auto first = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+    const auto last = (reinterpret_cast<uintptr_t>(memory) + size) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  std::memset(memory, 0, size);
+  return memory;
+}
+
+struct Units {
+  const Portable& p;
+  int64_t groups = (p.columns + p.group_size - 1) / p.group_size;
+  int64_t index(bool by_row, bool by_group, int64_t row, int64_t group) const {
+    return (by_row ? row * (by_group ? groups : 1) : 0) + (by_group ? group : 0);
+  }
+  int choice(int64_t row, int64_t group) const {
+    return p.choice ? p.choice[index(p.choice_by_row, p.choice_by_group, row, group)] : 0;
+  }
+  float scale(int64_t row, int64_t group) const {
+    return p.scale[index(p.scale_by_row, p.scale_by_group, row, group)];
+  }
+};
+
+}  // namespace
+
+void PackedWeight::Free::operator()(uint8_t* memory) const {
+  ::operator delete(memory, std::align_val_t(kAlignment));
+}
+
+int max_significand(int magnitude_bits, int max_run) {
+  return ((2 << (magnitude_bits - max_run)) - 1) << (2 * max_run - 2);
+}
+
+PackedWeight::PackedWeight(const Portable& p, const InputFormat& input, const Kernels& kernels)
+    : kernels_(kernels), input_(input) {
+  if (p.rows < 1 || p.columns < 1 || p.rows > (1 << 28) || p.columns > (1 << 28) || p.books < 1 || p.books > kMaxBooks)
+    throw std::invalid_argument("the weight is too large, or has too many codebooks");
+  const Units units{p};
+  std::vector<bool> used(p.books, p.choice == nullptr);
+  const int64_t choices = (p.choice_by_row ? p.rows : 1) * (p.choice_by_group ? units.groups : 1);
+  for (int64_t i = 0; p.choice && i < choices; ++i) {
+    if (p.choice[i] >= p.books) throw std::invalid_argument("a choice is beyond the codebooks");
+    used[p.choice[i]] = true;
+  }
+  int largest = 0;
+  for (int book = 0; book < p.books; ++book)
+    for (int code = 0; used[book] && code < 1 << p.bits; ++code)
+      largest = std::max(largest, std::abs(p.significands[(book << p.bits) + code]));
+  if (largest > 32767) throw std::invalid_argument("a significand does not fit 16 bits");
+  weight_.rows = int(p.rows);
+  weight_.columns = int(p.columns);
+  weight_.max_weight = largest;
+  weight_.storage = p.bits <= 4 && largest <= 127 ? p.bits : largest <= 127 ? 8 : 16;
+  if (input.quantized) {
+    max_input_ = max_significand(input.magnitude_bits, input.max_run);
+    kind_ = kernels.input_kind(weight_.storage, largest, max_input_, input.is_signed);
+  }
+  cut(p);
+  fill(p);
+}
+
+// Segments: the columns between the ends of groups, and no more than can be summed in 32 bits. A biased sum may wrap on
+// the way, but not when the bias is taken off again: so segments depend on the formats and not on the instruction set.
+void PackedWeight::cut(const Portable& p) {
+  const int64_t input_group = input_.quantized ? input_.group_size : p.columns;
+  const int64_t worst = int64_t(std::max(weight_.max_weight, 1)) * std::max(max_input_, 1);
+  int64_t safe = std::min<int64_t>(kMaxSegment, std::numeric_limits<int32_t>::max() / worst);
+  if (safe >= kChunk) safe -= safe % kChunk;
+  int chunk = 0;
+  for (int64_t start = 0; start < p.columns;) {
+    const int64_t group = start / p.group_size, other = start / input_group;
+    const int64_t end = std::min({start + safe, (group + 1) * p.group_size, (other + 1) * input_group, p.columns});
+    const int chunks = int((end - start + kChunk - 1) / kChunk);
+    segments_.push_back({int32_t(start), int32_t(end - start), chunk, chunks, int32_t(group), int32_t(other)});
+    chunk += chunks;
+    start = end;
+  }
+  many_input_groups_ = segments_.back().input_group > 0;
+  weight_.segments = segments_.data();
+  weight_.segment_count = int(segments_.size());
+  weight_.chunk_count = chunk;
+  weight_.blocks = int((p.rows + kBlockRows - 1) / kBlockRows);
+  weight_.chunk_bytes = size_t(weight_.storage) * kBlockRows * kChunk / 8;
+}
+
+void PackedWeight::fill(const Portable& p) {
+  const Units units{p};
+  const size_t size = size_t(weight_.blocks) * weight_.chunk_count * weight_.chunk_bytes;
+  codes_.reset(allocate(size));
+  scales_.assign(size_t(weight_.blocks) * weight_.segment_count * kBlockRows, 0.0f);
+  weight_.choice_by_segment = p.choice && p.choice_by_group && weight_.segment_count > 1;
+  const int choice_units = weight_.choice_by_segment ? weight_.segment_count : 1;
+  choices_.assign(size_t(weight_.blocks) * choice_units * kBlockRows, 0);
+  sums_.assign(size_t(weight_.blocks) * kBlockRows, 0.0f);
+  if (weight_.storage <= 4)
+    for (int book = 0; book < p.books; ++book)
+      for (int i = 0; i < 16; ++i)
+        tables_.entries[book * 16 + i] = int8_t(p.significands[(book << p.bits) + (i & ((1 << p.bits) - 1))]);
+  const int64_t full = group_bytes(p.group_size, p.bits);
+  const int64_t tail = p.columns % p.group_size;
+  const int64_t row_bytes = p.columns / p.group_size * full + group_bytes(tail, p.bits);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const size_t block = size_t(row / kBlockRows);
+    const int n = int(row % kBlockRows);
+    double total = 0;
+    Reader reader(p.packed, p.bits);
+    for (int s = 0; s < weight_.segment_count; ++s) {
+      const Segment& segment = segments_[s];
+      const int choice = units.choice(row, segment.group);
+      const int32_t* table = p.significands + (size_t(choice) << p.bits);
+      const float scale = units.scale(row, segment.group) * p.steps[choice];
+      scales_[(block * weight_.segment_count + s) * kBlockRows + n] = scale;
+      if (weight_.choice_by_segment || s == 0)
+        choices_[(block * choice_units + (weight_.choice_by_segment ? s : 0)) * kBlockRows + n] = uint8_t(choice);
+      if (segment.start % p.group_size == 0)
+        reader = Reader(p.packed + row * row_bytes + segment.group * full, p.bits);
+      int64_t sum = 0;
+      for (int k = 0; k < segment.length; ++k) {
+        const int code = reader.next();
+        uint8_t* chunk = codes_.get() + (block * weight_.chunk_count + segment.chunk + k / kChunk) * weight_.chunk_bytes;
+        place(chunk, weight_.storage, n, k % kChunk, weight_.storage <= 4 ? code : table[code]);
+        sum += table[code];
+      }
+      total += double(scale) * double(sum);
+    }
+    sums_[row] = float(total);
+  }
+  weight_.codes = codes_.get();
+  weight_.scales = scales_.data();
+  weight_.choices = choices_.data();
+  weight_.tables = tables_.entries;
+}
+
+size_t PackedWeight::bytes() const {
+  return size_t(weight_.blocks) * weight_.chunk_count * weight_.chunk_bytes + scales_.size() * 4 + choices_.size();
+}
+
+void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale,
+                          const float* offset, float reach, int threads) const {
+  if (input_rows == 0) return;
+  const int m = int(input_rows), padded = weight_.chunk_count * kChunk, segments = weight_.segment_count;
+  const size_t size = kind_ == InputKind::kFloat ? 4 : kind_ == InputKind::kSigned16 ? 2 : 1;
+  // Kept between calls: the first touch of fresh memory costs more than the rounding.
+  struct Scratch {
+    std::vector<uint8_t> data, nan;
+    std::vector<int32_t> sums;
+    std::vector<float> groups, rows, bias;
+  };
+  static thread_local Scratch kept;
+  Scratch& scratch = kept;  // workers capture this one, not their own
+  scratch.data.resize(size * m * padded + 64);
+  scratch.nan.resize(m);
+  scratch.rows.resize(m);
+  if (kind_ == InputKind::kSigned8) scratch.sums.resize(size_t(m) * segments);
+  if (many_input_groups_) scratch.groups.resize(size_t(m) * segments);
+  scratch.bias.assign(size_t(weight_.blocks) * kBlockRows, 0.0f);
+  if (bias) std::copy(bias, bias + weight_.rows, scratch.bias.begin());
+  if (offset)
+    for (int n = 0; n < weight_.rows; ++n) scratch.bias[n] = std::fma(*offset, sums_[n], scratch.bias[n]);
+  uint8_t* data = scratch.data.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data.data()) % 64) % 64;
+  const Rounding rounding{std::max(input_.magnitude_bits, 1), std::max(input_.max_run, 1), input_.is_signed, !scale,
+                          reach, scale ? *scale : 1.0f, offset ? *offset : 0.0f};
+  const EncodeTask task{x, weight_.columns, &rounding, weight_.segments, segments, padded, kind_, data,
+                        kind_ == InputKind::kSigned8 ? scratch.sums.data() : nullptr,
+                        many_input_groups_ ? scratch.groups.data() : nullptr, scratch.rows.data(), scratch.nan.data()};
+  const int grain = std::max(1, 65536 / padded);
+  parallel_for((m + grain - 1) / grain, threads,
+               [&](int i) { kernels_.encode(task, i * grain, std::min(m, (i + 1) * grain)); });
+  const Input in{m, kind_, max_input_, data, task.segment_sums, task.group_scales, scratch.rows.data()};
+  const Output out{y, weight_.rows, scratch.bias.data()};
+  // About 256 KB of weights, or a share of them, at a time; whole units.
+  const int unit = kernels_.unit_blocks;
+  const int units = (weight_.blocks + unit - 1) / unit;
+  const size_t unit_bytes = size_t(unit) * weight_.chunk_count * weight_.chunk_bytes;
+  const int wanted = m > 4 ? 1 : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
+  const int step = std::max(1, std::min(wanted, units / std::max(1, 4 * threads)));
+  const size_t work = size_t(m) * weight_.rows * padded;
+  parallel_for((units + step - 1) / step, work < 200000 ? 1 : threads, [&](int i) {
+    kernels_.linear(weight_, in, out, i * step * unit, std::min(weight_.blocks, (i + 1) * step * unit));
+  });
+  for (int row = 0; row < m; ++row)
+    if (scratch.nan[row])
+      std::fill_n(y + int64_t(row) * weight_.rows, weight_.rows, std::numeric_limits<float>::quiet_NaN());
+}
+
+void PackedWeight::dequantize(float* out, int threads) const {
+  parallel_for(weight_.blocks, threads, [&](int i) { kernels_.dequantize(weight_, out, i, i + 1); });
+}
+
+}  // namespace dybit

@@ -1,0 +1,79 @@
+// A weight in the kernel layout with all it needs, and what computes with it. Must not know Python or torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "weight.h"
+
+namespace dybit {
+
+// The portable form: codes of each group from a byte on, little-endian bits.
+struct Portable {
+  const uint8_t* packed;
+  int64_t rows, columns;
+  int bits;
+  int64_t group_size;  // columns where a row is one group
+  const float* scale;
+  bool scale_by_row, scale_by_group;
+  const uint8_t* choice;  // or null
+  bool choice_by_row, choice_by_group;
+  const int32_t* significands;  // [books][2^bits]
+  const float* steps;           // [books]: the value of one significand
+  int books;
+};
+
+struct InputFormat {
+  bool quantized;
+  int magnitude_bits, max_run;
+  bool is_signed;
+  int64_t group_size;  // columns where a row is one group
+};
+
+class PackedWeight {
+ public:
+  // Throws std::invalid_argument for what no kernel can hold.
+  PackedWeight(const Portable& portable, const InputFormat& input, const Kernels& kernels);
+
+  // y (input_rows, rows) = x (input_rows, columns) · weightᵀ + bias, all FP32 and contiguous. bias may be null.
+  // A row of x with NaN gives a row of NaN. Dynamic rounding where scale is null, else static.
+  void linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale, const float* offset,
+              float reach, int threads) const;
+
+  // The values: FP32 (rows, columns).
+  void dequantize(float* out, int threads) const;
+
+  const Weight& weight() const { return weight_; }
+  const Kernels& kernels() const { return kernels_; }
+  InputKind kind() const { return kind_; }
+  size_t bytes() const;
+
+ private:
+  void cut(const Portable& portable);
+  void fill(const Portable& portable);
+
+  const Kernels& kernels_;
+  InputFormat input_;
+  InputKind kind_ = InputKind::kFloat;
+  int max_input_ = 0;
+  bool many_input_groups_ = false;
+  Weight weight_{};
+  std::vector<Segment> segments_;
+  struct Free {
+    void operator()(uint8_t* memory) const;
+  };
+  std::unique_ptr<uint8_t, Free> codes_;
+  std::vector<float> scales_, sums_;  // sums_: of each row's values, for inputs with an offset
+  std::vector<uint8_t> choices_;
+  struct alignas(64) Tables {
+    int8_t entries[kMaxBooks * 16];
+  };
+  Tables tables_{};
+};
+
+// The largest magnitude of a significand of a plain format.
+int max_significand(int magnitude_bits, int max_run);
+
+}  // namespace dybit

@@ -1,0 +1,108 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace dybit {
+namespace {
+
+constexpr int kSpins = 2000;  // some microseconds: layers follow each other, and sleeping threads wake slowly
+
+class Pool {
+ public:
+  void run(int count, int threads, const std::function<void(int)>& work) {
+    std::unique_lock<std::mutex> busy(use_, std::try_to_lock);
+    if (!busy || threads < 2 || count < 2) {
+      for (int i = 0; i < count; ++i) work(i);
+      return;
+    }
+    const int helpers = std::min(threads, count) - 1;
+    while (int(workers_.size()) < helpers) {
+      const int index = int(workers_.size());
+      workers_.emplace_back([this, index] { serve(index); });
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      count_ = count;
+      helpers_ = helpers;
+      next_.store(0);
+      running_.store(helpers);
+      turn_.fetch_add(1);
+    }
+    wake_.notify_all();
+    drain();
+    for (int i = 0; running_.load() && i < 100 * kSpins; ++i) pause();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_.load() == 0; });
+  }
+
+ private:
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void drain() {
+    for (int i; (i = next_.fetch_add(1)) < count_;) (*work_)(i);
+  }
+
+  void serve(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; turn_.load() == seen && i < kSpins; ++i) pause();
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return turn_.load() != seen; });
+        seen = turn_.load();
+        if (index >= helpers_) continue;
+      }
+      drain();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (running_.fetch_sub(1) == 1) done_.notify_one();
+    }
+  }
+
+  std::mutex use_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  const std::function<void(int)>* work_ = nullptr;
+  int count_ = 0, helpers_ = 0;
+  std::atomic<int> next_{0}, running_{0};
+  std::atomic<uint64_t> turn_{0};
+};
+
+// Never destroyed: its threads wait until the process ends. A forked child has none of them, so it gets a new pool.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    current = new Pool;
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+#endif
+  });
+  return *current;
+}
+
+}  // namespace
+
+void parallel_for(int count, int threads, const std::function<void(int)>& work) {
+  if (threads < 2 || count < 2) {
+    for (int i = 0; i < count; ++i) work(i);
+    return;
+  }
+  pool().run(count, threads, work);
+}
+
+}  // namespace dybit

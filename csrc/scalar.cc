@@ -1,0 +1,70 @@
+// The reference: every width and variant, without intrinsics. The other instruction sets must equal it bit for bit.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "target.h"
+#include "weight.h"
+
+namespace dybit {
+namespace {
+
+#include "portable.inc"
+
+InputKind input_kind(int, int, int max_input, bool is_signed) {
+  if (is_signed) return max_input <= 127 ? InputKind::kSigned8 : InputKind::kSigned16;
+  return max_input <= 255 ? InputKind::kUnsigned8 : InputKind::kSigned16;
+}
+
+template <class T>
+void linear_block(const Weight& w, const Input& in, const Output& out, int block) {
+  static thread_local std::vector<int16_t> scratch;
+  scratch.resize(size_t(kBlockRows) * (kMaxSegment + kChunk));
+  const T* x = static_cast<const T*>(in.data);
+  const int rows = std::min(kBlockRows, w.rows - block * kBlockRows);
+  for (int s = 0; s < w.segment_count; ++s) {
+    const Segment& segment = w.segments[s];
+    const int length = segment.chunks * kChunk;
+    expand_plainly(w, block, s, scratch.data());
+    const float* scale = w.scales + (size_t(block) * w.segment_count + s) * kBlockRows;
+    for (int m = 0; m < in.rows; ++m) {
+      const T* xs = x + (int64_t(m) * w.chunk_count + segment.chunk) * kChunk;
+      const float group_scale = in.group_scales ? in.group_scales[int64_t(m) * w.segment_count + s] : 1.0f;
+      float* y = out.data + m * out.stride + int64_t(block) * kBlockRows;
+      for (int n = 0; n < rows; ++n) {
+        const int16_t* row = scratch.data() + size_t(n) * length;
+        int32_t sum = 0;
+        for (int k = 0; k < length; ++k) sum += int32_t(xs[k]) * row[k];
+        float total = __builtin_fmaf(float(sum), scale[n] * group_scale, s ? y[n] : 0.0f);
+        bool last = s + 1 == w.segment_count;
+        y[n] = last ? __builtin_fmaf(total, in.row_scales[m], out.bias[block * kBlockRows + n]) : total;
+      }
+    }
+  }
+}
+
+void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
+  auto expand = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
+  for (int block = first_block; block < last_block; ++block) {
+    switch (in.kind) {
+      case InputKind::kSigned8: linear_block<int8_t>(w, in, out, block); break;
+      case InputKind::kUnsigned8: linear_block<uint8_t>(w, in, out, block); break;
+      case InputKind::kSigned16: linear_block<int16_t>(w, in, out, block); break;
+      default: float_linear<int16_t>(w, in, out, block, expand);
+    }
+  }
+}
+
+void dequantize(const Weight& w, float* out, int first_block, int last_block) {
+  auto expand = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
+  for (int block = first_block; block < last_block; ++block) dequantize_block<int16_t>(w, out, block, expand);
+}
+
+}  // namespace
+
+const Kernels kScalar = {"scalar", 4, input_kind, linear, encode_rows, dequantize};
+
+}  // namespace dybit

@@ -1,0 +1,22 @@
+// Compiles a region of a file for an instruction set that the rest of the program does not assume. Standard headers
+// must be included before the region, or their inline functions would be compiled for it, too.
+#pragma once
+
+#define DYBIT_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define DYBIT_TARGET_BEGIN(isa) \
+  DYBIT_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define DYBIT_TARGET_END DYBIT_PRAGMA(clang attribute pop)
+#elif defined(__GNUC__)
+#define DYBIT_TARGET_BEGIN(isa) DYBIT_PRAGMA(GCC push_options) DYBIT_PRAGMA(GCC target(isa))
+#define DYBIT_TARGET_END DYBIT_PRAGMA(GCC pop_options)
+#else  // MSVC takes intrinsics without being told
+#define DYBIT_TARGET_BEGIN(isa)
+#define DYBIT_TARGET_END
+#endif
+
+#if defined(__GNUC__)
+#define DYBIT_INLINE __attribute__((always_inline))
+#else
+#define DYBIT_INLINE
+#endif

@@ -1,0 +1,266 @@
+"""The compiled extension: loads it, says which instruction set runs, and puts weights into its layout.
+
+Must not know layers or models. Where no extension was built, everything runs on plain torch, and one line says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dybit import rivals
+from dybit.codec import Codebook
+from dybit.errors import DyBitError
+from dybit.format import Format, variants
+from dybit.tensor import QuantizedTensor
+
+FALLBACK = "torch"
+_MAX_BOOKS = 32
+_MAX_SIGNIFICAND = 32767
+
+
+@cache
+def _extension() -> ModuleType | None:
+    """The extension, or None: not built, built for another Python, or switched off with ``DYBIT_ISA=torch``."""
+    if os.environ.get("DYBIT_ISA") == FALLBACK:
+        return None
+    try:
+        from dybit import _kernels
+    except ImportError as error:
+        logging.getLogger("dybit").warning(
+            "dybit runs on plain torch: its compiled kernels cannot be loaded (%s)", error
+        )
+        return None
+    try:
+        _kernels.isa()
+    except ValueError as error:
+        raise DyBitError(f"DYBIT_ISA={os.environ.get('DYBIT_ISA')!r} cannot be used: {error}") from None
+    return _kernels
+
+
+def isa() -> str:
+    """Which path runs: ``avx512``, ``avx2``, ``scalar``, or ``torch`` without the extension.
+
+    Raises:
+        DyBitError: ``DYBIT_ISA`` names one that cannot run here.
+    """
+    extension = _extension()
+    return extension.isa() if extension else FALLBACK
+
+
+def available() -> tuple[str, ...]:
+    """The paths that can run on this machine, each checked against the scalar one at load; the last is the fastest."""
+    extension = _extension()
+    return (FALLBACK, *(extension.available() if extension else ()))
+
+
+def use(name: str) -> None:
+    """Switches to another path, for tests and benchmarks; weights packed for another one are packed anew.
+
+    Raises:
+        DyBitError: ``name`` is not in :func:`available`, or is ``torch``, which only ``DYBIT_ISA`` can choose.
+    """
+    extension = _extension()
+    if extension is None or name not in extension.available():
+        raise DyBitError(f"name must be one of {', '.join(available()[1:]) or 'none'}, not {name!r}")
+    extension.use(name)
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """A format of inputs as the kernels round to it: a plain DyBit one, its values times ``factor``.
+
+    Attributes:
+        magnitude_bits: 0 for inputs that are not rounded.
+        max_run: Longest run.
+        signed: Whether there are negative values.
+        factor: A power of two, by which the scale is multiplied: INT8, of values up to 127, is DyBit with
+            ``max_run=1``, of values up to 127/64, and factor 64.
+    """
+
+    magnitude_bits: int = 0
+    max_run: int = 0
+    signed: bool = True
+    factor: float = 1.0
+
+
+@lru_cache(maxsize=256)
+def input_format(name: str) -> InputFormat | None:
+    """The input format of a name, the empty one being no rounding; None if the kernels cannot round to it."""
+    if not name:
+        return InputFormat()
+    book = rivals.family(name).books[0]
+    for signed in (True, False):
+        for known in variants(book.bits, signed) if book.bits > 1 else ():
+            factor = _factor(book, known)
+            if factor and not (known.midrise or known.spare):
+                return InputFormat(known.magnitude_bits, known.max_run, signed, factor)
+    return None
+
+
+def _factor(book: Codebook, known: Format) -> float:
+    """The power of two by which the levels of two codebooks differ; 0 if they differ by more."""
+    if len(book.levels) != len(known.levels):
+        return 0.0
+    factor = float(book.levels[-1] / known.levels[-1])
+    same = np.array_equal(book.levels, known.levels * factor) and np.array_equal(book.ties_up, known.ties_up)
+    return factor if same and factor > 0 and np.frexp(factor)[0] == 0.5 else 0.0
+
+
+@lru_cache(maxsize=256)
+def _tables(family: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Significands (books, codes) int32 and steps (books,) float32 of a family; None if they do not fit 16 bits."""
+    books = rivals.family(family).books
+    if len(books) > _MAX_BOOKS or not 2 <= books[0].bits <= 8:
+        return None
+    tables, steps = [], []
+    for book in books:
+        values = np.nan_to_num(book.values)
+        step = next(
+            (2.0**e for e in range(8, -25, -1) if np.array_equal(np.round(values / 2.0**e) * 2.0**e, values)), 0
+        )
+        if not step or np.abs(values / step).max() > _MAX_SIGNIFICAND:
+            return None
+        tables.append((values / step).astype(np.int32))
+        steps.append(step)
+    return np.stack(tables), np.array(steps, dtype=np.float32)
+
+
+class PackedWeight:
+    """A weight in the layout of the kernels, for one format of inputs.
+
+    Args:
+        weight: The portable form, on the CPU.
+        inputs: The format of the inputs, with ``input_group_size`` consecutive ones sharing a scale (0: a row).
+
+    Raises:
+        DyBitError: The kernels cannot hold it; ask :func:`supports` first.
+    """
+
+    def __init__(self, weight: QuantizedTensor, inputs: InputFormat, input_group_size: int = 0) -> None:
+        extension, spec, tables = _extension(), weight.spec, _tables(weight.spec.family)
+        if extension is None or tables is None:
+            raise DyBitError(f"the kernels cannot hold a weight of family {spec.family!r}")
+        # Kept alive during the call: the extension is given addresses.
+        packed = weight.packed.contiguous()
+        scale = weight.scales().contiguous()
+        choice = weight.choices()
+        choice = None if choice is None else choice.contiguous()
+        if packed.numel() != spec.rows * spec.row_bytes or scale.shape != spec.scale_shape:
+            raise DyBitError(f"weight must have {spec.packed_shape} codes and {spec.scale_shape} scales")
+        self._weight = extension.PackedWeight(
+            packed.data_ptr(),
+            spec.rows,
+            spec.columns,
+            spec.bits,
+            spec.group_size or spec.columns,
+            scale.data_ptr(),
+            scale.shape[0] > 1,
+            scale.shape[1] > 1,
+            0 if choice is None else choice.data_ptr(),
+            choice is not None and choice.shape[0] > 1,
+            choice is not None and choice.shape[1] > 1,
+            tables[0].ctypes.data,
+            tables[1].ctypes.data,
+            len(tables[1]),
+            inputs.magnitude_bits,
+            inputs.max_run,
+            inputs.signed,
+            input_group_size or spec.columns,
+        )
+        self.shape = (spec.rows, spec.columns)
+        self.inputs = inputs
+        self.isa: str = self._weight.isa
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and choices in this layout."""
+        return int(self._weight.nbytes)
+
+    @property
+    def storage(self) -> int:
+        """Bits of a stored weight: 2, 3, 4, 8 or 16 (csrc/weight.h)."""
+        return int(self._weight.storage)
+
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        offset: Tensor | None = None,
+        reach: float = 1.0,
+    ) -> Tensor:
+        """Multiplies rows of inputs by the weight.
+
+        Inputs are rounded to significands at the static ``scale`` and ``offset``, or at the dynamic scale
+        ``max(|x|) / reach`` of every row or group. For every segment of columns (a part of one group whose sum fits 32
+        bits, 4096 at most) the sum of the products of significands is an exact integer. It is converted to FP32 and
+        multiplied by the scales; the segments are added in order with fused multiply-adds, then multiplied by the
+        row's input scale, and the bias is added (csrc/weight.h). All paths agree bit for bit.
+
+        Args:
+            x: float32 of shape (rows, columns), contiguous. A row with NaN gives a row of NaN; infinities saturate.
+            bias: float32 of shape (weight rows,), contiguous, or None.
+            scale: float32 of shape (1,), or None for dynamic scales.
+            offset: float32 of shape (1,), or None.
+            reach: Of dynamic scales.
+
+        Returns:
+            float32 of shape (rows, weight rows).
+
+        Raises:
+            DyBitError: A tensor has another type, shape, device or layout.
+        """
+        rows, columns = self.shape
+        _check("x", x, (x.shape[0] if x.ndim == 2 else -1, columns))
+        for name, tensor, shape in (("bias", bias, (rows,)), ("scale", scale, (1,)), ("offset", offset, (1,))):
+            if tensor is not None:
+                _check(name, tensor, shape)
+        if not reach > 0:
+            raise DyBitError(f"reach must be positive, not {reach!r}")
+        factor = self.inputs.factor
+        if scale is not None and factor != 1:
+            scale = scale * factor
+        y = torch.empty(x.shape[0], rows)
+        self._weight.linear(
+            x.data_ptr(),
+            x.shape[0],
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            reach / factor,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for: float32 of shape (rows, columns)."""
+        out = torch.empty(self.shape)
+        self._weight.dequantize(out.data_ptr(), torch.get_num_threads())
+        return out
+
+
+def supports(family: str) -> bool:
+    """Whether the kernels are there and can hold weights of a family: its values must be multiples of one step."""
+    return _extension() is not None and _tables(family) is not None
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if (
+        tensor.dtype != torch.float32
+        or tuple(tensor.shape) != shape
+        or not tensor.is_contiguous()
+        or tensor.device.type != "cpu"
+    ):
+        raise DyBitError(
+            f"{name} must be a contiguous float32 tensor of shape {shape} on the CPU, "
+            f"not {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+        )

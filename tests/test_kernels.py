@@ -1,0 +1,280 @@
+"""The compiled kernels against the NumPy oracle: integer sums exact, every instruction set the same bits."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dybit import kernels, packing, rivals
+from dybit.errors import DyBitError
+from dybit.format import Format, variants
+from dybit.tensor import QuantizedTensor, TensorSpec
+
+if "DYBIT_KERNELS" in os.environ:  # another build of the extension, as `make sanitize` makes it
+    _file = next(Path(os.environ["DYBIT_KERNELS"]).glob("_kernels*.so"))
+    _spec = importlib.util.spec_from_file_location("dybit._kernels", _file)
+    sys.modules["dybit._kernels"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["dybit._kernels"])
+
+ISAS = [name for name in kernels.available() if name != kernels.FALLBACK]
+needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+exact = settings(derandomize=True, deadline=None, max_examples=6)
+
+
+@pytest.fixture(autouse=True)
+def _restore_isa():
+    before = kernels.isa()
+    yield
+    if before in ISAS:
+        kernels.use(before)
+
+
+def portable(codes, fmt, scale=1.0, group_size=None, family=None, choice=None):
+    """A quantized tensor of given codes, with one scale."""
+    rows, columns = codes.shape
+    granularity = "group" if group_size else "channel"
+    spec = TensorSpec(family or fmt.name, (rows, columns), granularity, group_size, "fp32", granularity)
+    packed = torch.from_numpy(packing.pack(codes, fmt.bits, group_size)).view(spec.packed_shape)
+    if choice is not None:
+        units = choice.reshape(1, -1) if choice.shape[1] == 1 else choice
+        choice = torch.from_numpy(packing.pack(units, spec.choice_bits))
+    return QuantizedTensor(spec, packed, torch.full(spec.scale_shape, scale), choice)
+
+
+def input_values(significands, fmt):
+    """FP32 inputs that round to significands at scale 1."""
+    return torch.from_numpy((significands * fmt.step).astype(np.float32))
+
+
+def run_all(weight, inputs_name, x, group_size=0, **arguments):
+    """The result of every instruction set, which must be one."""
+    results = []
+    for isa in ISAS:
+        kernels.use(isa)
+        packed = kernels.PackedWeight(weight, kernels.input_format(inputs_name), group_size)
+        assert packed.isa == isa
+        results.append(packed.linear(x, **arguments))
+    for isa, result in zip(ISAS, results, strict=True):
+        np.testing.assert_array_equal(result.numpy(), results[0].numpy(), err_msg=isa)
+    return results[0].numpy()
+
+
+def segments(columns, group_size, fmt, inputs):
+    """Where sums are cut: at the ends of groups, and before they could pass 32 bits (csrc/weight.h)."""
+    safe = min(4096, (2**31 - 1) // (fmt.max_significand * inputs.max_significand))
+    safe = safe // 32 * 32 or safe
+    for start in range(0, columns, group_size or columns):
+        end = min(start + (group_size or columns), columns)
+        yield from ((i, min(i + safe, end)) for i in range(start, end, safe))
+
+
+def oracle(significands, x, fmt, inputs, group_size):
+    """Exact integers for every segment, each rounded to FP32 once, added in order."""
+    total = np.zeros((len(x), len(significands)), dtype=np.float32)
+    for start, stop in segments(x.shape[1], group_size, fmt, inputs):
+        sums = x[:, start:stop] @ significands[:, start:stop].T
+        assert np.abs(sums).max() < 2**31
+        term = sums.astype(np.float32).astype(np.longdouble) * fmt.step
+        total = (total.astype(np.longdouble) + term).astype(np.float32)
+    return total * np.float32(inputs.step)
+
+
+def check_integers(rng, fmt, inputs, shape, group_size):
+    m, n, k = shape
+    codes = rng.integers(0, 1 << fmt.bits, (n, k), dtype=np.uint8)
+    x_codes = rng.integers(0, 1 << inputs.bits, (m, k), dtype=np.uint8)
+    if rng.integers(4) == 0:  # the largest of all: what overflows a wrong accumulator
+        codes[:], x_codes[:] = np.abs(fmt.significands).argmax(), np.abs(inputs.significands).argmax()
+    significands, x = fmt.significands[codes], inputs.significands[x_codes]
+    found = run_all(
+        portable(codes, fmt, group_size=group_size), inputs.name, input_values(x, inputs), scale=torch.ones(1)
+    )
+    np.testing.assert_array_equal(found, oracle(significands, x, fmt, inputs, group_size))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@exact
+@given(st.integers(0, 2**32 - 1))
+def test_integers_are_exact(bits, signed, seed):
+    rng = np.random.default_rng(seed)
+    for fmt in variants(bits):
+        every = [f for width in range(2, 9) for f in variants(width, signed) if not (f.midrise or f.spare)]
+        inputs = every[rng.integers(len(every))]
+        shape = (int(rng.choice([1, 2, 3, 5, 7])), int(rng.integers(1, 70)), int(rng.integers(1, 200)))
+        check_integers(rng, fmt, inputs, shape, [None, 1, 7, 16, 32, 48, 128][rng.integers(7)])
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 1, 3), (1, 17, 1), (13, 65, 33)])
+def test_smallest_shapes(shape):
+    check_integers(np.random.default_rng(0), Format(4), Format(8, max_run=1), shape, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("inputs", ["s8r1", "u8r1", "s8", "u8", "s4", "u4r2"])
+@pytest.mark.parametrize("name", ["s2mid", "s3spare", "s4", "s4mid", "s5r4mid", "s6r3", "s7", "s8r1", "s8", "s8mid"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extremes_do_not_overflow(name, inputs, sign):
+    fmt, x_fmt = Format.parse(name), Format.parse(inputs)
+    columns, rows = 5000, 20
+    codes = np.full((rows, columns), int(np.argmax(fmt.significands * sign)), dtype=np.uint8)
+    for m, x_sign in ((1, 1), (7, 1), (3, -1)):
+        x = x_fmt.significands.max() if x_sign > 0 else x_fmt.significands.min()
+        found = run_all(
+            portable(codes, fmt), inputs, input_values(np.full((m, columns), x), x_fmt), scale=torch.ones(1)
+        )
+        expected = float(x * fmt.significands[codes[0, 0]] * columns) * fmt.step * x_fmt.step
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group_size", [None, 24, 64])
+@pytest.mark.parametrize("m", [1, 4, 11])
+def test_choices_scales_and_dynamic_inputs(bits, group_size, m):
+    rng = np.random.default_rng(bits)
+    books = variants(bits)
+    n, k = 37, 150
+    groups = -(-k // group_size) if group_size else 1
+    codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
+    choice = rng.integers(0, len(books), (n, groups)).astype(np.uint8)
+    weight = portable(codes, books[0], 0.5, group_size, f"dybit{bits}", choice)
+    weight.scale.copy_(torch.from_numpy(rng.normal(size=(n, groups)).astype(np.float32)))
+    x = torch.from_numpy(rng.normal(size=(m, k)).astype(np.float32))
+    bias = torch.from_numpy(rng.normal(size=n).astype(np.float32))
+    values = weight.dequantize().double().numpy()
+    for inputs in ("s8r1", "s8r4", "u8r2", "s4"):
+        fmt = Format.parse(inputs)
+        for x_group in (0, 40):
+            found = run_all(weight, inputs, x, x_group, bias=bias, reach=1.5)
+            rounded = np.zeros((m, k))
+            for start in range(0, k, x_group or k):
+                part = x[:, start : start + (x_group or k)]
+                scale = part.abs().amax(1, keepdim=True) / 1.5
+                rounded[:, start : start + part.shape[1]] = (
+                    fmt.decode(fmt.encode((part / scale).numpy())) * scale.numpy()
+                )
+            np.testing.assert_allclose(found, rounded @ values.T + bias.numpy(), rtol=1e-5, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_inputs_are_rounded_as_the_oracle_rounds(bits, signed):
+    """One weight of value 1: what comes out is the rounded input."""
+    weight = portable(np.ones((1, 1), dtype=np.uint8), Format(2, max_run=1))
+    for fmt in variants(bits, signed):
+        if fmt.midrise or fmt.spare:
+            continue
+        near = np.concatenate([fmt.midpoints, fmt.levels, [0.0, 1e30, -1e30, 1e-30]]).astype(np.float32)
+        x = np.concatenate([near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))])
+        found = run_all(weight, fmt.name, torch.from_numpy(x)[:, None].contiguous(), scale=torch.ones(1))
+        np.testing.assert_array_equal(found[:, 0], fmt.decode(fmt.encode(x)))
+
+
+@needs_kernels
+def test_infinity_saturates_and_nan_stays():
+    weight = portable(np.ones((3, 5), dtype=np.uint8), Format(4, max_run=1))
+    x = torch.ones(3, 5)
+    x[0, 2], x[1, 4] = float("inf"), float("nan")
+    for arguments in ({"scale": torch.ones(1)}, {"reach": 1.0}):
+        found = run_all(weight, "s8r1", x, **arguments)
+        assert np.isfinite(found[[0, 2]]).all()
+        assert np.isnan(found[1]).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["dybit2", "dybit3", "dybit4", "dybit6", "dybit8", "int5", "e2m1"])
+@pytest.mark.parametrize("m", [0, 1, 3])
+def test_unrounded_inputs(family, m):
+    rng = np.random.default_rng(m)
+    books = rivals.family(family).books
+    codes = rng.integers(0, 1 << books[0].bits, (21, 75), dtype=np.uint8)
+    choice = rng.integers(0, len(books), (21, 3)).astype(np.uint8) if len(books) > 1 else None
+    weight = portable(codes, books[0], 0.3, 32, family, choice)
+    x = torch.from_numpy(rng.normal(size=(m, 75)).astype(np.float32))
+    found = run_all(weight, "", x)
+    torch.testing.assert_close(torch.from_numpy(found), x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
+    for isa in ISAS:
+        kernels.use(isa)
+        packed = kernels.PackedWeight(weight, kernels.InputFormat())
+        torch.testing.assert_close(packed.dequantize(), weight.dequantize(), rtol=0, atol=0)
+
+
+@needs_kernels
+def test_threads_give_the_same_bits():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (700, 300), dtype=np.uint8)
+    weight = portable(codes, Format(4), 0.1)
+    x = torch.from_numpy(rng.normal(size=(40, 300)).astype(np.float32))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run_all(weight, "s8r1", x, reach=1.9)
+        torch.set_num_threads(3)
+        three = run_all(weight, "s8r1", x, reach=1.9)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(one, three)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.double(), "x must be a contiguous float32"),
+        (lambda x: x[:, :3], "x must be"),
+        (lambda x: x.T.contiguous().T, "x must be a contiguous"),
+        (lambda x: x[0], "x must be"),
+    ],
+)
+def test_bad_inputs_are_named(change, message):
+    packed = kernels.PackedWeight(portable(np.ones((4, 5), dtype=np.uint8), Format(4)), kernels.InputFormat())
+    with pytest.raises(DyBitError, match=message):
+        packed.linear(change(torch.zeros(3, 5)))
+
+
+def test_integers_are_dybit_with_a_run_of_one():
+    assert kernels.input_format("int8") == kernels.InputFormat(7, 1, True, 64.0)
+    assert kernels.input_format("s8r1") == kernels.InputFormat(7, 1, True, 1.0)
+    assert kernels.input_format("uint4") == kernels.InputFormat(4, 1, False, 8.0)
+    assert kernels.input_format("nf4") is None
+
+
+@needs_kernels
+def test_environment_chooses():
+    code = """
+import os
+from dybit import kernels
+for isa in ("torch", "nonsense", "scalar"):
+    os.environ["DYBIT_ISA"] = isa
+    kernels._extension.cache_clear()
+    try:
+        print(kernels.isa())
+    except kernels.DyBitError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert (first, third) == ("torch", "scalar")
+    assert second.startswith("DYBIT_ISA='nonsense' cannot be used")
+
+
+def test_a_missing_extension_is_said_once():
+    code = (
+        "import sys; sys.modules['dybit._kernels'] = None\n"
+        "from dybit import kernels; print(kernels.isa(), kernels.isa(), kernels.available())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "DYBIT_ISA"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["torch", "torch", "('torch',)"]
+    assert done.stderr.count("plain torch") == 1
