@@ -23,3 +23,11 @@ def seed():
     torch.manual_seed(0)
     torch._dynamo.reset()
     return 0
+
+
+@pytest.fixture
+def plain_torch(monkeypatch):
+    """Without the compiled kernels: plain torch computes bit for bit what fake quantization does."""
+    from dybit import kernels
+
+    monkeypatch.setattr(kernels, "_extension", lambda: None)

@@ -25,6 +25,8 @@ from dybit.model import DyBitWarning, dequantize_, quantize_, quantized_layers
 from dybit.recipe import Recipe
 from helpers import LAYERS, Padded, Tied, build, conv1d, inputs, oracle, rounded_input
 
+pytestmark = pytest.mark.usefixtures("plain_torch")  # tests/test_linear.py is about the kernels
+
 RECIPES = {
     "w4": Recipe(weights=4, embeddings=4),
     "w3_groups": Recipe(weights=3, embeddings=3, group_size=5, scale="bf16", variants="all"),

@@ -16,6 +16,8 @@ from dybit.model import DyBitWarning, dequantize_, folded_pairs, make_plain_, qu
 from dybit.recipe import Recipe
 from helpers import SelfAttention, Tied, conv1d, oracle
 
+pytestmark = pytest.mark.usefixtures("plain_torch")  # tests/test_linear.py is about the kernels
+
 W4A8 = Recipe(weights=4, activations=8)
 
 
