@@ -112,6 +112,8 @@ def oracle(floating, quantized):
     for module in floating.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # dybit runs the layers one by one, and so does the oracle
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     return floating
 
 
@@ -174,7 +176,10 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1, dilation=2), lambda: (torch.randn(2, 4, 9, 9),)),
     "conv2d_depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), lambda: (torch.randn(2, 6, 7, 7),)),
     "conv2d_same": (lambda: nn.Conv2d(3, 5, (3, 2), padding="same"), lambda: (torch.randn(2, 3, 7, 6),)),
-    "conv2d_reflect": (lambda: nn.Conv2d(3, 5, 3, padding=2, padding_mode="reflect"), lambda: (torch.randn(2, 3, 7, 7),)),
+    "conv2d_reflect": (
+        lambda: nn.Conv2d(3, 5, 3, padding=2, padding_mode="reflect"),
+        lambda: (torch.randn(2, 3, 7, 7),),
+    ),
     "conv2d_replicate": (
         lambda: nn.Conv2d(3, 5, 3, padding=2, padding_mode="replicate"),
         lambda: (torch.randn(2, 3, 7, 7),),

@@ -86,7 +86,14 @@ def test_causal(need_weights):
     x = torch.randn(2, 4, 8)
     mask = nn.Transformer.generate_square_subsequent_mask(4)
     compare(module, (x, x, x), attn_mask=mask, is_causal=True, need_weights=need_weights)
-    compare(module, (x, x, x), attn_mask=mask, is_causal=True, need_weights=need_weights, key_padding_mask=PADDING["float"][:, :4])
+    compare(
+        module,
+        (x, x, x),
+        attn_mask=mask,
+        is_causal=True,
+        need_weights=need_weights,
+        key_padding_mask=PADDING["float"][:, :4],
+    )
     with pytest.raises(ValueError, match="need attn_mask if specifying the is_causal hint"):
         attend(module, x, x, x, is_causal=True)
 

@@ -137,7 +137,10 @@ def test_batches_of_every_kind():
         (["text"], "not str"),
         ([None], "not NoneType"),
         ([np.zeros((3, 4))], "not ndarray"),
-        ([torch.zeros(3, 4), torch.zeros(3, 5)], "calibration batch 1 (float32 of shape (3, 5)) does not fit the model:"),
+        (
+            [torch.zeros(3, 4), torch.zeros(3, 5)],
+            "calibration batch 1 (float32 of shape (3, 5)) does not fit the model:",
+        ),
         ([torch.zeros(3, 4, dtype=torch.long)], "calibration batch 0 (int64 of shape (3, 4)) does not fit the model:"),
         ([(torch.zeros(3, 4), torch.zeros(1))], "calibration batch 0 (float32 of shape (3, 4), float32 of shape (1,))"),
         ([{"y": torch.zeros(3, 4)}], "calibration batch 0 (y: float32 of shape (3, 4)) does not fit the model:"),
@@ -192,7 +195,9 @@ def test_outputs_of_gelu_and_silu_take_an_offset(activation, bits):
 
     def error(spec, scale, offset):
         book = rivals.family(spec.format).books[0]
-        return ((numpy_round(x.numpy(), book, scale.item(), None if offset is None else offset.item()) - x.numpy()) ** 2).sum()
+        return (
+            (numpy_round(x.numpy(), book, scale.item(), None if offset is None else offset.item()) - x.numpy()) ** 2
+        ).sum()
 
     assert error(spec, scale, offset) < 0.81 * error(*plain)
 

@@ -92,7 +92,10 @@ FOLDED = {
     "conv3d": (lambda: nn.Sequential(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4)), (2, 3, 4, 4, 4)),
     "depthwise": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6)), IMAGE),
     "not_affine": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), IMAGE),
-    "padding": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(4)), IMAGE),
+    "padding": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(4)),
+        IMAGE,
+    ),
     "subclass": (lambda: nn.Sequential(Padded(3, 4, 3, stride=2, dilation=2), nn.BatchNorm2d(4)), IMAGE),
     "untraceable": (Untraceable, IMAGE),
 }

@@ -229,7 +229,11 @@ def test_subclasses_with_a_forward_of_their_own():
     assert torch.equal(model(2.0, x), linear * 2.0)
     tokens = torch.randn(2, 5, 8)
     # Its output projection is never called, by nobody, so its input is kept.
-    for recipe in (Recipe(weights=8), Recipe(weights=8, activations=8), Recipe(activations=8, activation_mode="dynamic")):
+    for recipe in (
+        Recipe(weights=8),
+        Recipe(weights=8, activations=8),
+        Recipe(activations=8, activation_mode="dynamic"),
+    ):
         attention = OwnAttention(8, 2, batch_first=True).eval()
         expected = attention(tokens)
         with pytest.warns(DyBitWarning, match="calibration never reached 1 layers, .*: out_proj"):

@@ -50,12 +50,16 @@ def kinds(model):
 
 
 def test_containers_stay_as_they_are():
-    model = nn.ModuleDict({
-        "list": nn.ModuleList([nn.Linear(4, 4), nn.ModuleDict({"deep": nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU())})]),
-        "table": nn.Embedding(5, 4),
-        "norm": nn.LayerNorm(4),
-        "lstm": nn.LSTM(4, 4),
-    })
+    model = nn.ModuleDict(
+        {
+            "list": nn.ModuleList(
+                [nn.Linear(4, 4), nn.ModuleDict({"deep": nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU())})]
+            ),
+            "table": nn.Embedding(5, 4),
+            "norm": nn.LayerNorm(4),
+            "lstm": nn.LSTM(4, 4),
+        }
+    )
     before = {name: type(module) for name, module in model.named_modules()}
     assert quantize_(model, Recipe()) is model
     assert kinds(model) == {
@@ -70,7 +74,9 @@ def test_containers_stay_as_they_are():
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 2), lambda: nn.Conv2d(2, 2, 1), conv1d, lambda: nn.Embedding(3, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(4, 2), lambda: nn.Conv2d(2, 2, 1), conv1d, lambda: nn.Embedding(3, 2)]
+)
 def test_the_model_may_be_one_layer(make):
     model = make()
     assert quantize_(model, Recipe()) is model
@@ -133,7 +139,9 @@ def test_different_rules_for_tied_weights_follow_the_first():
 def test_a_weight_tied_to_one_that_is_kept_is_kept(rule):
     model = Tied()
     other = "head" if rule == "embedding" else "embedding"
-    with pytest.warns(DyBitWarning, match=f"layer '{other}' keeps floating point: '{rule}', not quantized, has the same"):
+    with pytest.warns(
+        DyBitWarning, match=f"layer '{other}' keeps floating point: '{rule}', not quantized, has the same"
+    ):
         quantize_(model, Recipe(rules={rule: None}))
     assert list(quantized_layers(model)) == ["hidden"]
     assert model.head.weight is model.embedding.weight
@@ -155,7 +163,9 @@ def test_a_weight_tied_to_a_module_of_another_kind_is_kept():
 
 
 def test_only_inputs_of_tied_layers():
-    model = quantize_(Tied().eval(), Recipe(weights=None, embeddings=None, activations=8), [torch.randint(0, 11, (3, 5))])
+    model = quantize_(
+        Tied().eval(), Recipe(weights=None, embeddings=None, activations=8), [torch.randint(0, 11, (3, 5))]
+    )
     assert set(quantized_layers(model)) == {"hidden", "head"}
     assert model.head.weight is model.embedding.weight
 
@@ -226,12 +236,22 @@ def test_norms_are_made_permanent(norm, frozen):
 @pytest.mark.parametrize("make", [cnn, transformer, lambda: SelfAttention(batch_first=True)])
 def test_models_of_other_types(dtype, make):
     model = make().to(dtype).eval()
-    x = torch.randint(0, 20, (3, 5)) if make is transformer else torch.randn(3, 3, 8, 8) if make is cnn else torch.randn(2, 5, 8)
+    x = (
+        torch.randint(0, 20, (3, 5))
+        if make is transformer
+        else torch.randn(3, 3, 8, 8)
+        if make is cnn
+        else torch.randn(2, 5, 8)
+    )
     x = x.to(dtype) if x.is_floating_point() else x
     quantize_(model, W4A8, [x])
     assert model(x).dtype == dtype
     assert all(layer.float_dtype == dtype for layer in quantized_layers(model).values())
-    assert all(layer.weight_scale.dtype == torch.float32 for layer in quantized_layers(model).values() if hasattr(layer, "weight_scale"))
+    assert all(
+        layer.weight_scale.dtype == torch.float32
+        for layer in quantized_layers(model).values()
+        if hasattr(layer, "weight_scale")
+    )
 
 
 # Batch norm
@@ -280,7 +300,7 @@ def test_encoder_layers_do_not_take_the_fast_path(options, nested):
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[1, 3:] = True
     calls = []
-    quantize_(model, W4A8, [x])
+    quantize_(model, W4A8, [x, {"src": x, "src_key_padding_mask": padding}])
     for part in quantized_layers(model).values():
         part.register_forward_hook(lambda *_: calls.append(1))
     oracle(reference, model)
@@ -297,7 +317,7 @@ def test_decoders():
     x, memory = torch.randn(2, 4, 8), torch.randn(2, 6, 8)
     mask = nn.Transformer.generate_square_subsequent_mask(4)
     expected = model(x, memory, tgt_mask=mask)
-    quantize_(model, Recipe(weights=8, activations=8), [(x, memory)])
+    quantize_(model, Recipe(weights=8, activations=8), [{"tgt": x, "memory": memory, "tgt_mask": mask}])
     assert (model(x, memory, tgt_mask=mask) - expected).norm() < 0.05 * expected.norm()
 
 
@@ -312,20 +332,20 @@ def test_compile_and_export(make, mode):
     x = torch.randint(0, 20, (2, 5)) if make is transformer else torch.randn(2, 3, 8, 8)
     model = quantize_(make(), recipe, [x])
     expected = model(x)
-    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
     exported = torch.export.export(model, (x,))
-    assert torch.equal(exported.module()(x), expected)
+    for result in (torch.compile(model, fullgraph=True, backend="aot_eager")(x), exported.module()(x)):
+        if mode or make is cnn:
+            assert torch.equal(result, expected)
+        else:  # torch's own attention takes another path when it is traced
+            assert torch.allclose(result, expected, atol=1e-5)
     # The program holds codes, not dequantized weights.
-    assert not any(name.endswith("weight") and value.is_floating_point() and value.ndim > 1 for name, value in exported.state_dict.items())
+    assert not any(
+        name.endswith("weight") and value.is_floating_point() and value.ndim > 1
+        for name, value in exported.state_dict.items()
+    )
 
 
 # Bad input
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(2, 2).to(torch.complex64)
 
 
 def broken(value, layer=lambda: nn.Linear(4, 3), name="weight", position=(1, 2)):
@@ -341,6 +361,12 @@ def integers():
     return model
 
 
+def complex_numbers():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].weight = nn.Parameter(torch.ones(3, 4, dtype=torch.complex64))
+    return model
+
+
 def without_channels():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -352,12 +378,15 @@ def without_channels():
     [
         (lambda: broken(np.nan), "layer '1': weight holds nan at position (1, 2)"),
         (lambda: broken(np.inf), "layer '1': weight holds inf at position (1, 2)"),
-        (lambda: broken(-np.inf, lambda: nn.Conv2d(2, 2, 3), position=(1, 0, 2, 1)), "holds -inf at position (1, 0, 2, 1)"),
+        (
+            lambda: broken(-np.inf, lambda: nn.Conv2d(2, 2, 3), position=(1, 0, 2, 1)),
+            "holds -inf at position (1, 0, 2, 1)",
+        ),
         (lambda: broken(np.nan, lambda: nn.MultiheadAttention(4, 2), "in_proj_weight"), "layer '1': weight holds nan"),
         (lambda: broken(np.nan, lambda: nn.Embedding(4, 3)), "layer '1': weight holds nan at position (1, 2)"),
         (lambda: broken(np.nan, conv1d), "layer '1': weight holds nan at position (1, 2)"),
         (integers, "layer '0': weight must be floating point, not torch.int8"),
-        (Complex, "layer 'layer': weight must be floating point, not torch.complex64"),
+        (complex_numbers, "layer '0': weight must be floating point, not torch.complex64"),
         (without_channels, "layer '1': weight must not be empty, but has shape (3, 0)"),
         (lambda: nn.Sequential(nn.Linear(2, 2, device="meta")), "layer '0': weight is on the meta device"),
         (lambda: nn.Sequential(nn.ReLU()), "model Sequential has no layer that can be quantized"),
@@ -375,7 +404,9 @@ def test_bad_models(make, message):
         quantize_(model, Recipe())
     assert "\n" not in str(error.value)
     if isinstance(model, nn.Module):  # nothing was changed
-        assert {k: (v.shape, v.dtype) for k, v in model.state_dict().items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
+        assert {k: (v.shape, v.dtype) for k, v in model.state_dict().items()} == {
+            k: (v.shape, v.dtype) for k, v in state.items()
+        }
 
 
 def test_lazy_layers():
@@ -392,10 +423,14 @@ def test_lazy_layers():
         ("w4", None, "recipe must be a dybit.Recipe, not str"),
         (None, None, "recipe must be a dybit.Recipe, not NoneType"),
         (Recipe(rules={"1": None}), None, "rule '1' matches no layer"),
-        (Recipe(rules={"0.weight": None}), None, "rule '0.weight' matches no layer; did you mean '0'?"),
+        (Recipe(rules={"0.w": None}), None, "rule '0.w' matches no layer; did you mean '0'?"),
         (Recipe(rules={"*": None}), None, "the recipe keeps every layer in floating point"),
         (Recipe(weights=None), None, "the recipe keeps every layer in floating point"),
-        (W4A8, None, "activations=8 are static and need calibration; pass calibration=batches or set activation_mode='dynamic'"),
+        (
+            W4A8,
+            None,
+            "activations=8 are static and need calibration; pass calibration=batches or set activation_mode='dynamic'",
+        ),
         (Recipe(rules={"2": {"activations": 6}}), None, "activations=6 are static"),
         (Recipe(criterion="activation"), None, "criterion='activation' of layer '0' needs calibration"),
         (W4A8, [], "calibration yields no batch"),

@@ -135,7 +135,9 @@ def test_the_ground_floor_loads_no_torch(name):
 
 
 def test_public_names_of_the_ground_floor_load_no_torch():
-    assert "torch" not in loaded("import dybit; dybit.Format(4).values; dybit.Recipe(weights=4).to_json(); dybit.variants")
+    assert "torch" not in loaded(
+        "import dybit; dybit.Format(4).values; dybit.Recipe(weights=4).to_json(); dybit.variants"
+    )
 
 
 def test_public_names():

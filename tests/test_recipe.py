@@ -39,7 +39,9 @@ def layer_fields(draw):
 
 @st.composite
 def recipes(draw):
-    rule = st.one_of(st.none(), st.fixed_dictionaries({}, optional={"weights": formats, "percentile": st.floats(1, 99)}))
+    rule = st.one_of(
+        st.none(), st.fixed_dictionaries({}, optional={"weights": formats, "percentile": st.floats(1, 99)})
+    )
     names = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda name: not name.startswith("re:"))
     rules = draw(st.dictionaries(names, rule, max_size=4))
     return Recipe(**draw(layer_fields()), embeddings=draw(formats), rules=rules)
@@ -136,7 +138,9 @@ def test_what_is_left_open_is_resolved():
 
 
 def test_rules_change_what_belongs_together():
-    recipe = Recipe(group_size=64, rules={"a": {"granularity": "channel"}, "b": {"group_size": 32}, "c": {"weights": 8}})
+    recipe = Recipe(
+        group_size=64, rules={"a": {"granularity": "channel"}, "b": {"group_size": 32}, "c": {"weights": 8}}
+    )
     assert (recipe.layer("a").group_size, recipe.layer("a").scale_granularity) == (None, "channel")
     assert (recipe.layer("b").group_size, recipe.layer("b").scale_granularity) == (32, "group")
     assert (recipe.layer("c").group_size, recipe.layer("c").weights) == (64, 8)
@@ -159,7 +163,10 @@ def test_rules_change_what_belongs_together():
         ({"activations": 0}, "activations must be 2 to 8 bits, the name of a format, or None, not 0"),
         ({"activations": "int9"}, "there is no format 'int9'"),
         ({"activations": "mxfp4"}, "activations='mxfp4' prescribes its scales"),
-        ({"granularity": "chanel"}, "granularity must be one of null, tensor, channel, group, not 'chanel'; did you mean 'channel'?"),
+        (
+            {"granularity": "chanel"},
+            "granularity must be one of null, tensor, channel, group, not 'chanel'; did you mean 'channel'?",
+        ),
         ({"granularity": []}, "not []"),
         ({"granularity": "group"}, "group_size=None does not fit granularity='group'"),
         ({"granularity": "channel", "group_size": 8}, "group_size=8 does not fit granularity='channel'"),

@@ -17,7 +17,16 @@ from dybit.scale import Scales
 from dybit.tensor import QuantizedTensor, TensorSpec, check_weight, encode_matrix, quantize
 from helpers import from_matrix, numpy_codes, numpy_units, numpy_weight
 
-FAMILIES = [f"dybit{bits}" for bits in range(2, 9)] + ["s3", "u4", "s4r2spare", "s2mid", "nf4", "int5asym", "int8", "ant6"]
+FAMILIES = [f"dybit{bits}" for bits in range(2, 9)] + [
+    "s3",
+    "u4",
+    "s4r2spare",
+    "s2mid",
+    "nf4",
+    "int5asym",
+    "int8",
+    "ant6",
+]
 GRANULARITIES = [("tensor", None), ("channel", None), ("group", 5), ("group", 8), ("group", 100)]
 SPECS = [
     TensorSpec("dybit4", (6, 10)),
@@ -29,7 +38,9 @@ SPECS = [
     TensorSpec("dybit4", (6, 4, 3, 3), transposed=3),
     TensorSpec("dybit7", (10, 6), "group", 4, choice="tensor", transposed=1),
 ]
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.family}-{len(spec.shape)}d-{spec.granularity}")
+each_spec = pytest.mark.parametrize(
+    "spec", SPECS, ids=lambda spec: f"{spec.family}-{len(spec.shape)}d-{spec.granularity}"
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +78,9 @@ def test_equals_the_oracle(family, granularity, size, scale):
 @pytest.mark.parametrize("size", [None, 7, 32, 128])
 def test_storage_is_what_the_widths_say(bits, size):
     rows, columns = 12, 300
-    spec = TensorSpec(f"dybit{bits}", (rows, columns), "group" if size else "channel", size, "bf16", "group" if size else "channel")
+    spec = TensorSpec(
+        f"dybit{bits}", (rows, columns), "group" if size else "channel", size, "bf16", "group" if size else "channel"
+    )
     length = size or columns
     groups = [min(length, columns - start) for start in range(0, columns, length)]
     row = sum(math.ceil(n * bits / 8) for n in groups)
@@ -229,7 +242,9 @@ def test_every_power_of_two_survives_storage():
 
 def test_choices_of_a_single_row_and_of_many():
     for rows, columns, size in ((1, 6, None), (9, 6, None), (9, 6, 2), (1, 6, 2), (3, 6, 6)):
-        spec = TensorSpec("dybit4", (rows, columns), "group" if size else "channel", size, choice="group" if size else "channel")
+        spec = TensorSpec(
+            "dybit4", (rows, columns), "group" if size else "channel", size, choice="group" if size else "channel"
+        )
         made = quantize(torch.randn(rows, columns), spec)
         assert made.choices().shape == (rows, -(-columns // (size or columns)))
         assert np.array_equal(made.dequantize().numpy(), numpy_weight(made))

@@ -127,7 +127,8 @@ def write(
     with replacing(Path(path)) as folder:
         target = folder / TENSORS
         try:
-            safetensors.torch.save_file(dict(tensors), target, metadata={"format": "pt", "dybit_version": _version()})
+            # One key only: with more, their order, and so the bytes of equal files, would be left to chance.
+            safetensors.torch.save_file(dict(tensors), target, metadata={"format": "pt"})
         except SafetensorError as error:  # how safetensors reports a full disk
             raise DyBitError(f"path {str(path)!r} cannot be written: {error}") from None
         manifest = {
@@ -140,6 +141,7 @@ def write(
             "folded": folded or [],
             "shared": dict(shared or {}),
         }
+        manifest["manifest_sha256"] = _digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return Path(path)
 
@@ -172,7 +174,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     state = {**tensors, **{key: tensors[source] for key, source in manifest.shared.items()}}
     model.load_state_dict(state, strict=True, assign=True)
     _tie_(model, manifest.shared)
-    bypass_fast_path_(model)
+    bypass_fast_path_(model, quantized_layers(model).values())
     cast(Any, model)._dybit_folded = manifest.folded
     cast(Any, model)._dybit_recipe = manifest.recipe
     return model.eval()
@@ -195,6 +197,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise CheckpointError(f"{file} was not written by dybit")
     if data.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{file} has format version {data.get('version')!r}, this dybit reads {FORMAT_VERSION}")
+    if data.get("manifest_sha256") != _digest(data):
+        raise CheckpointError(f"{file} is damaged: its contents are not those that dybit wrote")
     try:
         return Manifest(
             layers={str(name): _entry(entry) for name, entry in data["layers"].items()},
@@ -234,9 +238,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DyBitError: ``path`` is a file, a directory that is no checkpoint, or cannot be written.
     """
-    if path.exists() and not (path.is_dir() and ((path / MANIFEST).exists() or not any(path.iterdir()))):
-        raise DyBitError(f"path {str(path)!r} exists and is not a dybit checkpoint; nothing was written")
     try:
+        if path.exists() and not (path.is_dir() and ((path / MANIFEST).exists() or not any(path.iterdir()))):
+            raise DyBitError(f"path {str(path)!r} exists and is not a dybit checkpoint; nothing was written")
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
@@ -246,11 +250,12 @@ def replacing(path: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
-            path.rename(old)
             try:
+                path.rename(old)
                 folder.rename(path)
             except BaseException:
-                old.rename(path)
+                if old.exists():
+                    old.rename(path)
                 raise
             finally:
                 shutil.rmtree(old.parent, ignore_errors=True)
@@ -400,6 +405,12 @@ def _holder(model: nn.Module, key: str) -> tuple[nn.Module, str]:
 def _checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says about the model, or a flipped bit in a format's name would go unnoticed."""
+    said = [manifest.get(name) for name in ("layers", "folded", "shared", "recipe")]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _version() -> str:

@@ -91,13 +91,13 @@ def quantize_(
         fold_(model, pairs)
         # Beside those of an attempt that failed later, or of an earlier quantization that was undone.
         cast(Any, model)._dybit_folded = [*folded_pairs(model), *pairs]
+    bypass_fast_path_(model, [plan.module for plan in plans])
     statistics = _statistics(model, plans, calibration, (lambda text: progress(0, total, text)) if progress else None)
     ties = _Ties(plans)
     for index, plan in enumerate(plans):
         if progress:
             progress(index, total, plan.name)
         _quantize_layer(plan, statistics.get(plan.name), ties)
-    bypass_fast_path_(model)
     cast(Any, model)._dybit_recipe = recipe
     if progress:
         progress(total, total, "done")
@@ -153,13 +153,20 @@ def make_plain_(module: nn.Module) -> None:
                 )(module, name)
 
 
-def bypass_fast_path_(model: nn.Module) -> None:
-    """Keeps ``nn.TransformerEncoderLayer`` from its fused inference path, which would not round its layers' inputs."""
+def bypass_fast_path_(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Keeps transformer encoders that hold some layers from their fused inference path, which calls none of them.
+
+    It computes on nested tensors where there is a padding mask, which the layers cannot.
+    """
+    held = {id(layer) for layer in layers}
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(part, Quantized) for part in module.modules()
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+            id(part) in held for part in module.modules()
         ):
-            module.activation_relu_or_gelu = 0
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0
 
 
 def _plan(model: nn.Module, recipe: Recipe) -> list[_Plan]:

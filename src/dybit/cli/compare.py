@@ -352,7 +352,7 @@ def _lloyd(matrices: Sequence[Tensor], setting: Setting, bits: int, start: Codeb
     for book in (fresh, start):
         for _ in range(_BOUND_ROUNDS if book is not None else 0):
             assert book is not None
-            family = Family("Lloyd-Max", (book,))
+            family = Family(f"lloyd{bits}", (book,))
             error, updated = _lloyd_turn(fitted, family, setting)
             if best is None or error < best[0]:
                 best = error, family
