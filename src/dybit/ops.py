@@ -202,7 +202,7 @@ def _columns(units: Tensor, start: int, count: int) -> Tensor:
 def _scaled_round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) -> Tensor:
     table = lookup(rivals.family(format).books[0], x.device)
     shifted = x.float() if offset is None else x.float() - offset
-    value = table.round(shifted / scale) * scale
+    value = table.round(torch.where(torch.isnan(x), 0.0, shifted / scale)) * scale
     value = value if offset is None else value + offset
     # NaN has no code: it must come out as NaN and never as a number.
     return torch.where(torch.isnan(x), x, value.to(x.dtype))
