@@ -45,7 +45,7 @@ synth: $(VENV)/installed
 	$(BIN)/python hardware/synthesize.py
 
 bench: $(VENV)/installed
-	$(BIN)/pip install --quiet onnx onnxruntime
+	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxruntime
 	$(BIN)/python benchmarks/linear.py --json linear.json
 
 # A build of its own beside the installed one, loaded first. Leaks are not looked for: Python and torch keep memory.

@@ -33,6 +33,8 @@ def doctor() -> None:
     import numpy
     import torch
 
+    from dybit import kernels
+
     table = grid("what", "found")
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("dybit", "torch", "numpy", "safetensors", "typer", "rich", "jinja2"):
@@ -44,8 +46,10 @@ def doctor() -> None:
     )
     table.add_row("threads", threads)
     table.add_row("instruction set", torch.backends.cpu.get_cpu_capability())
-    compiled = importlib.util.find_spec("dybit._kernels") is not None
-    table.add_row("kernels", "compiled extension" if compiled else "no compiled extension: plain torch runs everything")
+    path = kernels.isa()
+    others = ", ".join(name for name in kernels.available() if name not in (path, kernels.FALLBACK))
+    said = "plain torch: no compiled extension is in use" if path == kernels.FALLBACK else f"{path} (also: {others})"
+    table.add_row("kernels", said)
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         table.add_row(f"extra [{extra}]", _state(missing, f'pip install "dybit[{extra}]"'))
