@@ -601,7 +601,7 @@ def test_codes_beyond_the_family_are_rejected_or_harmless(saved, tmp_path):
     tensors["0.weight_choice"] = torch.full_like(tensors["0.weight_choice"], 255)
     safetensors.torch.save_file(tensors, path / TENSORS)
     edit(path, lambda data: data.update(sha256=dybit.checkpoint._checksum(path / TENSORS)))
-    with pytest.raises((CheckpointError, IndexError)):
+    with pytest.raises((DyBitError, IndexError)):
         load(path, mlp())(torch.randn(1, 8))
 
 

@@ -141,7 +141,7 @@ class PackedWeight:
         inputs: The format of the inputs, with ``input_group_size`` consecutive ones sharing a scale (0: a row).
 
     Raises:
-        DyBitError: The kernels cannot hold it; ask :func:`supports` first.
+        DyBitError: The kernels cannot hold it (ask :func:`supports` first), or it has a choice beyond its codebooks.
     """
 
     def __init__(self, weight: QuantizedTensor, inputs: InputFormat, input_group_size: int = 0) -> None:
@@ -155,6 +155,9 @@ class PackedWeight:
         choice = None if choice is None else choice.contiguous()
         if packed.numel() != spec.rows * spec.row_bytes or scale.shape != spec.scale_shape:
             raise DyBitError(f"weight must have {spec.packed_shape} codes and {spec.scale_shape} scales")
+        books = len(tables[1])
+        if choice is not None and int(choice.max()) >= books:  # a file can hold anything
+            raise DyBitError(f"weight has choice {int(choice.max())}, beyond the {books} codebooks of {spec.family}")
         self._weight = extension.PackedWeight(
             packed.data_ptr(),
             spec.rows,
@@ -169,7 +172,7 @@ class PackedWeight:
             choice is not None and choice.shape[1] > 1,
             tables[0].ctypes.data,
             tables[1].ctypes.data,
-            len(tables[1]),
+            books,
             inputs.magnitude_bits,
             inputs.max_run,
             inputs.signed,

@@ -154,14 +154,15 @@ class Quantized(nn.Module):
 class _QuantizedLinear(Quantized):
     """A linear layer that multiplies by the codes, with the compiled kernels where they are."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiplies: (..., in_features) to (..., out_features)."""
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Multiplies the only argument, whatever its name: (..., in_features) to (..., out_features)."""
+        (x,) = (*args, *kwargs.values())
         bias = self._parameters.get("bias")
         spec, weight = self.input_spec, self.quantized_tensor()
         if spec is None:
-            return linear(input, weight, bias)
+            return linear(x, weight, bias)
         return linear(
-            input,
+            x,
             weight,
             bias,
             input_format=spec.format,
