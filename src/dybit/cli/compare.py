@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dybit.report import FormatRow
+    from dybit.scale import Scales
 
 _SYNTHETIC_SHAPE = (256, 2048)
 _BOUND_WEIGHTS = 1 << 21  # that the bound is fitted to
@@ -245,12 +246,23 @@ def measure(matrices: Sequence[Tensor], families: Sequence[Family], setting: Set
     return sorted(results, key=lambda result: -result.sqnr)
 
 
+def _scales(matrix: Tensor, family: Family, setting: Setting) -> Scales:
+    from dybit.scale import choose_scales
+
+    return choose_scales(
+        matrix,
+        family,
+        granularity=setting.granularity,
+        group_size=setting.group_size,
+        scale_type=setting.scale,
+        method=setting.method,
+    )
+
+
 def _measure(
     matrices: Sequence[Tensor], family: Family, setting: Setting, kind: str, step: Callable[[int, str], None]
 ) -> Result:
     import torch
-
-    from dybit.scale import choose_scales
 
     own = setting.of(family)
     signal = noise = 0.0
@@ -260,14 +272,7 @@ def _measure(
     owners: list[Tensor] = []
     for matrix in matrices:
         step(0, family.name)
-        found = choose_scales(
-            matrix,
-            family,
-            granularity=own.granularity,
-            group_size=own.group_size,
-            scale_type=own.scale,
-            method=own.method,
-        )
+        found = _scales(matrix, family, own)
         signal += float(matrix.double().square().sum())
         noise += found.error
         scales_count += found.scale.numel()
@@ -387,20 +392,12 @@ def _lloyd_turn(
     import torch
 
     from dybit.ops import lookup
-    from dybit.scale import choose_scales
 
     table = lookup(family.books[0], torch.device("cpu"))
     count = len(table.levels)
     error, products, squares = 0.0, torch.zeros(count).double(), torch.zeros(count).double()
     for matrix, counts in matrices:
-        found = choose_scales(
-            matrix,
-            family,
-            granularity=setting.granularity,
-            group_size=setting.group_size,
-            scale_type=setting.scale,
-            method=setting.method,
-        )
+        found = _scales(matrix, family, setting)
         scale = _spread(found.scale, matrix, setting)
         level = table.nearest(matrix / scale)
         value = table.levels[level.long()]
