@@ -313,6 +313,15 @@ def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> Quantized
             for start in range(0, spec.rows, step)
         ]
     )
+    return _assemble(packed, spec, scales)
+
+
+def pack_codes(codes: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    """Packs codes that were chosen for given scales: uint8 of shape (rows, columns)."""
+    return _assemble(pack(codes, spec.bits, spec.group_size), spec, scales)
+
+
+def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
     choice = None
     if scales.choice is not None:
         rows, units = spec.unit_shape(spec.choice)
