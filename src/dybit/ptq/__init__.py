@@ -1,0 +1,1 @@
+"""Algorithms that make up for the errors of rounding after training."""
