@@ -113,7 +113,7 @@ def calibrate(
     model.eval()
     try:
         with torch.no_grad(), _observing(layers, statistics, sample, generator):
-            for count, batch in enumerate(_iterate(batches), start=1):
+            for count, batch in enumerate(iterate(batches), start=1):
                 run_batch(model, batch, f"calibration batch {count - 1}")
                 if progress:
                     progress(f"calibrating: batch {count}")
@@ -146,7 +146,12 @@ def run_batch(model: nn.Module, batch: Any, name: str = "the batch") -> Any:  # 
     raise DyBitError(f"{name} must be a tensor, a tuple or list of arguments, or a mapping, not {type(batch).__name__}")
 
 
-def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
+def iterate(batches: Iterable[Any]) -> Iterator[Any]:
+    """Iterates over calibration batches.
+
+    Raises:
+        DyBitError: They are no iterable of batches.
+    """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise DyBitError(f"calibration must be an iterable of batches, such as a list, not {type(batches).__name__}")
     return iter(batches)
