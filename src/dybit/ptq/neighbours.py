@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dybit.calibrate import run_batch
-from dybit.layers import channel_dim, channel_groups, transposed, weight_names
+from dybit.layers import channel_dim, transposed, weight_names
 
 _ANY = -1  # the number of an element that is zero, whatever its channel is scaled by
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -377,40 +377,3 @@ def _reduced(number: Tensor, dims: Any, keepdim: bool = False) -> Tensor | None:
     for dim in dims:
         row = None if row is None else _constant(row, dim)
     return row if row is None or keepdim else row.squeeze(dims)
-
-
-def scale_(model: nn.Module, link: Link, factor: Tensor) -> None:
-    """Divides a producer's channels by factors and multiplies what reads them, in place.
-
-    Args:
-        model: The model the link was found in.
-        link: One without a limit, or whose limit the caller sees to.
-        factor: Positive, of shape (channels,).
-    """
-    producer = model.get_submodule(link.producer)
-    with torch.no_grad():
-        for parameter in producer._parameters.values():
-            if parameter is not None:
-                rows = outputs_first(producer, parameter)
-                rows.div_(factor.view(-1, *(1,) * (rows.ndim - 1)).to(rows.dtype))
-        for name, index in link.readers.items():
-            columns = inputs_first(model.get_submodule(name))
-            spread = by_input(factor, index).view(*columns.shape[:2], *(1,) * (columns.ndim - 2))
-            columns.mul_(spread.to(columns.dtype))
-
-
-def by_input(factor: Tensor, index: Tensor) -> Tensor:
-    """The factor of every input of a reader: shape (channels,) to (inputs,); 1 where the input is always zero."""
-    return torch.where(index < 0, 1.0, factor[index.clamp(min=0)])
-
-
-def outputs_first(module: nn.Module, parameter: Tensor) -> Tensor:
-    """A view of a parameter of a layer or norm: (outputs, …)."""
-    detached = parameter.detach()
-    return detached.t() if detached.ndim > 1 and transposed(module) else detached
-
-
-def inputs_first(module: nn.Module) -> Tensor:
-    """A view of a layer's weight: (groups, inputs of a group, outputs of a group, …)."""
-    weight = outputs_first(module, cast(Tensor, module.weight))
-    return weight.unflatten(0, (channel_groups(module), -1)).transpose(1, 2)
