@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dybit.attach import attachments, check_attachments, expect_attached_, is_attached
 from dybit.errors import CheckpointError, DyBitError
 from dybit.fold import expect_folded_, is_pair
 from dybit.layers import InputSpec, swap_, weight_names
@@ -60,6 +61,7 @@ class Manifest:
     Attributes:
         layers: The quantized layers by qualified name.
         folded: The (convolution, batch norm) pairs that were folded.
+        attached: What transforms attached to modules (see :mod:`dybit.attach`).
         shared: From the keys of tied tensors to the keys under which they are stored.
         recipe: The recipe, if known.
         checksum: SHA-256 of the tensors' file.
@@ -68,6 +70,7 @@ class Manifest:
 
     layers: dict[str, LayerEntry]
     folded: list[tuple[str, str]]
+    attached: dict[str, dict[str, Any]]
     shared: dict[str, str]
     recipe: Recipe | None
     checksum: str
@@ -102,7 +105,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Recipe | None =
         for name, layer in layers.items()
     }
     recipe = recipe or getattr(model, "_dybit_recipe", None)
-    return write(path, tensors, entries, folded=folded_pairs(model), shared=shared, recipe=recipe)
+    parts: dict[str, Any] = {"folded": folded_pairs(model), "attached": attachments(model), "shared": shared}
+    return write(path, tensors, entries, recipe=recipe, **parts)
 
 
 def write(
@@ -111,6 +115,7 @@ def write(
     layers: Mapping[str, Mapping[str, Any]],
     *,
     folded: list[tuple[str, str]] | None = None,
+    attached: Mapping[str, Mapping[str, Any]] | None = None,
     shared: Mapping[str, str] | None = None,
     recipe: Recipe | None = None,
 ) -> Path:
@@ -121,6 +126,7 @@ def write(
         tensors: All tensors by key; no two of them share memory.
         layers: The entries of the quantized layers as JSON values.
         folded: The folded pairs.
+        attached: What transforms attached.
         shared: Keys of tied tensors.
         recipe: The recipe.
     """
@@ -141,6 +147,8 @@ def write(
             "folded": folded or [],
             "shared": dict(shared or {}),
         }
+        if attached:
+            manifest["attached"] = dict(attached)
         manifest["manifest_sha256"] = _digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return Path(path)
@@ -203,6 +211,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         return Manifest(
             layers={str(name): _entry(entry) for name, entry in data["layers"].items()},
             folded=[(str(conv), str(norm)) for conv, norm in data["folded"]],
+            attached=check_attachments(data.get("attached", {})),
             shared={str(key): str(source) for key, source in data["shared"].items()},
             recipe=Recipe.from_dict(data["recipe"]) if data["recipe"] is not None else None,
             checksum=str(data["sha256"]),
@@ -318,6 +327,9 @@ def _check_architecture(manifest: Manifest, model: nn.Module, path: str | os.Pat
                 raise CheckpointError(
                     f"{path} does not fit the model: {name}.{key} has shape {shape}, the checkpoint {spec.shape}"
                 )
+    for name in manifest.attached:
+        if name not in modules or is_attached(modules[name]):
+            raise CheckpointError(f"{path} does not fit the model: it has no {name!r} to attach to")
     for conv, norm in manifest.folded:
         if not is_pair(modules.get(conv), modules.get(norm)):
             raise CheckpointError(f"{path} does not fit the model: it has no {conv!r} with batch norm {norm!r}")
@@ -371,6 +383,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
 def _restructure_(model: nn.Module, manifest: Manifest) -> None:
     """Gives a floating-point model the structure of a checkpoint, with empty tensors where values are to be loaded."""
     expect_folded_(model, manifest.folded)
+    expect_attached_(model, manifest.attached)
     for name, entry in manifest.layers.items():
         _prepare_layer_(model.get_submodule(name), entry)
 
@@ -410,6 +423,8 @@ def _checksum(file: Path) -> str:
 def _digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of what a manifest says about the model, or a flipped bit in a format's name would go unnoticed."""
     said = [manifest.get(name) for name in ("layers", "folded", "shared", "recipe")]
+    if manifest.get("attached"):
+        said.append(manifest["attached"])
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

@@ -23,7 +23,10 @@ from torch import nn
 from dybit.calibrate import iterate
 from dybit.errors import DyBitError
 from dybit.plan import Plan
+from dybit.ptq.equalize import equalize_
+from dybit.ptq.rotate import rotate_
 from dybit.ptq.rounding import Progress, rtn_
+from dybit.ptq.smooth import smooth_
 
 __all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
 
@@ -62,6 +65,9 @@ def correction(run: Callable[..., Any]) -> Algorithm:
 
 # In the order in which stages run; within a stage the caller's order counts.
 ALGORITHMS: dict[str, Algorithm] = {
+    "equalize": transform(equalize_),
+    "smooth": transform(smooth_, by_recipe=True),
+    "rotate": transform(rotate_),
     "rtn": Algorithm(1, rtn_, calibrated=False),
 }
 

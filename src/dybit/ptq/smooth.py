@@ -1,0 +1,222 @@
+"""Smoothing: moves the scale of input channels into the layers before, as far as that helps the quantized output.
+
+G. Xiao et al., "SmoothQuant", 2023, and J. Lin et al., "AWQ: Activation-aware weight quantization", 2024. Must not know
+how a layer is quantized: it tries layers quantized by their recipes.
+
+Dividing an input channel by a factor and multiplying its weights by the same changes nothing but the errors: a large
+factor protects the weights of important channels, and takes outliers out of the input. For every producer of channels
+some curves of factors are tried, and the one is kept that has the smallest error of the outputs of the layers that read
+them, on calibration inputs. No factors at all is one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dybit.calibrate import InputStatistics, calibrate, run_batch
+from dybit.errors import DyBitError
+from dybit.plan import Plan, Ties
+from dybit.ptq.factors import by_input, input_range, inputs_first, move_limit_, scale_
+from dybit.ptq.neighbours import Link, evaluating, find_links, is_plain
+from dybit.ptq.preserve import preserving
+from dybit.ptq.rounding import quantize_layer
+from dybit.recipe import LayerRecipe
+
+Progress = Callable[[int, int, str], None]
+
+# Exponents of the inputs' root mean square (AWQ), and of their largest magnitude against that of the weights
+# (SmoothQuant).
+_AWQ = (0.15, 0.3, 0.45, 0.6, 0.8)
+_SMOOTHQUANT = (0.35, 0.5, 0.65)
+_POSITIONS = 256  # inputs on which outputs are compared
+_ROWS = 128  # outputs of a linear layer that are compared
+_IMAGES = 2  # inputs of a convolution
+_RANGE = 1e3  # between the largest and the smallest factor, at most
+
+
+def smooth_(
+    model: nn.Module,
+    recipes: Mapping[str, LayerRecipe],
+    batches: Sequence[Any],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Moves factors between layers where that lowers the error of their quantized outputs, in place.
+
+    The floating-point model computes what it did. Which layers feed which is found by running it
+    (:mod:`dybit.ptq.neighbours`): norms before linear layers, value and output projections, gated products,
+    convolutions; what is not understood is left alone.
+
+    Args:
+        model: A floating-point model, its batch norms folded.
+        recipes: How the layers will be quantized, by name.
+        batches: Calibration batches.
+        progress: Called with (done, total, text).
+
+    Raises:
+        DyBitError: A batch does not fit the model.
+    """
+    links = [link for link in find_links(model, batches[0]) if _suits(link, recipes)]
+    if not links:
+        return
+    readers = {name: model.get_submodule(name) for link in links for name in link.readers if name in recipes}
+    report = (lambda text: progress(0, len(links), text)) if progress else None
+    statistics = calibrate(model, readers, batches, progress=report)
+    images = _images(model, {name: m for name, m in readers.items() if not _by_position(m)}, batches[0])
+    changed = {name for link in links for name in (link.producer, *link.readers)}
+    with preserving(model, changed, batches[0], "smooth"):
+        for done, link in enumerate(links):
+            if progress:
+                progress(done, len(links), link.producer)
+            judge = _Judge(model, link, recipes, statistics, images)
+            factor = judge.best()
+            if factor is not None:
+                scale_(model, link, factor)
+                move_limit_(model, link, factor)
+
+
+def _suits(link: Link, recipes: Mapping[str, LayerRecipe]) -> bool:
+    """Whether a link has a quantized reader, and a producer to whose own errors factors make no difference."""
+    producer = recipes.get(link.producer)
+    if producer is not None and producer.weights is not None:
+        absorbs = producer.scale_granularity != "tensor" and producer.scale_type in ("fp32", "bf16")
+        if not absorbs:
+            return False
+    return any(name in recipes for name in link.readers)
+
+
+def _by_position(module: nn.Module) -> bool:
+    """Whether a layer treats every position of its input by itself: linear layers."""
+    return not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _images(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """The inputs of convolutions on some items of a batch."""
+    kept: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        return lambda _, args: kept.setdefault(name, args[0][:_IMAGES].detach().clone()) and None
+
+    handles = [module.register_forward_pre_hook(keeper(name)) for name, module in layers.items()]
+    try:
+        if layers:
+            with evaluating(model):
+                run_batch(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+class _Judge:
+    """Tries factors for the channels of one producer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        link: Link,
+        recipes: Mapping[str, LayerRecipe],
+        statistics: Mapping[str, InputStatistics],
+        images: Mapping[str, Tensor],
+    ) -> None:
+        self.link = link
+        self.weights = input_range(model, link)
+        self.power = torch.zeros_like(self.weights)
+        self.largest = torch.zeros_like(self.weights)
+        self.trials = []
+        for name, index in link.readers.items():
+            seen = statistics.get(name)
+            if seen is None or not seen.seen:
+                continue
+            used = index >= 0
+            rows = seen.positions()
+            self.power.scatter_reduce_(0, index[used], seen.second_moment()[used], "amax")
+            self.largest.scatter_reduce_(0, index[used], rows.abs().amax(0).to(self.power)[used], "amax")
+            module = model.get_submodule(name)
+            inputs = images[name] if name in images else rows[:_POSITIONS]
+            self.trials.append(_Trial(module, recipes[name], replace(seen, samples=[rows[:_POSITIONS]]), index, inputs))
+
+    def best(self) -> Tensor | None:
+        """The factors with the smallest error: of shape (channels,); None where no factors are best."""
+        if not self.trials or not bool((self.power > 0).any()):
+            return None
+        best, least = None, self._error(None)
+        rms, weights = _positive(self.power.sqrt()), _positive(self.weights)
+        curves = [rms**a for a in _AWQ] + [_positive(self.largest) ** a / weights ** (1 - a) for a in _SMOOTHQUANT]
+        for curve in curves:
+            factor = _bounded(curve)
+            error = self._error(factor)
+            if error < least:
+                best, least = factor, error
+        return best
+
+    def _error(self, factor: Tensor | None) -> float:
+        return sum(trial.error(factor) for trial in self.trials)
+
+
+class _Trial:
+    """A reader of channels: how far its quantized output is from its own, relative to it, with given factors."""
+
+    def __init__(
+        self, module: nn.Module, recipe: LayerRecipe, seen: InputStatistics, index: Tensor, inputs: Tensor
+    ) -> None:
+        self.layer = _part(module, recipe)
+        self.recipe, self.seen, self.index, self.inputs = recipe, seen, index, inputs
+        self.channel = -1 if _by_position(module) else 1
+        with torch.no_grad():
+            self.reference = self.layer(self._like_weight(inputs))
+        self.energy = float(self.reference.double().var()) * self.reference.numel()
+
+    def _like_weight(self, x: Tensor) -> Tensor:
+        return x.to(cast(Tensor, self.layer.weight))
+
+    def error(self, factor: Tensor | None) -> float:
+        """The squared error of the quantized output over the energy of the floating-point one."""
+        layer, seen, x = copy.deepcopy(self.layer), self.seen, self._like_weight(self.inputs)
+        with torch.no_grad():
+            if factor is not None:
+                factor = by_input(factor, self.index)
+                columns = inputs_first(layer)
+                columns.mul_(factor.view(*columns.shape[:2], *(1,) * (columns.ndim - 2)).to(columns.dtype))
+                x = x / factor.view(-1, *(1,) * (x.ndim - 2 if self.channel == 1 else 0)).to(x.dtype)
+                seen = _divided(seen, factor)
+            quantize_layer(Plan("", layer, self.recipe), seen, Ties([]))
+            error = (layer(x).double() - self.reference.double()).square().sum()
+        return float(error) / self.energy if self.energy else 0.0
+
+
+def _part(module: nn.Module, recipe: LayerRecipe) -> nn.Module:
+    """A layer like a module, with evenly spaced outputs of a linear one: enough to compare factors by."""
+    if type(module) is not nn.Linear or recipe.scale_granularity == "tensor":
+        return copy.deepcopy(module)
+    step = max(1, module.out_features // _ROWS)
+    weight = module.weight.detach()[::step][:_ROWS]
+    part = nn.Linear(module.in_features, weight.shape[0], bias=False, device="meta")
+    part.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return part
+
+
+def _divided(seen: InputStatistics, factor: Tensor) -> InputStatistics:
+    """The statistics of inputs divided by factors."""
+    sums = {0: seen.square_sums[0] / factor.to(seen.square_sums[0]).square()}
+    samples = [part / factor.cpu() for part in seen.samples]
+    low = min(float(part.min()) for part in samples)
+    high = max(float(part.max()) for part in samples)
+    return InputStatistics(sums, seen.counts, low if seen.low < 0 else max(low, 0.0), high, samples)
+
+
+def _positive(x: Tensor) -> Tensor:
+    """Channels that were never used, or hardly, count as the least used of the others."""
+    return x.clamp(min=float(x.max()) / _RANGE)
+
+
+def _bounded(curve: Tensor) -> Tensor:
+    """Factors about one, of a limited range."""
+    factor = curve / (curve.max() * curve.min()).sqrt()
+    return factor.clamp(_RANGE**-0.5, _RANGE**0.5)
