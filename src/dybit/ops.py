@@ -42,7 +42,7 @@ class Lookup:
         self.levels = torch.tensor(book.levels, dtype=torch.float32, device=device)
         self.codes = torch.tensor(book.level_codes, device=device)
         self._boundaries = torch.tensor(book.boundaries(np.float32), dtype=torch.float32, device=device)
-        self._unit, self._limit = _grid(book)
+        self._unit, self._limit = grid(book)
         if self._unit:
             # Entry 2k is the point k·unit, entry 2k+1 the open interval above it.
             points = np.arange(-2 * self._limit, 2 * self._limit + 1) * (self._unit / 2)
@@ -75,7 +75,7 @@ class Lookup:
         return self.codes.index_select(0, self.nearest(x).view(-1)).view(x.shape)
 
 
-def _grid(book: Codebook) -> tuple[float, int]:
+def grid(book: Codebook) -> tuple[float, int]:
     """The power of two that divides every midpoint and how many of it reach beyond all of them; (0, 0) if none."""
     for exponent in range(4, -17, -1):
         unit = 2.0**exponent
