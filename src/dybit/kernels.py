@@ -1,76 +1,27 @@
-"""The compiled extension: loads it, says which instruction set runs, and puts weights into its layout.
+"""Weights in the layout of the compiled kernels, for linear layers.
 
-Must not know layers or models. Where no extension was built, everything runs on plain torch, and one line says so.
+Must not know layers or models.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from types import ModuleType
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dybit import rivals
+from dybit import extension, rivals
 from dybit.codec import Codebook
 from dybit.errors import DyBitError
+from dybit.extension import FALLBACK, available, isa, use
 from dybit.format import Format, variants
 from dybit.tensor import QuantizedTensor
 
-FALLBACK = "torch"
+__all__ = ["FALLBACK", "InputFormat", "PackedWeight", "available", "input_format", "isa", "supports", "use"]
 _MAX_BOOKS = 32
 _MAX_SIGNIFICAND = 32767
-
-
-@cache
-def _extension() -> ModuleType | None:
-    """The extension, or None: not built, built for another Python, or switched off with ``DYBIT_ISA=torch``."""
-    if os.environ.get("DYBIT_ISA") == FALLBACK:
-        return None
-    try:
-        from dybit import _kernels
-    except ImportError as error:
-        logging.getLogger("dybit").warning(
-            "dybit runs on plain torch: its compiled kernels cannot be loaded (%s)", error
-        )
-        return None
-    try:
-        _kernels.isa()
-    except ValueError as error:
-        raise DyBitError(f"DYBIT_ISA={os.environ.get('DYBIT_ISA')!r} cannot be used: {error}") from None
-    return _kernels
-
-
-def isa() -> str:
-    """Which path runs: ``avx512``, ``avx2``, ``scalar``, or ``torch`` without the extension.
-
-    Raises:
-        DyBitError: ``DYBIT_ISA`` names one that cannot run here.
-    """
-    extension = _extension()
-    return extension.isa() if extension else FALLBACK
-
-
-def available() -> tuple[str, ...]:
-    """The paths that can run on this machine, each checked against the scalar one at load; the last is the fastest."""
-    extension = _extension()
-    return (FALLBACK, *(extension.available() if extension else ()))
-
-
-def use(name: str) -> None:
-    """Switches to another path, for tests and benchmarks; weights packed for another one are packed anew.
-
-    Raises:
-        DyBitError: ``name`` is not in :func:`available`, or is ``torch``, which only ``DYBIT_ISA`` can choose.
-    """
-    extension = _extension()
-    if extension is None or name not in extension.available():
-        raise DyBitError(f"name must be one of {', '.join(available()[1:]) or 'none'}, not {name!r}")
-    extension.use(name)
 
 
 @dataclass(frozen=True)
@@ -145,8 +96,8 @@ class PackedWeight:
     """
 
     def __init__(self, weight: QuantizedTensor, inputs: InputFormat, input_group_size: int = 0) -> None:
-        extension, spec, tables = _extension(), weight.spec, _tables(weight.spec.family)
-        if extension is None or tables is None:
+        compiled, spec, tables = extension.load(), weight.spec, _tables(weight.spec.family)
+        if compiled is None or tables is None:
             raise DyBitError(f"the kernels cannot hold a weight of family {spec.family!r}")
         # Kept alive during the call: the extension is given addresses.
         packed = weight.packed.contiguous()
@@ -158,7 +109,7 @@ class PackedWeight:
         books = len(tables[1])
         if choice is not None and int(choice.max()) >= books:  # a file can hold anything
             raise DyBitError(f"weight has choice {int(choice.max())}, beyond the {books} codebooks of {spec.family}")
-        self._weight = extension.PackedWeight(
+        self._weight = compiled.PackedWeight(
             packed.data_ptr(),
             spec.rows,
             spec.columns,
@@ -253,7 +204,7 @@ class PackedWeight:
 
 def supports(family: str) -> bool:
     """Whether the kernels are there and can hold weights of a family: its values must be multiples of one step."""
-    return _extension() is not None and _tables(family) is not None
+    return extension.load() is not None and _tables(family) is not None
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dybit import codes, extension
 from dybit.codec import Codebook, Family, ScaleType
 from dybit.errors import DyBitError
+from dybit.extension import FALLBACK
 from dybit.ops import lookup, spans
 
 Granularity = Literal["tensor", "channel", "group"]
@@ -207,7 +209,10 @@ class _Search:
 
     def _coarse(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
         """The best coarse scale of every codebook, relative to the largest magnitude: each of shape (units, 1)."""
-        table, scales, owners = _coarse_table(self.books, chunks[0][0].device)
+        table, scales, owners, compiled = _coarse_table(self.books, chunks[0][0].device, extension.isa() != FALLBACK)
+        if compiled is not None:
+            pairs = compiled.search_all(chunks, 1) if pooled else compiled.search(*chunks[0], 1)
+            return list(scales[pairs.long()].unbind(1))
         parts = []
         for x, h in chunks:
             cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
@@ -269,6 +274,10 @@ def _evaluate(
     table = lookup(book, scale.device)
     totals = []
     for x, h in chunks:
+        fit = codes.fit(book, x, h, scale)
+        if fit is not None:
+            totals.append(fit.sum(1, keepdim=True) if pooled else fit)
+            continue
         value = table.round(x / scale)
         residual = torch.addcmul(x, value, scale, value=-1)
         weighted = value if h is None else value * h
@@ -280,11 +289,14 @@ def _evaluate(
 
 
 @lru_cache(maxsize=64)
-def _coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+def _coarse_table(
+    books: tuple[Codebook, ...], device: torch.device, compiled: bool
+) -> tuple[Tensor, Tensor, list[tuple[int, int]], codes.Coarse | None]:
     """Mean squared error by cell and by pair of codebook and scale.
 
     Returns:
-        The table, float32 of shape (2·_CELLS, pairs); the scale of every pair; and the range of pairs of every book.
+        The table, float32 of shape (2·_CELLS, pairs); the scale of every pair; the range of pairs of every book; and
+        the table for the kernels, where they are (``compiled``).
     """
     edge = torch.arange(2 * _CELLS, dtype=torch.float64) - _CELLS
     inside = (edge[:, None] + (torch.arange(6, dtype=torch.float64) + 0.5) / 6) / _CELLS
@@ -299,7 +311,8 @@ def _coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Te
             columns.append((x - table.round(x / scale) * scale).square_().mean(1))
             scales.append(scale)
         owners.append((first, len(scales)))
-    return torch.stack(columns, dim=1).contiguous(), torch.tensor(scales, device=device), owners
+    whole = torch.stack(columns, dim=1).contiguous()
+    return whole, torch.tensor(scales, device=device), owners, codes.coarse(whole, owners) if compiled else None
 
 
 def _coarse_scales(book: Codebook) -> list[float]:

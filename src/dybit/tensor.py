@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dybit import rivals
+from dybit import codes, rivals
 from dybit.codec import Family, ScaleType
 from dybit.errors import DyBitError
 from dybit.ops import dequantize, lookup, pack, spans, unpack
@@ -306,13 +306,15 @@ def quantize(
 
 def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
     """Rounds a matrix (rows, columns) to the nearest codes at given scales and packs it."""
-    step = max(1, (1 << 20) // spec.columns)
-    packed = torch.cat(
-        [
-            pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
-            for start in range(0, spec.rows, step)
-        ]
-    )
+    packed = codes.encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
+    if packed is None:
+        step = max(1, (1 << 20) // spec.columns)
+        packed = torch.cat(
+            [
+                pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
+                for start in range(0, spec.rows, step)
+            ]
+        )
     choice = None
     if scales.choice is not None:
         rows, units = spec.unit_shape(spec.choice)
