@@ -9,7 +9,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "weight.h"
+
 namespace dybit {
+
+struct GatherTask;
+struct DepthwiseTask;
 
 constexpr int kMaxLevels = 256;
 constexpr int kLanes = 16;  // of a sum: element i belongs to lane i mod 16
@@ -46,6 +51,11 @@ struct CodeKernels {
   void (*mix)(const float* const* histograms, int units, const float* table, int cells, float* const* sums);
   // The same for one unit, of the cells in a list.
   void (*mix_few)(const float* histogram, const uint16_t* list, int count, const float* table, float* sums);
+  // For convolutions (conv.h). Significands of a static scale, kFloat for whole FP32 numbers; whether there is NaN.
+  bool (*significands)(const Rounding&, InputKind, const float* x, int64_t count, void* out);
+  // Rows of a product from an image of significands; sums: [rows][segments] of 8-bit ones, or null.
+  void (*gather)(const GatherTask&, const int64_t* origins, int rows, uint8_t* out, int32_t* sums);
+  void (*depthwise)(const DepthwiseTask&, int places, float* out);
 };
 
 constexpr int kMixColumns = 64, kMixUnits = 6;

@@ -1,10 +1,12 @@
 // Codes with AVX2: the first 3 levels of a search tree in a register, the rest gathered; see codes.h.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
 #include "codes.h"
+#include "conv.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>

@@ -1,10 +1,12 @@
 // The reference for codes, without intrinsics: see codes.h.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
 #include "codes.h"
+#include "conv.h"
 #include "target.h"
 
 namespace dybit {

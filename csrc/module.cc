@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "codes.h"
+#include "conv.h"
 #include "dispatch.h"
 #include "packed.h"
 
@@ -110,6 +111,37 @@ void define_codes(nb::module_& m) {
            released);
 }
 
+using Extents = std::array<dybit::Extent, 5>;  // kernel, stride, dilation, zeros before and after
+
+dybit::ConvGeometry geometry(const Extents& e, int channels, int groups, bool channel_major) {
+  return {e[0], e[1], e[2], e[3], e[4], channels, groups, channel_major};
+}
+
+template <class T>
+bool convolve(const T& self, uintptr_t x, int batch, const dybit::Extent& size, uintptr_t y, uintptr_t bias,
+              uintptr_t scale, uintptr_t offset, float reach, int threads) {
+  const dybit::ConvInput input{pointer<float>(x), batch, size, pointer<float>(scale), pointer<float>(offset), reach};
+  return self.run(input, writable<float>(y), pointer<float>(bias), threads);
+}
+
+void define_convolutions(nb::module_& m) {
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  nb::class_<dybit::Conv>(m, "Conv")
+      .def(nb::new_([](std::vector<const dybit::PackedWeight*> weights, const Extents& extents, int channels, int groups,
+                       bool channel_major) {
+        return new dybit::Conv(std::move(weights), geometry(extents, channels, groups, channel_major));
+      }))
+      .def("run", &convolve<dybit::Conv>, released);
+  nb::class_<dybit::Depthwise>(m, "Depthwise")
+      .def(nb::new_([](uintptr_t significands, uintptr_t scales, const Extents& extents, int channels, int magnitude_bits,
+                       int max_run, bool is_signed) {
+        return new dybit::Depthwise(pointer<float>(significands), pointer<float>(scales),
+                                    geometry(extents, channels, channels, false),
+                                    {true, magnitude_bits, max_run, is_signed, 0});
+      }))
+      .def("run", &convolve<dybit::Depthwise>, released);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -145,4 +177,5 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("storage", [](const dybit::PackedWeight& self) { return self.weight().storage; })
       .def_prop_ro("kind", [](const dybit::PackedWeight& self) { return int(self.kind()); })
       .def_prop_ro("nbytes", &dybit::PackedWeight::bytes);
+  define_convolutions(m);  // after the weights that they take
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from dybit.codec import Codebook
 from dybit.errors import DyBitError
 from dybit.extension import FALLBACK, available, isa, use
 from dybit.format import Format, variants
-from dybit.tensor import QuantizedTensor
+from dybit.ops import pack
+from dybit.scale import Granularity
+from dybit.tensor import QuantizedTensor, TensorSpec
 
-__all__ = ["FALLBACK", "InputFormat", "PackedWeight", "available", "input_format", "isa", "supports", "use"]
+__all__ = ["FALLBACK", "InputFormat", "PackedWeight", "available", "input_format", "isa", "max_significand", "pack_choices", "rows_of", "significands", "supports", "use"]
 _MAX_BOOKS = 32
 _MAX_SIGNIFICAND = 32767
 
@@ -134,6 +137,11 @@ class PackedWeight:
         self.isa: str = self._weight.isa
 
     @property
+    def compiled(self) -> Any:  # noqa: ANN401
+        """The extension's own object."""
+        return self._weight
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the codes, scales and choices in this layout."""
         return int(self._weight.nbytes)
@@ -205,6 +213,42 @@ class PackedWeight:
 def supports(family: str) -> bool:
     """Whether the kernels are there and can hold weights of a family: its values must be multiples of one step."""
     return extension.load() is not None and _tables(family) is not None
+
+
+def significands(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """The significands of a weight whose rows have one scale each, and the values of one unit of them.
+
+    Returns:
+        float32 of shapes (rows, columns) and (rows,).
+
+    Raises:
+        DyBitError: The family's values are no multiples of one step.
+    """
+    tables = _tables(weight.spec.family)
+    if tables is None:
+        raise DyBitError(f"the kernels cannot hold a weight of family {weight.spec.family!r}")
+    rows = weight.spec.rows
+    given = weight.choices()
+    choice = torch.zeros(rows, 1, dtype=torch.int64) if given is None else given.long().expand(rows, 1)
+    values = torch.from_numpy(tables[0]).float()[choice, weight.codes().long()]
+    steps = torch.from_numpy(tables[1])[choice[:, 0]]
+    return values, (weight.scales().expand(rows, 1)[:, 0] * steps).contiguous()
+
+
+def max_significand(inputs: InputFormat) -> int:
+    """The largest magnitude of a significand of inputs."""
+    return ((2 << (inputs.magnitude_bits - inputs.max_run)) - 1) << (2 * inputs.max_run - 2)
+
+
+def rows_of(spec: TensorSpec, rows: int) -> TensorSpec:
+    """The spec of some rows of a weight, every unit with an FP32 scale and a choice of its own."""
+    granularity: Granularity = "group" if spec.group_size else "channel"
+    return TensorSpec(spec.family, (rows, *spec.shape[1:]), granularity, spec.group_size, "fp32", granularity)
+
+
+def pack_choices(choice: Tensor, spec: TensorSpec) -> Tensor:
+    """Packs the choices of all units as a weight stores them."""
+    return pack(choice.reshape(1, -1) if choice.shape[1] == 1 else choice, spec.choice_bits)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
