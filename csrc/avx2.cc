@@ -400,7 +400,7 @@ void encode(const EncodeTask& task, int first_row, int last_row) { encode_rows(t
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode, dequantize};
+const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode, dequantize, &kAvx2Codes};
 
 }  // namespace dybit
 DYBIT_TARGET_END

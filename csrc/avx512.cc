@@ -413,7 +413,7 @@ void encode(const EncodeTask& task, int first_row, int last_row) { encode_rows(t
 }  // namespace
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize};
+const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize, &kAvx512Codes};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -1,8 +1,15 @@
 // The Python module: pointers and sizes in, nothing of torch. Arguments are checked in dybit/kernels.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
+#include <tuple>
+
+#include "codes.h"
+#include "conv.h"
 #include "dispatch.h"
 #include "packed.h"
 
@@ -31,6 +38,110 @@ dybit::PackedWeight* make(uintptr_t packed, int64_t rows, int64_t columns, int b
   return new dybit::PackedWeight(portable, input, dybit::kernels());
 }
 
+template <class T>
+T* writable(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Three arguments as Python passes them: rows, columns, elements of a group.
+dybit::Units units(const std::array<int64_t, 3>& shape) { return {shape[0], shape[1], shape[2]}; }
+
+// An address (0: none) and whether there is a number for every row and every group.
+using Spread = std::tuple<uintptr_t, bool, bool>;
+template <class T>
+dybit::PerUnit<T> per_unit(const Spread& spread) {
+  return {pointer<T>(std::get<0>(spread)), std::get<1>(spread), std::get<2>(spread)};
+}
+
+void define_codes(nb::module_& m) {
+  using Shape = std::array<int64_t, 3>;
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  nb::class_<dybit::Codebook>(m, "Codebook")
+      .def(nb::new_([](uintptr_t boundaries, uintptr_t values, uintptr_t codes, int count) {
+        return new dybit::Codebook(pointer<float>(boundaries), pointer<float>(values), pointer<uint8_t>(codes), count);
+      }))
+      .def("round",
+           [](const dybit::Codebook& self, const Shape& shape, uintptr_t x, uintptr_t out, bool half, const Spread& scale,
+              uintptr_t offset, float reach, int threads) {
+             dybit::round_units(self, units(shape), pointer<void>(x), writable<void>(out), half, per_unit<float>(scale),
+                                pointer<float>(offset), reach, threads);
+           },
+           released)
+      .def("fit",
+           [](const dybit::Codebook& self, const Shape& shape, uintptr_t x, uintptr_t weights, const Spread& scale,
+              uintptr_t out, int threads) {
+             dybit::fit_units(self, units(shape), pointer<float>(x), pointer<float>(weights), per_unit<float>(scale),
+                              writable<dybit::Fit>(out), threads);
+           },
+           released);
+  m.def("encode",
+        [](const std::vector<const dybit::Codebook*>& books, const Shape& shape, int bits, uintptr_t x,
+           const Spread& scale, const Spread& choice, uintptr_t packed, int threads) {
+          dybit::encode_units(books, units(shape), bits, pointer<float>(x), per_unit<float>(scale),
+                              per_unit<uint8_t>(choice), writable<uint8_t>(packed), threads);
+        },
+        released);
+  m.def("decode",
+        [](uintptr_t tables, const Shape& shape, int bits, uintptr_t packed, uintptr_t index, const Spread& scale,
+           const Spread& choice, uintptr_t out, int threads) {
+          dybit::decode_units(pointer<float>(tables), units(shape), bits, pointer<uint8_t>(packed),
+                              pointer<int64_t>(index), per_unit<float>(scale), per_unit<uint8_t>(choice),
+                              writable<float>(out), threads);
+        },
+        released);
+  m.def("add_to_histogram",
+        [](uintptr_t x, uintptr_t weights, int64_t count, int half, uintptr_t histogram) {
+          dybit::add_to_histogram(pointer<float>(x), pointer<float>(weights), count, half, writable<double>(histogram));
+        },
+        released);
+  nb::class_<dybit::CoarseTable>(m, "CoarseTable")
+      .def(nb::new_([](uintptr_t table, int half, int columns, uintptr_t first, int books) {
+        return new dybit::CoarseTable(pointer<float>(table), half, columns, pointer<int32_t>(first), books);
+      }))
+      .def("search",
+           [](const dybit::CoarseTable& self, const Shape& shape, uintptr_t x, uintptr_t weights, int best,
+              uintptr_t out, int threads) {
+             self.search(units(shape), pointer<float>(x), pointer<float>(weights), best, writable<int32_t>(out), threads);
+           },
+           released)
+      .def("search_histogram",
+           [](const dybit::CoarseTable& self, uintptr_t histogram, int best, uintptr_t out) {
+             self.search_histogram(pointer<double>(histogram), best, writable<int32_t>(out));
+           },
+           released);
+}
+
+using Extents = std::array<dybit::Extent, 5>;  // kernel, stride, dilation, zeros before and after
+
+dybit::ConvGeometry geometry(const Extents& e, int channels, int groups, bool channel_major) {
+  return {e[0], e[1], e[2], e[3], e[4], channels, groups, channel_major};
+}
+
+template <class T>
+bool convolve(const T& self, uintptr_t x, int batch, const dybit::Extent& size, uintptr_t y, uintptr_t bias,
+              uintptr_t scale, uintptr_t offset, float reach, int threads) {
+  const dybit::ConvInput input{pointer<float>(x), batch, size, pointer<float>(scale), pointer<float>(offset), reach};
+  return self.run(input, writable<float>(y), pointer<float>(bias), threads);
+}
+
+void define_convolutions(nb::module_& m) {
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  nb::class_<dybit::Conv>(m, "Conv")
+      .def(nb::new_([](std::vector<const dybit::PackedWeight*> weights, const Extents& extents, int channels, int groups,
+                       bool channel_major) {
+        return new dybit::Conv(std::move(weights), geometry(extents, channels, groups, channel_major));
+      }))
+      .def("run", &convolve<dybit::Conv>, released);
+  nb::class_<dybit::Depthwise>(m, "Depthwise")
+      .def(nb::new_([](uintptr_t significands, uintptr_t scales, const Extents& extents, int channels, int magnitude_bits,
+                       int max_run, bool is_signed) {
+        return new dybit::Depthwise(pointer<float>(significands), pointer<float>(scales),
+                                    geometry(extents, channels, channels, false),
+                                    {true, magnitude_bits, max_run, is_signed, 0});
+      }))
+      .def("run", &convolve<dybit::Depthwise>, released);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -42,6 +153,7 @@ NB_MODULE(_kernels, m) {
     return names;
   });
   m.def("use", &dybit::use, "name"_a);
+  define_codes(m);
   nb::class_<dybit::PackedWeight>(m, "PackedWeight")
       .def(nb::new_(&make), nb::call_guard<nb::gil_scoped_release>(), "packed"_a, "rows"_a, "columns"_a, "bits"_a,
            "group_size"_a, "scale"_a, "scale_by_row"_a, "scale_by_group"_a, "choice"_a, "choice_by_row"_a,
@@ -65,4 +177,5 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("storage", [](const dybit::PackedWeight& self) { return self.weight().storage; })
       .def_prop_ro("kind", [](const dybit::PackedWeight& self) { return int(self.kind()); })
       .def_prop_ro("nbytes", &dybit::PackedWeight::bytes);
+  define_convolutions(m);  // after the weights that they take
 }

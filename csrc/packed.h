@@ -48,6 +48,9 @@ class PackedWeight {
   const Weight& weight() const { return weight_; }
   const Kernels& kernels() const { return kernels_; }
   InputKind kind() const { return kind_; }
+  const InputFormat& input() const { return input_; }
+  int max_input() const { return max_input_; }
+  const std::vector<float>& row_sums() const { return sums_; }  // of each row's values
   size_t bytes() const;
 
  private:

@@ -100,6 +100,8 @@ struct EncodeTask {
   uint8_t* has_nan;
 };
 
+struct CodeKernels;  // codes.h
+
 // One instruction set.
 struct Kernels {
   const char* name;
@@ -110,12 +112,16 @@ struct Kernels {
   void (*encode)(const EncodeTask&, int first_row, int last_row);
   // Row-major values of some blocks: FP32 [16 · blocks][columns], significand times scale, rounded once.
   void (*dequantize)(const Weight&, float* out, int first_block, int last_block);
+  const CodeKernels* codes;
 };
 
 extern const Kernels kScalar;
+extern const CodeKernels kScalarCodes;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const CodeKernels kAvx2Codes;
+extern const CodeKernels kAvx512Codes;
 #endif
 
 }  // namespace dybit

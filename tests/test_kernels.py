@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -248,33 +247,3 @@ def test_integers_are_dybit_with_a_run_of_one():
     assert kernels.input_format("s8r1") == kernels.InputFormat(7, 1, True, 1.0)
     assert kernels.input_format("uint4") == kernels.InputFormat(4, 1, False, 8.0)
     assert kernels.input_format("nf4") is None
-
-
-@needs_kernels
-def test_environment_chooses():
-    code = """
-import os
-from dybit import kernels
-for isa in ("torch", "nonsense", "scalar"):
-    os.environ["DYBIT_ISA"] = isa
-    kernels._extension.cache_clear()
-    try:
-        print(kernels.isa())
-    except kernels.DyBitError as error:
-        print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, second, third = done.stdout.splitlines()
-    assert (first, third) == ("torch", "scalar")
-    assert second.startswith("DYBIT_ISA='nonsense' cannot be used")
-
-
-def test_a_missing_extension_is_said_once():
-    code = (
-        "import sys; sys.modules['dybit._kernels'] = None\n"
-        "from dybit import kernels; print(kernels.isa(), kernels.isa(), kernels.available())"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "DYBIT_ISA"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == ["torch", "torch", "('torch',)"]
-    assert done.stderr.count("plain torch") == 1

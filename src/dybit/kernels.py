@@ -1,76 +1,30 @@
-"""The compiled extension: loads it, says which instruction set runs, and puts weights into its layout.
+"""Weights in the layout of the compiled kernels, for linear layers.
 
-Must not know layers or models. Where no extension was built, everything runs on plain torch, and one line says so.
+Must not know layers or models.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from types import ModuleType
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dybit import rivals
+from dybit import extension, rivals
 from dybit.codec import Codebook
 from dybit.errors import DyBitError
+from dybit.extension import FALLBACK, available, isa, use
 from dybit.format import Format, variants
-from dybit.tensor import QuantizedTensor
+from dybit.ops import pack
+from dybit.scale import Granularity
+from dybit.tensor import QuantizedTensor, TensorSpec
 
-FALLBACK = "torch"
+__all__ = ["FALLBACK", "InputFormat", "PackedWeight", "available", "input_format", "isa", "max_significand", "pack_choices", "rows_of", "significands", "supports", "use"]
 _MAX_BOOKS = 32
 _MAX_SIGNIFICAND = 32767
-
-
-@cache
-def _extension() -> ModuleType | None:
-    """The extension, or None: not built, built for another Python, or switched off with ``DYBIT_ISA=torch``."""
-    if os.environ.get("DYBIT_ISA") == FALLBACK:
-        return None
-    try:
-        from dybit import _kernels
-    except ImportError as error:
-        logging.getLogger("dybit").warning(
-            "dybit runs on plain torch: its compiled kernels cannot be loaded (%s)", error
-        )
-        return None
-    try:
-        _kernels.isa()
-    except ValueError as error:
-        raise DyBitError(f"DYBIT_ISA={os.environ.get('DYBIT_ISA')!r} cannot be used: {error}") from None
-    return _kernels
-
-
-def isa() -> str:
-    """Which path runs: ``avx512``, ``avx2``, ``scalar``, or ``torch`` without the extension.
-
-    Raises:
-        DyBitError: ``DYBIT_ISA`` names one that cannot run here.
-    """
-    extension = _extension()
-    return extension.isa() if extension else FALLBACK
-
-
-def available() -> tuple[str, ...]:
-    """The paths that can run on this machine, each checked against the scalar one at load; the last is the fastest."""
-    extension = _extension()
-    return (FALLBACK, *(extension.available() if extension else ()))
-
-
-def use(name: str) -> None:
-    """Switches to another path, for tests and benchmarks; weights packed for another one are packed anew.
-
-    Raises:
-        DyBitError: ``name`` is not in :func:`available`, or is ``torch``, which only ``DYBIT_ISA`` can choose.
-    """
-    extension = _extension()
-    if extension is None or name not in extension.available():
-        raise DyBitError(f"name must be one of {', '.join(available()[1:]) or 'none'}, not {name!r}")
-    extension.use(name)
 
 
 @dataclass(frozen=True)
@@ -145,8 +99,8 @@ class PackedWeight:
     """
 
     def __init__(self, weight: QuantizedTensor, inputs: InputFormat, input_group_size: int = 0) -> None:
-        extension, spec, tables = _extension(), weight.spec, _tables(weight.spec.family)
-        if extension is None or tables is None:
+        compiled, spec, tables = extension.load(), weight.spec, _tables(weight.spec.family)
+        if compiled is None or tables is None:
             raise DyBitError(f"the kernels cannot hold a weight of family {spec.family!r}")
         # Kept alive during the call: the extension is given addresses.
         packed = weight.packed.contiguous()
@@ -158,7 +112,7 @@ class PackedWeight:
         books = len(tables[1])
         if choice is not None and int(choice.max()) >= books:  # a file can hold anything
             raise DyBitError(f"weight has choice {int(choice.max())}, beyond the {books} codebooks of {spec.family}")
-        self._weight = extension.PackedWeight(
+        self._weight = compiled.PackedWeight(
             packed.data_ptr(),
             spec.rows,
             spec.columns,
@@ -181,6 +135,11 @@ class PackedWeight:
         self.shape = (spec.rows, spec.columns)
         self.inputs = inputs
         self.isa: str = self._weight.isa
+
+    @property
+    def compiled(self) -> Any:  # noqa: ANN401
+        """The extension's own object."""
+        return self._weight
 
     @property
     def nbytes(self) -> int:
@@ -253,7 +212,43 @@ class PackedWeight:
 
 def supports(family: str) -> bool:
     """Whether the kernels are there and can hold weights of a family: its values must be multiples of one step."""
-    return _extension() is not None and _tables(family) is not None
+    return extension.load() is not None and _tables(family) is not None
+
+
+def significands(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """The significands of a weight whose rows have one scale each, and the values of one unit of them.
+
+    Returns:
+        float32 of shapes (rows, columns) and (rows,).
+
+    Raises:
+        DyBitError: The family's values are no multiples of one step.
+    """
+    tables = _tables(weight.spec.family)
+    if tables is None:
+        raise DyBitError(f"the kernels cannot hold a weight of family {weight.spec.family!r}")
+    rows = weight.spec.rows
+    given = weight.choices()
+    choice = torch.zeros(rows, 1, dtype=torch.int64) if given is None else given.long().expand(rows, 1)
+    values = torch.from_numpy(tables[0]).float()[choice, weight.codes().long()]
+    steps = torch.from_numpy(tables[1])[choice[:, 0]]
+    return values, (weight.scales().expand(rows, 1)[:, 0] * steps).contiguous()
+
+
+def max_significand(inputs: InputFormat) -> int:
+    """The largest magnitude of a significand of inputs."""
+    return ((2 << (inputs.magnitude_bits - inputs.max_run)) - 1) << (2 * inputs.max_run - 2)
+
+
+def rows_of(spec: TensorSpec, rows: int) -> TensorSpec:
+    """The spec of some rows of a weight, every unit with an FP32 scale and a choice of its own."""
+    granularity: Granularity = "group" if spec.group_size else "channel"
+    return TensorSpec(spec.family, (rows, *spec.shape[1:]), granularity, spec.group_size, "fp32", granularity)
+
+
+def pack_choices(choice: Tensor, spec: TensorSpec) -> Tensor:
+    """Packs the choices of all units as a weight stores them."""
+    return pack(choice.reshape(1, -1) if choice.shape[1] == 1 else choice, spec.choice_bits)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dybit import rivals
 from dybit.attention import attend
+from dybit.conv import conv
 from dybit.errors import DyBitError
 from dybit.linear import linear
 from dybit.ops import dequantize, fake_quantize, fake_quantize_dynamic
@@ -170,6 +171,34 @@ class _QuantizedLinear(Quantized):
             input_offset=self._buffers.get("input_offset"),
             reach=spec.reach or 1.0,
             input_group_size=spec.group_size or 0,
+        )
+
+
+class _QuantizedConv(Quantized):
+    """A convolution of rounded inputs by the codes, with the compiled kernels where they are."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Convolves the only argument, whatever its name."""
+        spec, layer = self.input_spec, cast(nn.Conv2d, self)
+        if spec is None:
+            return cast(Tensor, super().forward(*args, **kwargs))
+        (x,) = (*args, *kwargs.values())
+        padding = layer._reversed_padding_repeated_twice
+        if layer.padding_mode != "zeros":  # the border has values of the input, so it can be rounded with it
+            x = nn.functional.pad(x, padding, mode=layer.padding_mode)
+            padding = [0] * len(padding)
+        return conv(
+            x,
+            self.quantized_tensor(),
+            self._parameters.get("bias"),
+            stride=layer.stride,
+            padding=[n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]],
+            dilation=layer.dilation,
+            groups=layer.groups,
+            input_format=spec.format,
+            input_scale=self._buffers.get("input_scale"),
+            input_offset=self._buffers.get("input_offset"),
+            reach=spec.reach or 1.0,
         )
 
 
@@ -336,6 +365,8 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
         mixin = _QuantizedEmbedding
     elif names and (cls.forward is nn.Linear.forward or _named_conv1d(cls)):
         mixin = _QuantizedLinear
+    elif names and any(_is_plainly(cls, known) for known in _CONVOLUTIONS):
+        mixin = _QuantizedConv
     elif cls.forward is nn.MultiheadAttention.forward:
         mixin = _QuantizedAttention
 
@@ -345,6 +376,11 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     members: dict[str, Any] = {name: reader(name) for name in names}
     made: Any = type(f"Quantized{cls.__name__}", (mixin, cls), members)
     return cast(type[nn.Module], made)
+
+
+def _is_plainly(cls: type[nn.Module], known: Any) -> bool:  # noqa: ANN401
+    """Whether a class is a kind of convolution and computes nothing of its own."""
+    return issubclass(cls, known) and cls.forward is known.forward and cls._conv_forward is known._conv_forward
 
 
 def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -33,49 +34,70 @@ _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 
 
 @lru_cache(maxsize=4096)
-def _spec(key: str) -> TensorSpec:
+def read_spec(key: str) -> TensorSpec:
+    """The spec of a key, read once."""
     return TensorSpec.from_dict(json.loads(key))
 
 
 class _Entry:
-    """A weight in the kernel layout, with what it was made from."""
+    """What was made from a weight, with what it was made from."""
 
-    def __init__(self, weight: QuantizedTensor, packed: kernels.PackedWeight) -> None:
+    def __init__(self, weight: QuantizedTensor, packed: Any) -> None:  # noqa: ANN401
         self.parts = tuple(weakref.ref(part) for part in weight.buffers().values())
         self.versions = _versions(weight)
         self.packed = packed
+        self.isa = kernels.isa()
 
-    def fits(self, weight: QuantizedTensor, isa: str) -> bool:
+    def fits(self, weight: QuantizedTensor) -> bool:
         """Whether it still is that weight: the same tensors, not written to since, packed for what runs now."""
         parts = weight.buffers().values()
         return (
-            self.packed.isa == isa
+            self.isa == kernels.isa()
             and len(self.parts) == len(parts)
             and all(mine() is part for mine, part in zip(self.parts, parts, strict=True))
             and self.versions == _versions(weight)
         )
 
 
-_cache: dict[tuple[int, str, int], _Entry] = {}
-
-
 def _versions(weight: QuantizedTensor) -> tuple[int, ...]:
     return tuple(0 if part.is_inference() else part._version for part in weight.buffers().values())
 
 
+class Cache:
+    """What weights were packed into, kept beside them as long as they live; never in a state dict, copy or pickle."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[Any, ...], _Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, weight: QuantizedTensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """What ``make`` returned for a weight and a key, now or earlier; None where the kernels cannot do it."""
+        whole = (id(weight.packed), *key)
+        entry = self._entries.get(whole)
+        if entry is not None and entry.fits(weight):
+            return entry.packed
+        if kernels.isa() == kernels.FALLBACK or weight.packed.device.type != "cpu":
+            return None
+        self._entries[whole] = _Entry(weight, packed := make())
+        weakref.finalize(weight.packed, self._entries.pop, whole, None).atexit = False
+        return packed
+
+
+_cache = Cache()
+
+
 def _packed(weight: QuantizedTensor, input_format: str, input_group_size: int) -> kernels.PackedWeight | None:
     """The weight in the kernel layout, made at first use; None where the kernels cannot do it."""
-    key = (id(weight.packed), input_format, input_group_size)
-    entry = _cache.get(key)
-    if entry is not None and entry.fits(weight, kernels.isa()):
-        return entry.packed
-    inputs = kernels.input_format(input_format)
-    if inputs is None or weight.packed.device.type != "cpu" or not kernels.supports(weight.spec.family):
-        return None
-    packed = kernels.PackedWeight(weight, inputs, input_group_size)
-    _cache[key] = _Entry(weight, packed)
-    weakref.finalize(weight.packed, _cache.pop, key, None).atexit = False
-    return packed
+
+    def make() -> kernels.PackedWeight | None:
+        inputs = kernels.input_format(input_format)
+        if inputs is None or not kernels.supports(weight.spec.family):
+            return None
+        return kernels.PackedWeight(weight, inputs, input_group_size)
+
+    return cast(kernels.PackedWeight | None, _cache.get(weight, (input_format, input_group_size), make))
 
 
 def _linear(
@@ -92,7 +114,7 @@ def _linear(
     reach: float,
     input_group_size: int,
 ) -> Tensor:
-    stored = QuantizedTensor(_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
+    stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
     _check(x, bias, stored.spec)
     packed = None
     if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu":
@@ -154,7 +176,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN
     """The gradient of inputs and bias; rounding counts as the identity, and codes have none."""
     x_grad = None
     if ctx.needs_input_grad[0]:
-        x_grad = grad @ _matrix(QuantizedTensor(_spec(ctx.spec), *ctx.saved_tensors), grad.dtype)
+        x_grad = grad @ _matrix(QuantizedTensor(read_spec(ctx.spec), *ctx.saved_tensors), grad.dtype)
     bias_grad = grad.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[5] else None
     return x_grad, None, None, None, None, bias_grad, None, None, None, None, None, None
 

@@ -1,7 +1,8 @@
 """Torch operators on codes: pack, unpack, dequantize and fake-quantize, as exact as the NumPy oracle in ``codec``.
 
 Must not know how scales are chosen, nor layers or models. The operators are registered as ``torch.ops.dybit.*``, so
-that ``torch.compile`` and ``torch.export`` see them whole; what is here is their plain-torch implementation.
+that ``torch.compile`` and ``torch.export`` see them whole. The compiled kernels compute them where they can
+(:mod:`dybit.codes`), and what is here in plain torch where they cannot, with the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dybit import rivals
+from dybit import codes, rivals
 from dybit.codec import Codebook
 from dybit.packing import packed_size
 
@@ -175,7 +176,10 @@ def _byte_table(name: str, device: torch.device) -> tuple[Tensor, int]:
 def _dequantize(
     packed: Tensor, scale: Tensor, choice: Tensor | None, family: str, count: int, bits: int, group_size: int
 ) -> Tensor:
-    """Plain-torch implementation of ``torch.ops.dybit.dequantize``; see :data:`SCHEMAS`."""
+    """Implementation of ``torch.ops.dybit.dequantize``; see :data:`SCHEMAS`."""
+    done = codes.decode(packed, scale, choice, rivals.family(family).books, count, group_size or None)
+    if done is not None:
+        return done
     table, per_byte = _byte_table(family, packed.device)
     rows = packed.shape[0]
     result = torch.empty(rows, count, dtype=torch.float32, device=packed.device)
@@ -213,14 +217,18 @@ def _scaled_round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) 
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) -> Tensor:
-    """Plain-torch implementation of ``torch.ops.dybit.fake_quantize``; see :data:`SCHEMAS`."""
-    return _scaled_round(x, scale, offset, format).contiguous()
+    """Implementation of ``torch.ops.dybit.fake_quantize``; see :data:`SCHEMAS`."""
+    done = codes.fake_quantize(x, scale, offset, rivals.family(format).books[0])
+    return done if done is not None else _scaled_round(x, scale, offset, format).contiguous()
 
 
 def _fake_quantize_dynamic(x: Tensor, format: str, reach: float, group_size: int) -> Tensor:
-    """Plain-torch implementation of ``torch.ops.dybit.fake_quantize_dynamic``; see :data:`SCHEMAS`."""
+    """Implementation of ``torch.ops.dybit.fake_quantize_dynamic``; see :data:`SCHEMAS`."""
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
+    done = codes.fake_quantize_dynamic(x, rivals.family(format).books[0], reach, group_size)
+    if done is not None:
+        return done
     parts = []
     for start, groups, length in spans(x.shape[-1], group_size or None):
         block = x[..., start : start + groups * length].unflatten(-1, (groups, length))

@@ -4,8 +4,10 @@ Must not know how codes are stored, nor layers or models.
 
 The search by error has two steps. A coarse one tries some 700 pairs of codebook and scale at once: the squared error
 of a pair depends on an element only through the cell of a fine grid in which the element lies, so the errors of all
-pairs are sums of rows of one precomputed table, which is what ``embedding_bag`` does at memory speed. Then, for every
-codebook, the best scale is refined by one least-squares step and both are judged by their exact error. The steps for
+pairs are sums of rows of one precomputed table: the kernels multiply it by a unit's histogram, plain torch sums rows by
+``embedding_bag``. Then, for every codebook, the best scale is refined by one least-squares step and both are judged by
+their exact error. (Kernels and plain torch add up in different orders, so that where two scales are as good as equal they
+may choose differently; the kernels of all instruction sets choose alike.) The steps for
 one codebook do not depend on which others take part: so a choice among several never has a larger error than any of
 them alone. (E4M3 scales are the exception: the factor that they share follows from all codebooks of the family.)
 """
@@ -22,8 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dybit import codes, extension
 from dybit.codec import Codebook, Family, ScaleType
 from dybit.errors import DyBitError
+from dybit.extension import FALLBACK
 from dybit.ops import lookup, spans
 
 Granularity = Literal["tensor", "channel", "group"]
@@ -35,6 +39,10 @@ _BLOCK = 1 << 19  # elements worked on at once: the temporaries stay in the cach
 _CELLS = 512  # cells of the coarse grid on either side of zero, spaced as squares: finest near zero
 _SCALE_STEP = 1.035  # ratio of neighbouring coarse scales
 _LOWEST_SCALE = 0.04  # the smallest coarse scale, as a share of the one that clips nothing
+# In short units of many levels the error is a jagged function of the scale: the neighbourhoods of the two best coarse
+# scales are looked at closely.
+_MANY_LEVELS, _SHORT = 32, 256
+_FINE_FACTORS = tuple(1.07 ** (i / 7) for i in range(-7, 8))
 _TINIEST = 2.0**-126  # smallest normal float: a scale below it would lose precision, or be zero
 _POW2_EXPONENTS = (-64, 63)
 _E4M3_MAX = 448.0
@@ -206,15 +214,24 @@ class _Search:
         return best.error, best.scale
 
     def _coarse(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
-        """The best coarse scale of every codebook, relative to the largest magnitude: each of shape (units, 1)."""
-        table, scales, owners = _coarse_table(self.books, chunks[0][0].device)
-        parts = []
-        for x, h in chunks:
-            cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
-            sums = torch.nn.functional.embedding_bag(cell.to(torch.int32), table, mode="sum", per_sample_weights=h)
-            parts.append(sums.sum(0, keepdim=True, dtype=torch.float64) if pooled else sums)
-        errors = torch.stack(parts).sum(0) if pooled else parts[0]
-        return [scales[first:last][errors[:, first:last].argmin(1)][:, None] for first, last in owners]
+        """Starting scales of every codebook, relative to the largest magnitude: each of shape (units, starts)."""
+        table, scales, owners, compiled = _coarse_table(self.books, chunks[0][0].device, extension.isa() != FALLBACK)
+        short = not pooled and chunks[0][0].shape[1] <= _SHORT
+        best = 2 if short else 1
+        if compiled is not None:
+            pairs = compiled.search_all(chunks, best) if pooled else compiled.search(*chunks[0], best)
+            chosen = list(scales[pairs.long()].unbind(1))
+        else:
+            errors = torch.stack([_coarse_errors(x, h, table, pooled) for x, h in chunks]).sum(0)
+            chosen = [
+                scales[first:last][errors[:, first:last].topk(min(best, last - first), dim=1, largest=False).indices]
+                for first, last in owners
+            ]
+        factors = torch.tensor(_FINE_FACTORS, device=scales.device)
+        return [
+            (start[:, :, None] * factors).flatten(1) if short and len(book.levels) > _MANY_LEVELS else start[:, :1]
+            for book, start in zip(self.books, chosen, strict=True)
+        ]
 
     def _bounds(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
         """The scales of every codebook at which nothing, or nothing but the percentile, is clipped: (units, 1 or 2)."""
@@ -230,6 +247,13 @@ class _Search:
             if pooled:
                 high, low = high.amax(0, keepdim=True), low.amax(0, keepdim=True)
         return [torch.stack(_bound(book, high, low), dim=-1) for book in self.books]
+
+
+def _coarse_errors(x: Tensor, h: Tensor | None, table: Tensor, pooled: bool) -> Tensor:
+    """The errors of all pairs of codebook and scale: (units, pairs), or (1, pairs) where all is one unit."""
+    cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
+    sums = torch.nn.functional.embedding_bag(cell.to(torch.int32), table, mode="sum", per_sample_weights=h)
+    return sums.sum(0, keepdim=True, dtype=torch.float64) if pooled else sums
 
 
 class _Trial(NamedTuple):
@@ -269,6 +293,10 @@ def _evaluate(
     table = lookup(book, scale.device)
     totals = []
     for x, h in chunks:
+        fit = codes.fit(book, x, h, scale)
+        if fit is not None:
+            totals.append(fit.sum(1, keepdim=True) if pooled else fit)
+            continue
         value = table.round(x / scale)
         residual = torch.addcmul(x, value, scale, value=-1)
         weighted = value if h is None else value * h
@@ -280,11 +308,14 @@ def _evaluate(
 
 
 @lru_cache(maxsize=64)
-def _coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+def _coarse_table(
+    books: tuple[Codebook, ...], device: torch.device, compiled: bool
+) -> tuple[Tensor, Tensor, list[tuple[int, int]], codes.Coarse | None]:
     """Mean squared error by cell and by pair of codebook and scale.
 
     Returns:
-        The table, float32 of shape (2·_CELLS, pairs); the scale of every pair; and the range of pairs of every book.
+        The table, float32 of shape (2·_CELLS, pairs); the scale of every pair; the range of pairs of every book; and
+        the table for the kernels, where they are (``compiled``).
     """
     edge = torch.arange(2 * _CELLS, dtype=torch.float64) - _CELLS
     inside = (edge[:, None] + (torch.arange(6, dtype=torch.float64) + 0.5) / 6) / _CELLS
@@ -299,7 +330,8 @@ def _coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Te
             columns.append((x - table.round(x / scale) * scale).square_().mean(1))
             scales.append(scale)
         owners.append((first, len(scales)))
-    return torch.stack(columns, dim=1).contiguous(), torch.tensor(scales, device=device), owners
+    whole = torch.stack(columns, dim=1).contiguous()
+    return whole, torch.tensor(scales, device=device), owners, codes.coarse(whole, owners) if compiled else None
 
 
 def _coarse_scales(book: Codebook) -> list[float]:

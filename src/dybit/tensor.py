@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dybit import rivals
+from dybit import codes, rivals
 from dybit.codec import Family, ScaleType
 from dybit.errors import DyBitError
 from dybit.ops import dequantize, lookup, pack, spans, unpack
@@ -306,19 +306,21 @@ def quantize(
 
 def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
     """Rounds a matrix (rows, columns) to the nearest codes at given scales and packs it."""
-    step = max(1, (1 << 20) // spec.columns)
-    packed = torch.cat(
-        [
-            pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
-            for start in range(0, spec.rows, step)
-        ]
-    )
+    packed = codes.encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
+    if packed is None:
+        step = max(1, (1 << 20) // spec.columns)
+        packed = torch.cat(
+            [
+                pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
+                for start in range(0, spec.rows, step)
+            ]
+        )
     return _assemble(packed, spec, scales)
 
 
-def pack_codes(codes: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+def pack_codes(chosen: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
     """Packs codes that were chosen for given scales: uint8 of shape (rows, columns)."""
-    return _assemble(pack(codes, spec.bits, spec.group_size), spec, scales)
+    return _assemble(pack(chosen, spec.bits, spec.group_size), spec, scales)
 
 
 def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:

@@ -1,0 +1,325 @@
+#include "codes.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "dispatch.h"
+#include "pool.h"
+
+namespace dybit {
+namespace {
+
+constexpr int64_t kPiece = 1 << 14;  // elements that one thread takes at a time
+constexpr int64_t kBuffer = 256;     // a multiple of 16 and of 8 codes
+
+const CodeKernels& code_kernels() { return *kernels().codes; }
+
+// Calls work(first, last) for pieces of `count` rows of `length` elements.
+template <class F>
+void by_rows(int64_t count, int64_t length, int threads, F&& work) {
+  const int64_t step = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, length));
+  parallel_for(int((count + step - 1) / step), count * length < 4 * kPiece ? 1 : threads,
+               [&](int i) { work(i * step, std::min(count, (i + 1) * step)); });
+}
+
+float widen(uint16_t half) { return std::bit_cast<float>(uint32_t(half) << 16); }
+
+uint16_t narrow(float x) {  // to bfloat16, ties to even
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? uint16_t(0x7fc0) : uint16_t(rounded);
+}
+
+// Calls work(x, out, count) on FP32 elements, through a buffer where they are halves.
+template <class F>
+void as_float(const void* x, void* out, bool half, int64_t start, int64_t count, F&& work) {
+  if (!half) return work(static_cast<const float*>(x) + start, static_cast<float*>(out) + start, count);
+  const uint16_t* from = static_cast<const uint16_t*>(x) + start;
+  uint16_t* to = static_cast<uint16_t*>(out) + start;
+  float buffer[kBuffer];
+  for (int64_t i = 0; i < count; i += kBuffer) {
+    const int64_t n = std::min(kBuffer, count - i);
+    for (int64_t j = 0; j < n; ++j) buffer[j] = widen(from[i + j]);
+    work(buffer, buffer, n);
+    for (int64_t j = 0; j < n; ++j) to[i + j] = narrow(buffer[j]);
+  }
+}
+
+float dynamic_scale(uint32_t largest, float reach) {
+  const float scale = std::bit_cast<float>(largest) / reach;
+  const float smallest = std::numeric_limits<float>::min();
+  return scale <= std::numeric_limits<float>::max() ? std::max(scale, smallest) : 1.0f;
+}
+
+void pack(const uint8_t* codes, int64_t count, int bits, uint8_t* out) {
+  if (bits == 8) {
+    std::memcpy(out, codes, count);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += 8, out += bits) {
+    const int n = int(std::min<int64_t>(8, count - i));
+    uint64_t word = 0;
+    for (int j = 0; j < n; ++j) word |= uint64_t(codes[i + j]) << (j * bits);
+    for (int j = 0; j < (n * bits + 7) / 8; ++j) out[j] = uint8_t(word >> (8 * j));
+  }
+}
+
+// `bytes` are there from `packed` on; count is a multiple of 8, or the end.
+void unpack(const uint8_t* packed, int64_t bytes, int64_t count, int bits, uint8_t* codes) {
+  if (bits == 8) {
+    std::memcpy(codes, packed, count);
+  } else if (bits == 4) {
+    for (int64_t i = 0; i < count / 2; ++i) {
+      codes[2 * i] = packed[i] & 15;
+      codes[2 * i + 1] = packed[i] >> 4;
+    }
+    if (count % 2) codes[count - 1] = packed[count / 2] & 15;
+  } else {
+    const uint64_t mask = (uint64_t(1) << bits) - 1;
+    for (int64_t i = 0; i < count; i += 8, packed += bits, bytes -= bits) {
+      uint64_t word = 0;
+      if (bytes >= 8)
+        std::memcpy(&word, packed, 8);
+      else
+        std::memcpy(&word, packed, size_t(std::min<int64_t>(bytes, bits)));
+      const int n = int(std::min<int64_t>(8, count - i));
+      for (int j = 0; j < n; ++j) codes[i + j] = uint8_t(word >> (j * bits) & mask);
+    }
+  }
+}
+
+int64_t packed_size(int64_t count, int bits) { return (count * bits + 7) / 8; }
+
+struct Range {
+  int64_t start, length;
+};
+
+Range group_range(const Units& units, int64_t group) {
+  const int64_t start = group * units.group;
+  return {start, std::min(units.group, units.columns - start)};
+}
+
+}  // namespace
+
+Codebook::Codebook(const float* boundaries, const float* level_values, const uint8_t* level_codes, int count) {
+  steps = std::max(1, int(std::bit_width(unsigned(count - 1))));
+  for (int level = 0; level < steps; ++level)
+    for (int node = 0; node < 1 << level; ++node) {
+      // In order, the nodes of a level lie at odd multiples of a power of two.
+      const int rank = (2 * node + 1) * (1 << (steps - 1 - level)) - 1;
+      tree[(1 << level) - 1 + node] = rank < count - 1 ? boundaries[rank] : std::numeric_limits<float>::infinity();
+    }
+  for (int i = (1 << steps) - 1; i < kMaxLevels; ++i) tree[i] = std::numeric_limits<float>::infinity();
+  for (int i = 0; i < kMaxLevels; ++i) {
+    values[i] = level_values[std::min(i, count - 1)];
+    codes[i] = level_codes[std::min(i, count - 1)];
+  }
+}
+
+void round_units(const Codebook& book, const Units& units, const void* x, void* out, bool half, PerUnit<float> scale,
+                 const float* offset, float reach, int threads) {
+  const CodeKernels& k = code_kernels();
+  if (scale.data && !scale.by_row && !scale.by_group) {  // one scale for all: any cut will do
+    const int64_t count = units.rows * units.columns;
+    by_rows((count + kBuffer - 1) / kBuffer, kBuffer, threads, [&](int64_t first, int64_t last) {
+      as_float(x, out, half, first * kBuffer, std::min(count, last * kBuffer) - first * kBuffer,
+               [&](const float* a, float* b, int64_t n) { k.round(book, a, n, *scale.data, offset, b); });
+    });
+    return;
+  }
+  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t group = 0; group < units.groups(); ++group) {
+        const Range range = group_range(units, group);
+        const int64_t start = row * units.columns + range.start;
+        float s;
+        if (scale.data) {
+          s = scale.at(units, row, group);
+        } else {
+          uint32_t largest = 0;
+          if (half) {
+            const uint16_t* from = static_cast<const uint16_t*>(x) + start;
+            for (int64_t i = 0; i < range.length; ++i) largest = std::max(largest, uint32_t(from[i] & 0x7fff) << 16);
+          } else {
+            largest = k.largest(static_cast<const float*>(x) + start, range.length);
+          }
+          s = dynamic_scale(largest, reach);
+        }
+        as_float(x, out, half, start, range.length,
+                 [&](const float* a, float* b, int64_t n) { k.round(book, a, n, s, offset, b); });
+      }
+  });
+}
+
+void encode_units(const std::vector<const Codebook*>& books, const Units& units, int bits, const float* x,
+                  PerUnit<float> scale, PerUnit<uint8_t> choice, uint8_t* packed, int threads) {
+  const CodeKernels& k = code_kernels();
+  const int64_t full = packed_size(units.group, bits), groups = units.groups();
+  const int64_t row_bytes = (groups - 1) * full + packed_size(group_range(units, groups - 1).length, bits);
+  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
+    uint8_t codes[kBuffer];
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t group = 0; group < groups; ++group) {
+        const Range range = group_range(units, group);
+        const Codebook& book = *books[choice.data ? choice.at(units, row, group) : 0];
+        const float s = scale.at(units, row, group);
+        const float* from = x + row * units.columns + range.start;
+        uint8_t* to = packed + row * row_bytes + group * full;
+        for (int64_t i = 0; i < range.length; i += kBuffer) {
+          const int64_t n = std::min(kBuffer, range.length - i);
+          k.encode(book, from + i, n, s, codes);
+          pack(codes, n, bits, to + i / 8 * bits);
+        }
+      }
+  });
+}
+
+void decode_units(const float* tables, const Units& units, int bits, const uint8_t* packed, const int64_t* index,
+                  PerUnit<float> scale, PerUnit<uint8_t> choice, float* out, int threads) {
+  const CodeKernels& k = code_kernels();
+  const int64_t full = packed_size(units.group, bits), groups = units.groups();
+  const int64_t row_bytes = (groups - 1) * full + packed_size(group_range(units, groups - 1).length, bits);
+  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
+    uint8_t codes[kBuffer];
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = index ? index[i] : i;
+      for (int64_t group = 0; group < groups; ++group) {
+        const Range range = group_range(units, group);
+        const float* table = tables + (size_t(choice.data ? choice.at(units, row, group) : 0) << bits);
+        const float s = scale.at(units, row, group);
+        const uint8_t* from = packed + row * row_bytes + group * full;
+        float* to = out + i * units.columns + range.start;
+        const int64_t bytes = packed_size(range.length, bits);
+        for (int64_t j = 0; j < range.length; j += kBuffer) {
+          const int64_t n = std::min(kBuffer, range.length - j), skip = j / 8 * bits;
+          unpack(from + skip, bytes - skip, n, bits, codes);
+          k.lookup(table, bits, codes, n, s, to + j);
+        }
+      }
+    }
+  });
+}
+
+void fit_units(const Codebook& book, const Units& units, const float* x, const float* weights, PerUnit<float> scale,
+               Fit* fits, int threads) {
+  const CodeKernels& k = code_kernels();
+  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t group = 0; group < units.groups(); ++group) {
+        const Range range = group_range(units, group);
+        const int64_t start = row * units.columns + range.start;
+        fits[row * units.groups() + group] =
+            k.fit(book, x + start, weights ? weights + start : nullptr, range.length, scale.at(units, row, group));
+      }
+  });
+}
+
+void add_to_histogram(const float* x, const float* weights, int64_t count, int half, double* histogram) {
+  const CodeKernels& k = code_kernels();
+  uint16_t cells[kBuffer];
+  for (int64_t i = 0; i < count; i += kBuffer) {
+    const int64_t n = std::min(kBuffer, count - i);
+    k.cells(x + i, n, half, cells);
+    for (int64_t j = 0; j < n; ++j) histogram[cells[j]] += weights ? double(weights[i + j]) : 1.0;
+  }
+}
+
+CoarseTable::CoarseTable(const float* table, int half, int columns, const int32_t* first, int books)
+    : half_(half),
+      columns_(columns),
+      panels_((columns + kMixColumns - 1) / kMixColumns),
+      first_(first, first + books + 1),
+      table_(size_t(panels_) * 2 * half * kMixColumns) {
+  for (int cell = 0; cell < 2 * half; ++cell)
+    for (int column = 0; column < columns; ++column)
+      table_[(size_t(column / kMixColumns) * 2 * half + cell) * kMixColumns + column % kMixColumns] =
+          table[size_t(cell) * columns + column];
+}
+
+void CoarseTable::pick(const float* errors, int best, int32_t* out) const {
+  for (size_t book = 0; book + 1 < first_.size(); ++book) {
+    int32_t* found = out + book * best;
+    int count = 0;
+    for (int32_t column = first_[book]; column < first_[book + 1]; ++column) {
+      if (count == best && !(errors[column] < errors[found[count - 1]])) continue;
+      int place = count < best ? count++ : best - 1;
+      for (; place > 0 && errors[column] < errors[found[place - 1]]; --place) found[place] = found[place - 1];
+      found[place] = column;
+    }
+    for (; count < best; ++count) found[count] = found[0];  // fewer scales than asked for
+  }
+}
+
+void CoarseTable::search(const Units& units, const float* x, const float* weights, int best, int32_t* out,
+                         int threads) const {
+  const CodeKernels& k = code_kernels();
+  constexpr int kBatch = 8 * kMixUnits;
+  const int cells = 2 * half_, books = int(first_.size()) - 1;
+  const int64_t count = units.rows * units.groups();
+  const int64_t batches = (count + kBatch - 1) / kBatch;
+  parallel_for(int(batches), count * std::min(units.group, units.columns) < 4 * kPiece ? 1 : threads, [&](int batch) {
+    static thread_local std::vector<float> histograms, errors;
+    static thread_local std::vector<uint16_t> lists, places;
+    const int64_t begin = int64_t(batch) * kBatch;
+    const int in_batch = int(std::min<int64_t>(kBatch, count - begin));
+    histograms.assign(size_t(kBatch) * cells, 0.0f);
+    errors.resize(size_t(kBatch) * panels_ * kMixColumns);
+    lists.resize(size_t(kBatch) * cells);
+    int counts[kBatch];
+    for (int u = 0; u < in_batch; ++u) {
+      const Range range = group_range(units, (begin + u) % units.groups());
+      const int64_t start = (begin + u) / units.groups() * units.columns + range.start;
+      float* histogram = histograms.data() + size_t(u) * cells;
+      places.resize(range.length);
+      k.cells(x + start, range.length, half_, places.data());
+      uint64_t used[64] = {};  // up to 4096 cells
+      for (int64_t i = 0; i < range.length; ++i) {
+        histogram[places[i]] += weights ? weights[start + i] : 1.0f;
+        used[places[i] / 64] |= uint64_t(1) << (places[i] % 64);
+      }
+      int& filled = counts[u] = 0;
+      for (int word = 0; word < cells / 64; ++word)
+        for (uint64_t bits = used[word]; bits; bits &= bits - 1)
+          lists[size_t(u) * cells + filled++] = uint16_t(word * 64 + std::countr_zero(bits));
+    }
+    // Few cells of a unit are in use: take only those. Empty ones add nothing, so the sums are the same.
+    const size_t row = size_t(panels_) * kMixColumns;
+    const bool few = std::min(units.group, units.columns) < cells / 3;
+    for (int panel = 0; panel < panels_; ++panel) {
+      const float* table = table_.data() + size_t(panel) * cells * kMixColumns;
+      if (few) {
+        for (int u = 0; u < in_batch; ++u)
+          k.mix_few(histograms.data() + size_t(u) * cells, lists.data() + size_t(u) * cells, counts[u], table,
+                    errors.data() + u * row + panel * kMixColumns);
+        continue;
+      }
+      for (int u = 0; u < in_batch; u += kMixUnits) {
+        const int n = std::min(kMixUnits, in_batch - u);
+        const float* from[kMixUnits];
+        float* to[kMixUnits];
+        for (int i = 0; i < n; ++i) {
+          from[i] = histograms.data() + size_t(u + i) * cells;
+          to[i] = errors.data() + (u + i) * row + panel * kMixColumns;
+        }
+        k.mix(from, n, table, cells, to);
+      }
+    }
+    for (int u = 0; u < in_batch; ++u) pick(errors.data() + u * row, best, out + (begin + u) * books * best);
+  });
+}
+
+void CoarseTable::search_histogram(const double* histogram, int best, int32_t* out) const {
+  std::vector<float> weights(2 * half_), errors(size_t(panels_) * kMixColumns);
+  std::transform(histogram, histogram + 2 * half_, weights.begin(), [](double w) { return float(w); });
+  for (int panel = 0; panel < panels_; ++panel) {
+    const float* from = weights.data();
+    float* to = errors.data() + panel * kMixColumns;
+    code_kernels().mix(&from, 1, table_.data() + size_t(panel) * 2 * half_ * kMixColumns, 2 * half_, &to);
+  }
+  pick(errors.data(), best, out);
+}
+
+}  // namespace dybit
