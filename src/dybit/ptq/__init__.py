@@ -24,6 +24,7 @@ from dybit.calibrate import iterate
 from dybit.errors import DyBitError
 from dybit.plan import Plan
 from dybit.ptq.rounding import Progress, rtn_
+from dybit.ptq.sequential import gptq_
 
 __all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
 
@@ -63,6 +64,7 @@ def correction(run: Callable[..., Any]) -> Algorithm:
 # In the order in which stages run; within a stage the caller's order counts.
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(1, rtn_, calibrated=False),
+    "gptq": Algorithm(1, gptq_),
 }
 
 

@@ -2,10 +2,11 @@
 
 Must not know layers, models, or where a Hessian comes from.
 
-The squared error of a layer's outputs is (w - q) H (w - q)ᵀ for every row, H being the second moment of its inputs. With
-the factorization H = (M + I) D (M + I)ᵀ, M strictly upper triangular and D diagonal, it is the sum of D_j (t_j - q_j)²
-with the target t_j = w_j + Σ_{i<j} (w_i - q_i) M_ij: every column is rounded to its target, which depends on the columns
-before. That is GPTQ (Frantar et al., 2023) in the form of QuIP (Chee et al., 2023), which needs no inverse.
+The squared error of a layer's outputs is (w - q) H (w - q)ᵀ for every row, H being the second moment of its inputs.
+With the factorization H = (M + I) D (M + I)ᵀ, M strictly upper triangular and D diagonal, it is the sum of
+D_j (t_j - q_j)² with the target t_j = w_j + Σ_{i<j} (w_i - q_i) M_ij: every column is rounded to its target, which
+depends on the columns before. That is GPTQ (Frantar et al., 2023) in the form of QuIP (Chee et al., 2023), which needs
+no inverse.
 
 Scales are chosen beforehand, with every error weighed by the geometric mean of D, which is what it costs once later
 columns have made up for it, and of the diagonal of H, which is what it costs if none does. What remains is improved by
