@@ -26,6 +26,7 @@ _CHUNK = 1 << 23  # elements of patches at once
 class _Moment:
     """A running mean of x xᵀ: float32 of shape (parts, columns, columns)."""
 
+    owner: tuple[str, int]
     mean: Tensor | None = None
     count: int = 0
     seen: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # inputs that are counted in
@@ -42,8 +43,8 @@ class _Moment:
             if self.mean is None:
                 self.mean = torch.zeros(rows.shape[0], rows.shape[2], rows.shape[2], device=rows.device)
             # A mean and not a sum, which could leave the range of float32.
-            self.mean.mul_(self.count / total)
-            self.mean.baddbmm_(rows.mT, rows, alpha=1 / total)
+            rows = rows / math.sqrt(total)
+            self.mean.mul_(self.count / total).baddbmm_(rows.mT, rows)
             self.count = total
 
 
@@ -71,10 +72,10 @@ class Hessians:
             if shared is not None and (mine is None or mine is shared):
                 self._moments[key] = shared
                 continue
-            if mine is not None and sum(other is mine for other in self._moments.values()) > 1:
-                # The inputs were the same until now.
-                mine = _Moment(None if mine.mean is None else mine.mean.clone(), mine.count)
-            mine = mine or _Moment()
+            if mine is not None and mine.owner != key:
+                # The inputs were the same until now, but for the call of the other that may have come just before.
+                mine = _Moment(key, None if mine.mean is None else mine.mean.clone(), mine.count)
+            mine = mine or _Moment(key)
             self._moments[key] = mine
             mine.add(x, design(name, module, x))
 
