@@ -1,4 +1,4 @@
-"""Hessians against the products that layers really compute: the outputs' energy of a weight is w H wᵀ, for any weight."""
+"""Hessians against what layers compute: the energy of their outputs is w H wᵀ, for any weight."""
 
 import pytest
 import torch
