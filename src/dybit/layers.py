@@ -87,11 +87,13 @@ class Quantized(nn.Module):
         weight_specs: How each weight is stored, by its name.
         input_spec: How inputs are rounded, or None.
         float_dtype: The type in which weights are dequantized; follows ``.to(dtype)``.
+        added_bias: Whether a bias was added to a layer that had none (:func:`add_bias_`).
     """
 
     weight_specs: dict[str, TensorSpec]
     input_spec: InputSpec | None
     float_dtype: torch.dtype
+    added_bias: bool = False
 
     def quantized_tensor(self, name: str = "weight") -> QuantizedTensor:
         """The codes, scales and choices of a weight."""
@@ -295,6 +297,15 @@ def swap_(
             layer.register_buffer("input_offset", input_offset)
 
 
+def add_bias_(layer: Quantized) -> None:
+    """Gives a quantized linear layer or convolution that has no bias one of zeros, in place."""
+    if layer._parameters.get("bias") is None:
+        zeros = torch.zeros(layer.weight_specs["weight"].rows, dtype=layer.float_dtype)
+        device = cast(Tensor, layer._buffers["weight"]).device
+        layer.register_parameter("bias", nn.Parameter(zeros.to(device), requires_grad=False))
+        layer.added_bias = True
+
+
 def unswap_(layer: Quantized) -> None:
     """Turns a quantized layer back into its floating-point class, in place, with the dequantized weights."""
     weights = {name: getattr(layer, name) for name in layer.weight_specs}
@@ -303,8 +314,8 @@ def unswap_(layer: Quantized) -> None:
             del layer._buffers[name + suffix]
     for name in ("input_scale", "input_offset"):
         layer._buffers.pop(name, None)
-    for attribute in ("weight_specs", "input_spec", "float_dtype"):
-        delattr(layer, attribute)
+    for attribute in ("weight_specs", "input_spec", "float_dtype", "added_bias"):
+        layer.__dict__.pop(attribute, None)
     layer.__class__ = original_class(layer)  # type: ignore[assignment]
     for name, weight in weights.items():
         layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))

@@ -1,0 +1,1 @@
+"""Post-training algorithms that go beyond rounding to the nearest code."""
