@@ -68,7 +68,7 @@ def _correct(
         if stretch and _can_stretch(layer):
             gain = _stretch_(layer, _gain(wanted[1], variance))
         # The output is gain · (output - bias) + bias: exact, since scales multiply all else.
-        _set_bias_(layer, wanted[0] - gain * (mean - before))
+        set_bias_(layer, wanted[0] - gain * (mean - before))
 
     walk(model, reference, layers, batches, visit, progress)
     return model
@@ -111,7 +111,7 @@ def _stretch_(layer: Quantized, gain: Tensor) -> Tensor:
     return (new.double() / old.double()).mean(1)
 
 
-def _set_bias_(layer: Quantized, bias: Tensor) -> None:
+def set_bias_(layer: Quantized, bias: Tensor) -> None:
     add_bias_(layer)
     parameter = layer._parameters["bias"]
     assert parameter is not None
