@@ -104,7 +104,8 @@ def walk(
             part.eval()
             for name in wanted:
                 handles.append(part.get_submodule(name).register_forward_pre_hook(_stop(name), with_kwargs=True))
-        missed = _advance(runners, wanted, visit, progress)
+        with torch.no_grad():
+            missed = _advance(runners, wanted, visit, progress)
     finally:
         for handle in handles:
             handle.remove()
