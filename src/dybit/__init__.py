@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from dybit.checkpoint import save as save
     from dybit.errors import CheckpointError as CheckpointError
     from dybit.errors import DyBitError as DyBitError
+    from dybit.errors import DyBitWarning as DyBitWarning
     from dybit.errors import MissingExtraError as MissingExtraError
     from dybit.format import Format as Format
     from dybit.format import variants as variants
-    from dybit.model import DyBitWarning as DyBitWarning
     from dybit.model import dequantize_ as dequantize_
     from dybit.model import quantize_ as quantize_
     from dybit.recipe import Recipe as Recipe
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointError": "errors",
     "DyBitError": "errors",
-    "DyBitWarning": "model",
+    "DyBitWarning": "errors",
     "Format": "format",
     "MissingExtraError": "errors",
     "Recipe": "recipe",

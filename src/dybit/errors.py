@@ -1,4 +1,4 @@
-"""Errors that dybit raises for bad input. Must not know any other module of dybit."""
+"""Errors that dybit raises for bad input, and its warning. Must not know any other module of dybit."""
 
 
 class DyBitError(ValueError):
@@ -11,3 +11,7 @@ class CheckpointError(DyBitError):
 
 class MissingExtraError(DyBitError, ImportError):
     """An optional dependency that is not installed; the message says what to install."""
+
+
+class DyBitWarning(UserWarning):
+    """Something was left as it was, and the result is still correct."""

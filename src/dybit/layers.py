@@ -215,6 +215,11 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     return ("weight",) if isinstance(module, _SUPPORTED) or _is_conv1d(module) else ()
 
 
+def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
+    """The quantized layers of a model by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
+
+
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module is an embedding table."""
     return isinstance(module, nn.Embedding)

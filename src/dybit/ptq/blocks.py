@@ -14,7 +14,7 @@ from dybit.layers import Quantized
 from dybit.ptq.lockstep import Call, Progress, correctable, walk
 from dybit.ptq.moments import measure
 from dybit.ptq.reconstruct import _round
-from dybit.ptq.rounding import neighbours, spread_units
+from dybit.ptq.updown import neighbours, spread_units
 from dybit.ptq.statistics import set_bias_
 from dybit.scale import Scales
 from dybit.tensor import encode_matrix

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dybit.layers import Quantized
 from dybit.ptq.lockstep import Call, Progress, correctable, walk
 from dybit.ptq.moments import Moments, measure
-from dybit.ptq.rounding import descend, neighbours, spread_units
+from dybit.ptq.updown import descend, neighbours, spread_units
 from dybit.ptq.statistics import set_bias_
 from dybit.scale import Scales
 from dybit.tensor import encode_matrix

@@ -1,86 +1,159 @@
-"""Chooses among neighbouring codes the ones with the least error of a layer's outputs.
+"""Rounding to the nearest: chooses the scales of every layer's weights and inputs, and changes the layer.
 
-Must not know layers or models. With the weights w, the second moments H of inputs and C of wanted outputs with inputs,
-the squared error of a row's output is w·H·wᵀ - 2·w·Cᵀ + constant. Given scales, every weight chooses between the two
-values next to it, as in AdaRound (Nagel et al., "Up or Down?", ICML 2020). Instead of relaxing the choice and
-descending gradients, the choices are made one column after the other, each exact given all others, until none changes:
-coordinate descent (Behdin et al., "QuantEase", 2023), for all rows at once.
+Must not know other algorithms. Where there is calibration, errors of weights are weighed by the second moments of the
+inputs that they multiply, which is the diagonal of the Hessian of the output's error.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dybit.ops import lookup, spans
-from dybit.tensor import QuantizedTensor, TensorSpec
+from dybit.calibrate import InputStatistics, calibrate, choose_dynamic_input, choose_input
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.layers import InputSpec, channel_groups, channels, is_embedding, swap_, transposed, weight_names
+from dybit.plan import Plan, Ties
+from dybit.recipe import LayerRecipe
+from dybit.tensor import QuantizedTensor, TensorSpec, quantize
 
-_BLOCK = 64  # columns between two updates of all gradients
-
-
-def spread_units(units: Tensor, spec: TensorSpec) -> Tensor:
-    """The scale or choice of every element: a view or tensor that broadcasts to (rows, columns)."""
-    if units.shape[1] == 1:
-        return units
-    parts, column = [], 0
-    for _, groups, length in spans(spec.columns, spec.group_size):
-        parts.append(units[:, column : column + groups].repeat_interleave(length, dim=1))
-        column += groups
-    return torch.cat(parts, dim=1)
+Progress = Callable[[int, int, str], None]
 
 
-def neighbours(matrix: Tensor, weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """The two levels next to every weight at its scale: the largest not above it and the next, float32.
-
-    Beyond the last level, the last two.
-    """
-    spec = weight.spec
-    ratio = matrix / spread_units(weight.scales(), spec)
-    choices = weight.choices()
-    choice = None if choices is None else spread_units(choices, spec).expand(ratio.shape)
-    low, high = torch.empty_like(ratio), torch.empty_like(ratio)
-    for index, book in enumerate(spec.formats.books):
-        levels = lookup(book, ratio.device).levels
-        mask = slice(None) if choice is None else choice == index
-        above = torch.bucketize(ratio[mask], levels, right=True).clamp(1, len(levels) - 1)
-        low[mask], high[mask] = levels[above - 1], levels[above]
-    return low, high
-
-
-def descend(current: Tensor, other: Tensor, second: Tensor, gradient: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Flips weights between two values as long as the error falls.
+def rtn_(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    batches: Iterable[Any] | None,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Quantizes the layers of a plan in place, rounding every weight to the nearest.
 
     Args:
-        current: Values, float32 of shape (groups, rows, columns); changed in place.
-        other: The alternatives; changed in place.
-        second: Second moments of the inputs, (groups, columns, columns).
-        gradient: Half the error's gradient, (groups, rows, columns); changed in place.
-        sweeps: At most so many rounds.
+        model: The model.
+        plans: The layers.
+        batches: Calibration batches, iterated once; or None.
+        progress: Called with (done, total, text) before every layer.
 
-    Returns:
-        Values and gradient.
+    Raises:
+        DyBitError: Calibration is missing, empty or does not fit.
     """
-    columns = current.shape[2]
-    curvature = second.diagonal(dim1=1, dim2=2)
-    for _ in range(sweeps):
-        flips = 0
-        for start in range(0, columns, _BLOCK):
-            part = slice(start, min(start + _BLOCK, columns))
-            local, square = gradient[:, :, part].clone(), second[:, part, part]
-            step = other[:, :, part] - current[:, :, part]
-            done = torch.zeros_like(step)
-            for j in range(step.shape[2]):
-                delta = step[:, :, j]
-                gain = delta * (2 * local[:, :, j] + curvature[:, start + j, None] * delta)
-                delta = torch.where(gain < 0, delta, 0.0)
-                local += delta[:, :, None] * square[:, j, None, :]
-                done[:, :, j] = delta
-            flips += int(torch.count_nonzero(done))
-            gradient += done @ second[:, part]
-            moved = done != 0
-            old = current[:, :, part].clone()
-            current[:, :, part] = torch.where(moved, other[:, :, part], old)
-            other[:, :, part] = torch.where(moved, old, other[:, :, part])
-        if not flips:
-            break
-    return current, gradient
+    total = len(plans)
+    statistics = observe(model, plans, batches, (lambda text: progress(0, total, text)) if progress else None)
+    ties = Ties(plans)
+    for index, plan in enumerate(plans):
+        if progress:
+            progress(index, total, plan.name)
+        quantize_layer(plan, statistics.get(plan.name), ties)
+
+
+def observe(
+    model: nn.Module,
+    plans: list[Plan],
+    calibration: Iterable[Any] | None,
+    progress: Callable[[str], None] | None,
+) -> Mapping[str, InputStatistics]:
+    """Calibrates where the recipe can use it."""
+    static = [p for p in plans if p.recipe.activations is not None and p.recipe.activation_mode == "static"]
+    if calibration is None:
+        if static:
+            raise DyBitError(
+                f"activations={static[0].recipe.activations!r} are static and need calibration; "
+                "pass calibration=batches or set activation_mode='dynamic'"
+            )
+        weighted = [p.name for p in plans if p.recipe.criterion == "activation" and not is_embedding(p.module)]
+        if weighted:
+            raise DyBitError(
+                f"criterion='activation' of layer {weighted[0]!r} needs calibration; pass calibration=batches"
+            )
+        return {}
+    layers = {plan.name: plan.module for plan in plans if not is_embedding(plan.module)}
+    sample = any(plan.recipe.activations is not None for plan in plans)
+    statistics = calibrate(model, layers, calibration, sample=sample, progress=progress)
+    missed = [name for name, seen in statistics.items() if not seen.seen]
+    if missed:
+        warnings.warn(
+            f"calibration never reached {len(missed)} layers, which go without (static inputs are kept): "
+            f"{', '.join(missed[:8])}",
+            DyBitWarning,
+            stacklevel=5,  # the caller of quantize_,
+        )
+    return statistics
+
+
+def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties) -> None:
+    """Quantizes one layer in place, given what calibration saw of its inputs."""
+    recipe, module = plan.recipe, plan.module
+    weights = {}
+    if recipe.weight_family is not None:
+        for name in weight_names(module):
+            parameter = getattr(module, name)
+            weights[name] = ties.get(parameter) or _quantize_weight(parameter, name, recipe, module, seen)
+            ties.put(parameter, weights[name])
+    swap_(module, weights, *_input(recipe, module, seen))
+
+
+def _quantize_weight(
+    weight: Tensor, name: str, recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
+) -> QuantizedTensor:
+    family = recipe.weight_family
+    assert family is not None
+    spec = TensorSpec(
+        family.name,
+        tuple(weight.shape),
+        recipe.scale_granularity,
+        recipe.group_size,
+        recipe.scale_type,
+        recipe.variant_granularity or recipe.scale_granularity,
+        transposed(module),
+    )
+    weighted = seen is not None and seen.seen and recipe.criterion != "weight"
+    importance = _importance(seen, name, spec, module) if weighted and seen else None
+    return quantize(weight, spec, method=recipe.method, percentile=recipe.percentile, importance=importance)
+
+
+def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.Module) -> Tensor | None:
+    """The second moment of the input that every weight multiplies: (1 or rows, columns).
+
+    For convolutions all positions of a kernel see the same channel; borders are not accounted for. None where the
+    channels of the input are not those of the weight: a subclass has put something between them.
+    """
+    if name == "in_proj_weight":  # the rows of query, key and value
+        moments = [seen.second_moment(i) for i in range(3)]
+        fits = all(moment.numel() == spec.columns for moment in moments)
+        return torch.stack(moments).repeat_interleave(spec.rows // 3, dim=0) if fits else None
+    groups = channel_groups(module)
+    index = {"k_proj_weight": 1, "v_proj_weight": 2}.get(name, 0)
+    moment = seen.second_moment(index)
+    if moment.numel() != channels(module, name):
+        return None
+    by_group = moment.view(groups, -1)
+    by_group = by_group.repeat_interleave(spec.columns // by_group.shape[1], dim=1)
+    return by_group if groups == 1 else by_group.repeat_interleave(spec.rows // groups, dim=0)
+
+
+def _input(
+    recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
+) -> tuple[InputSpec | None, Tensor | None, Tensor | None]:
+    families = recipe.activation_families
+    if families is None or is_embedding(module):
+        return None, None, None
+    if recipe.activation_mode == "dynamic":
+        family = families[0]
+        if seen is not None and seen.seen and seen.low >= 0 and families[1] is not None:
+            family = families[1]
+        group = recipe.activation_group_size if isinstance(module, nn.Linear) else None
+        return choose_dynamic_input(seen, family, group), None, None
+    if seen is None or not seen.seen:  # never reached by calibration; a warning has said so
+        return None, None, None
+    spec, scale, offset = choose_input(
+        seen,
+        families,
+        method=recipe.activation_method,
+        percentile=recipe.percentile,
+        offset=recipe.activation_offset,
+    )
+    return spec, scale, offset
