@@ -87,7 +87,7 @@ class Quantized(nn.Module):
         weight_specs: How each weight is stored, by its name.
         input_spec: How inputs are rounded, or None.
         float_dtype: The type in which weights are dequantized; follows ``.to(dtype)``.
-        added_bias: Whether a bias was added to a layer that had none (:func:`add_bias_`).
+        added_bias: Whether a bias was added to a layer that had none (:func:`set_bias_`).
     """
 
     weight_specs: dict[str, TensorSpec]
@@ -225,6 +225,12 @@ def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module, quantized or not, multiplies its only argument by its weight and does nothing else."""
+    cls = original_class(module) if isinstance(module, Quantized) else type(module)
+    return cls.forward is nn.Linear.forward or _named_conv1d(cls)
+
+
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether a module is attention with torch's own forward, which :func:`dybit.attention.attend` can stand in for."""
     return type(module).forward is nn.MultiheadAttention.forward
@@ -302,13 +308,15 @@ def swap_(
             layer.register_buffer("input_offset", input_offset)
 
 
-def add_bias_(layer: Quantized) -> None:
-    """Gives a quantized linear layer or convolution that has no bias one of zeros, in place."""
-    if layer._parameters.get("bias") is None:
-        zeros = torch.zeros(layer.weight_specs["weight"].rows, dtype=layer.float_dtype)
-        device = cast(Tensor, layer._buffers["weight"]).device
-        layer.register_parameter("bias", nn.Parameter(zeros.to(device), requires_grad=False))
+def set_bias_(layer: Quantized, bias: Tensor) -> None:
+    """Gives a quantized linear layer or convolution a bias of shape (rows,), in place, also where it had none."""
+    old = layer._parameters.get("bias")
+    if old is None:
         layer.added_bias = True
+        new = bias.to(layer.get_buffer("weight_scale").device, layer.float_dtype)
+        layer.register_parameter("bias", nn.Parameter(new, requires_grad=False))
+    else:
+        layer.register_parameter("bias", nn.Parameter(bias.to(old), requires_grad=old.requires_grad))
 
 
 def unswap_(layer: Quantized) -> None:
@@ -319,8 +327,8 @@ def unswap_(layer: Quantized) -> None:
             del layer._buffers[name + suffix]
     for name in ("input_scale", "input_offset"):
         layer._buffers.pop(name, None)
-    for attribute in ("weight_specs", "input_spec", "float_dtype", "added_bias"):
-        layer.__dict__.pop(attribute, None)
+    for attribute in ("weight_specs", "input_spec", "float_dtype"):
+        delattr(layer, attribute)
     layer.__class__ = original_class(layer)  # type: ignore[assignment]
     for name, weight in weights.items():
         layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))

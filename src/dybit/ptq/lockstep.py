@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from dybit.calibrate import run_batch
-from dybit.errors import DyBitError
-from dybit.layers import Quantized, is_embedding
-from dybit.model import DyBitWarning
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.layers import Quantized, is_embedding, quantized_layers
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def correctable(model: nn.Module, reference: nn.Module) -> dict[str, Quantized]:
     Raises:
         DyBitError: The model has none, or the reference has no floating-point layer of the same name and shape.
     """
-    quantized = {name: part for name, part in model.named_modules() if isinstance(part, Quantized)}
+    quantized = quantized_layers(model)
     uses = Counter(id(part._buffers[key]) for part in quantized.values() for key in part.weight_specs)
     layers = {}
     for name, layer in quantized.items():

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dybit.errors import DyBitError
-from dybit.layers import Quantized, channel_groups, transposed
+from dybit.layers import Quantized, channel_groups, is_linear
 from dybit.ptq.lockstep import Call
 
 _POSITIONS = 1 << 15  # of all calls together
@@ -86,7 +86,7 @@ def measure(
     if bias is not None:
         y = y + bias.detach().float().view(groups, -1)
     if not bool(torch.isfinite(x.sum())) or not bool(torch.isfinite(y.sum())):
-        raise DyBitError("calibration gives a layer inputs with NaN or infinity")
+        raise DyBitError("calibration gives it inputs with NaN or infinity")
     return _moments(x, y)
 
 
@@ -159,7 +159,7 @@ class _Take(TorchFunctionMode):
 
 def product_of(layer: nn.Module, call: Call) -> Product | None:
     """The product that a layer computes; None if it computes another."""
-    if not transposed(layer) and isinstance(layer, nn.Linear) or type(layer).__name__.endswith("Conv1D"):
+    if is_linear(layer):  # the quantized one multiplies by its codes
         (x,) = (*call.args, *call.kwargs.values())
         return _rows(layer.round_input(x) if isinstance(layer, Quantized) else x)
     try:
@@ -207,7 +207,10 @@ def _convolution(arguments: dict[str, Any], is_transposed: bool) -> Product:
     offsets = _flat(inside, sizes)
     # A transposed convolution is one of the spread input with the kernel turned round.
     return Product(
-        x.flatten(2), _flat(outputs, sizes), offsets.flip(0) if is_transposed else offsets, int(arguments.get("groups", 1))
+        x.flatten(2),
+        _flat(outputs, sizes),
+        offsets.flip(0) if is_transposed else offsets,
+        int(arguments.get("groups", 1)),
     )
 
 

@@ -3,7 +3,7 @@
 Rounding weights shifts the mean of a layer's outputs and stretches them, channel by channel, and in a deep
 convolutional network these errors add up (Nagel et al., "Data-Free Quantization through Weight Equalization and Bias
 Correction", ICCV 2019). Both can be undone at no cost: the stretch in the scales of the weights, the shift in the bias.
-Must not know how scales are chosen.
+Must not know how scales or codes are chosen.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
-from dybit.layers import Quantized, add_bias_, channel_dim
+from dybit.layers import Quantized, channel_dim, set_bias_
 from dybit.ptq.lockstep import Call, Progress, correctable, walk
 
 _LARGEST_GAIN = 2.0  # beyond it, calibration saw too little of a channel
-_LEAST_VARIANCE = 1e-6  # a share of the mean variance of the layer's channels: below it, a channel is constant
+_LEAST_VARIANCE = 1e-6  # as a share of the mean over the layer's channels: below it, a channel is constant
 
 
 def match_statistics_(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
 ) -> nn.Module:
-    """Gives every quantized layer's outputs the mean and variance, channel by channel, of the reference's.
+    """Gives every quantized layer's outputs the mean and variance, channel by channel, that the reference's have.
 
     Layers are corrected in order of execution, each for inputs that come through the corrected layers before it. The
     variance is matched by a gain in the scales of an output channel, where it has scales of its own in FP32 or BF16;
@@ -60,15 +60,15 @@ def _correct(
 
     def visit(name: str, calls: list[Call], originals: list[Call]) -> None:
         layer = layers[name]
-        wanted = _moments(name, reference.get_submodule(name), originals)
+        wanted_mean, wanted_variance = _moments(name, reference.get_submodule(name), originals)
         mean, variance = _moments(name, layer, calls)
         bias = layer._parameters.get("bias")
-        before = torch.zeros_like(mean) if bias is None else bias.detach().double()
+        bias = torch.zeros_like(mean) if bias is None else bias.detach().double()
         gain = torch.ones_like(mean)
-        if stretch and _can_stretch(layer):
-            gain = _stretch_(layer, _gain(wanted[1], variance))
-        # The output is gain · (output - bias) + bias: exact, since scales multiply all else.
-        set_bias_(layer, wanted[0] - gain * (mean - before))
+        if stretch and has_row_scales(layer):
+            gain = stretch_(layer, _gain(wanted_variance, variance))
+        # The outputs are now gain · (outputs - bias) + bias, since scales multiply all but the bias.
+        set_bias_(layer, wanted_mean - gain * (mean - bias))
 
     walk(model, reference, layers, batches, visit, progress)
     return model
@@ -76,43 +76,45 @@ def _correct(
 
 def _moments(name: str, layer: nn.Module, calls: list[Call]) -> tuple[Tensor, Tensor]:
     """Mean and variance of every output channel over all calls: float64."""
-    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    means, squares, counts = [], [], []
     for call in calls:
         y = layer.forward(*call.args, **call.kwargs)
-        flat = y.movedim(channel_dim(layer, y), 0).flatten(1)
-        if not bool(torch.isfinite(flat).all()):
+        flat = y.movedim(channel_dim(layer, y), 0).flatten(1).float()
+        if not bool(torch.isfinite(flat.sum())):
             raise DyBitError(f"calibration gives layer {name!r} outputs with NaN or infinity")
-        count += flat.shape[1]
-        total = total + flat.sum(1, dtype=torch.float64)
-        square = square + flat.double().square().sum(1)
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp(min=0)
+        variance, mean = torch.var_mean(flat, dim=1, correction=0)
+        means.append(mean.double())
+        squares.append(variance.double() + mean.double().square())
+        counts.append(flat.shape[1])
+    share = torch.tensor(counts, dtype=torch.float64)[:, None] / max(1, sum(counts))
+    mean = (torch.stack(means) * share).sum(0)
+    return mean, ((torch.stack(squares) * share).sum(0) - mean.square()).clamp(min=0)
 
 
 def _gain(wanted: Tensor, variance: Tensor) -> Tensor:
-    least = _LEAST_VARIANCE * wanted.mean()
-    usable = (wanted > least) & (variance > least)
+    """By how much to stretch every channel: 1 where there is no variance to match."""
+    usable = (wanted > _LEAST_VARIANCE * wanted.mean()) & (variance > _LEAST_VARIANCE * variance.mean())
     gain = torch.where(usable, wanted / torch.where(usable, variance, 1.0), 1.0).sqrt()
     return gain.clamp(1 / _LARGEST_GAIN, _LARGEST_GAIN)
 
 
-def _can_stretch(layer: Quantized) -> bool:
-    """Whether every output channel has scales of its own in a type that is fine enough for gains."""
+def has_row_scales(layer: Quantized) -> bool:
+    """Whether every output channel has scales of its own, of a type fine enough for small gains."""
     spec = layer.weight_specs["weight"]
     return spec.granularity != "tensor" and spec.scale in ("fp32", "bf16")
 
 
-def _stretch_(layer: Quantized, gain: Tensor) -> Tensor:
-    """Multiplies the scales of every output channel; returns the gains as they are after the scales' rounding."""
-    old = layer._buffers["weight_scale"]
-    assert old is not None
+def stretch_(layer: Quantized, gain: Tensor) -> Tensor:
+    """Multiplies the scales of every output channel, in place.
+
+    Args:
+        layer: A layer for which :func:`has_row_scales` is true.
+        gain: float64 of shape (rows,).
+
+    Returns:
+        The gains that the scales' rounding made of them: float64 of shape (rows,).
+    """
+    old = layer.get_buffer("weight_scale")
     new = (old.double() * gain[:, None]).to(old.dtype)
-    layer._buffers["weight_scale"] = new
+    layer.register_buffer("weight_scale", new)
     return (new.double() / old.double()).mean(1)
-
-
-def set_bias_(layer: Quantized, bias: Tensor) -> None:
-    add_bias_(layer)
-    parameter = layer._parameters["bias"]
-    assert parameter is not None
-    layer._parameters["bias"] = nn.Parameter(bias.to(parameter.dtype), requires_grad=parameter.requires_grad)
