@@ -171,7 +171,7 @@ def test_rejects(correct):
         correct(quantized, reference, [images()[0] * math.nan])
     with pytest.raises(DyBitError, match="yields no batch"):
         correct(quantized, reference, [])
-    with pytest.raises(DyBitError, match="calibration batch 0 .* does not fit"):
+    with pytest.raises(DyBitError, match=r"calibration batch 0 .* does not fit"):
         correct(quantized, reference, [torch.zeros(2, 5, 12, 12)])
     assert all(torch.equal(value, quantized.state_dict()[key]) for key, value in state.items())
     with pytest.raises(DyBitError, match="reference must be the model in floating point"):

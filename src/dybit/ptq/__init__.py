@@ -23,9 +23,10 @@ from torch import nn
 from dybit.calibrate import iterate
 from dybit.errors import DyBitError
 from dybit.plan import Plan
-from dybit.ptq.blocks import brecq_
+from dybit.ptq.brecq import brecq_
 from dybit.ptq.reconstruct import adaround_
 from dybit.ptq.rounding import Progress, rtn_
+from dybit.ptq.sequential import gptq_
 from dybit.ptq.statistics import correct_bias_, match_statistics_
 
 __all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
@@ -66,6 +67,7 @@ def correction(run: Callable[..., Any]) -> Algorithm:
 # In the order in which stages run; within a stage the caller's order counts.
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(1, rtn_, calibrated=False),
+    "gptq": Algorithm(1, gptq_),
     "statistics": correction(match_statistics_),
     "bias": correction(correct_bias_),
     "adaround": correction(adaround_),

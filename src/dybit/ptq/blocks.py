@@ -1,202 +1,244 @@
-"""BRECQ: learns the rounding of all layers of a block together, by the error of the block's output.
+"""The blocks of a model: modules that run one after the other, each on what the one before returned.
 
-Blocks are what repeats in a model: the children of its lists and sequences that hold several quantized layers, such as
-residual blocks and transformer layers. Layers outside of blocks are rounded one by one, as in AdaRound. Must not know
-how scales were chosen first.
+Must not know quantization. With them an algorithm can run a part of a model at a time, on the outputs of parts that it
+has changed already, and need not run the whole model for each.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dybit.errors import DyBitError
-from dybit.fidelity import output_tensor
-from dybit.layers import Quantized, set_bias_
-from dybit.ptq.flips import Candidates
-from dybit.ptq.lockstep import Call, Progress, correctable, walk
-from dybit.ptq.reconstruct import round_layer_, store_
-from dybit.ptq.statistics import has_row_scales, stretch_
+from dybit.calibrate import run_batch
 
-_STEPS = 200
-_RATE = 0.01  # of choices, which go from 0 (down) to 1 (up)
-_FINE_RATE = 0.001  # of gains and biases, relative to the spread of the outputs
-_MARGIN = 0.1  # how far from a half a choice starts at least, so that it is not undone by the first steps
-_SEED = 0x0DB17
+Place = int | str | None  # in arguments or in a tuple of results; None: the result itself
 
 
-def brecq_(
-    model: nn.Module, reference: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
-) -> nn.Module:
-    """Learns, block by block, which of its two neighbouring codes every weight takes, with gains and biases.
+@dataclass
+class Block:
+    """A module of a sequence.
 
-    Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", ICLR 2021. Choices are
-    learned with the straight-through estimator from where they are: run ``adaround_`` first. A block whose output did
-    not come closer to the reference's is left as it was.
-
-    Args:
-        model: A quantized model, changed in place.
-        reference: The same model in floating point, batch norms folded as in ``model``.
-        batches: Calibration batches, each a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
-            A step of learning takes one of them.
-        progress: Called with (done, total, text) before every block or layer and after the last.
-
-    Returns:
-        The same model.
-
-    Raises:
-        DyBitError: There is no batch, one does not fit, an output is not finite, or the models do not match.
+    Attributes:
+        name: Its qualified name.
+        module: Itself.
+        takes: Where in its arguments the stream is.
+        gives: Where in its result the stream is.
     """
-    layers = correctable(model, reference)
-    blocks = find_blocks(model, layers)
-    inside = {name for names in blocks.values() for name in names}
-    generator = torch.Generator().manual_seed(_SEED)
 
-    def visit(name: str, calls: list[Call], originals: list[Call]) -> None:
-        original = reference.get_submodule(name)
-        if name not in blocks:
-            round_layer_(name, layers[name], original, calls, originals, generator)
-            return
-        targets = [output_tensor(original.forward(*call.args, **call.kwargs)).float() for call in originals]
-        parts = {part: (layers[part], reference.get_submodule(part)) for part in blocks[name]}
-        _learn(name, model.get_submodule(name), parts, calls, targets, generator)
+    name: str
+    module: nn.Module
+    takes: Place
+    gives: Place = None
 
-    walk(model, reference, [*blocks, *(name for name in layers if name not in inside)], batches, visit, progress)
-    return model
+    def run(self, stream: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Calls the module with a stream and its other arguments; returns the stream that comes out."""
+        if isinstance(self.takes, int):
+            args = [*args[: self.takes], stream, *args[self.takes + 1 :]]
+        else:
+            kwargs = {**kwargs, str(self.takes): stream}
+        result = self.module(*args, **kwargs)
+        out: Tensor = result if self.gives is None else result[self.gives]
+        return out
 
 
-def find_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Finds the blocks of a model: the innermost children of lists and sequences that hold several of some layers.
+@dataclass
+class Recording:
+    """The calls of a sequence of blocks.
 
-    Args:
-        model: The model.
-        names: The qualified names of the layers.
-
-    Returns:
-        The layers of every block by its name.
+    Attributes:
+        blocks: The blocks.
+        streams: What went into the first block, by batch.
+        others: The other arguments of every block, by batch and block.
     """
-    known = list(names)
-    found: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            for child, _ in module.named_children():
-                path = f"{name}.{child}" if name else child
-                inside = [layer for layer in known if layer.startswith(f"{path}.")]
-                if len(inside) > 1:
-                    found[path] = inside
-    return {path: inside for path, inside in found.items() if not any(o.startswith(f"{path}.") for o in found)}
 
+    blocks: list[Block]
+    streams: list[Tensor] = field(default_factory=list)
+    others: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
 
-class _Learner:
-    """One layer while its rounding is learned: it runs as a floating-point layer with a weight that is made anew."""
+    def step(self, index: int, *, keep: bool) -> None:
+        """Runs a block on all streams.
 
-    def __init__(self, layer: Quantized, original: nn.Module) -> None:
-        self.layer = layer
-        self.spec = layer.weight_specs["weight"]
-        matrix = self.spec.to_matrix(original.get_parameter("weight").detach().float())
-        self.candidates = Candidates.of(matrix, layer.quantized_tensor())
-        self.up = self.candidates.now > self.candidates.other
-        self.low = torch.minimum(self.candidates.now, self.candidates.other)
-        self.span = (self.candidates.now - self.candidates.other).abs()
-        share = self.candidates.share
-        self.place = torch.where(self.up, share.clamp(min=0.5 + _MARGIN), share.clamp(max=0.5 - _MARGIN))
-        self.gain = torch.ones(self.spec.rows, 1)
-        bias = layer._parameters.get("bias")
-        self.bias = torch.zeros(self.spec.rows) if bias is None else bias.detach().float().clone()
-        self.stretching = has_row_scales(layer)
-        self.proxy = copy.deepcopy(original).requires_grad_(False)
-        for name in ("weight", "bias"):
-            self.proxy._parameters.pop(name, None)
+        Args:
+            index: Which block.
+            keep: Whether the streams become what comes out.
+        """
+        with torch.no_grad():
+            for batch, stream in enumerate(self.streams):
+                out = self.blocks[index].run(stream, *self.others[batch][index])
+                if keep:
+                    self.streams[batch] = out
 
-    def parameters(self) -> tuple[Tensor, list[Tensor]]:
-        """The choices, and the finer parameters."""
-        fine = [self.gain, self.bias] if self.stretching else [self.bias]
-        for tensor in (self.place, *fine):
-            tensor.requires_grad_()
-        return self.place, fine
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Records the calls while the body runs the whole model on batches."""
+        handles = []
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
-        """What the layer computes, with gradients for the parameters."""
-        # Rounded, with the gradient of what is rounded.
-        choice = self.place + ((self.place >= 0.5).float() - self.place).detach()
-        matrix = (self.low + choice * self.span) * self.candidates.scale * self.gain
-        proxy: Any = self.proxy
-        proxy.weight, proxy.bias = self.spec.from_matrix(matrix), self.bias
-        args = tuple(self.layer.round_input(x) if i == 0 else x for i, x in enumerate(args))
-        return proxy(*args, **kwargs)
+        def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            takes = self.blocks[index].takes
+            if index == 0:
+                self.streams.append((args[takes] if isinstance(takes, int) else kwargs[str(takes)]).detach())
+                self.others.append([])
+            if isinstance(takes, int):
+                args = (*args[:takes], None, *args[takes + 1 :])
+            else:
+                kwargs = {key: value for key, value in kwargs.items() if key != takes}
+            self.others[-1].append((args, kwargs))
 
-    def store(self) -> None:
-        """Gives the layer what was learned."""
-        self.candidates.flip((self.place.detach() >= 0.5) != self.up)
-        if self.stretching:
-            stretch_(self.layer, self.gain.detach().flatten().double())
-        store_(self.layer, self.candidates.now)
-        set_bias_(self.layer, self.bias.detach())
-
-
-def _learn(
-    name: str,
-    block: nn.Module,
-    parts: Mapping[str, tuple[Quantized, nn.Module]],
-    calls: list[Call],
-    targets: list[Tensor],
-    generator: torch.Generator,
-) -> None:
-    """Learns the rounding of one block."""
-    power = sum(float((target - target.mean()).square().mean()) for target in targets) / len(targets)
-    before = _error(block, calls, targets)
-    if not before < float("inf"):
-        raise DyBitError(f"calibration gives block {name!r} outputs with NaN or infinity")
-    if not power or not before:
-        return
-    learners = [_Learner(*part) for part in parts.values()]
-    choices, fine = zip(*(learner.parameters() for learner in learners), strict=True)
-    optimizer = torch.optim.Adam(
-        [{"params": choices, "lr": _RATE}, {"params": [p for some in fine for p in some], "lr": _FINE_RATE}]
-    )
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
-    with torch.enable_grad(), _learning(learners):
-        for step in range(_STEPS):
-            if step % len(calls) == 0:
-                order = torch.randperm(len(calls), generator=generator).tolist()
-            index = order[step % len(calls)]
-            output = output_tensor(block.forward(*calls[index].args, **calls[index].kwargs))
-            loss = (output.float() - targets[index]).square().mean() / power
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for choice in choices:
-                    choice.clamp_(0, 1)
-    kept = [(dict(layer._buffers), dict(layer._parameters), layer.added_bias) for layer, _ in parts.values()]
-    for learner in learners:
-        learner.store()
-    if not _error(block, calls, targets) < before:
-        for (layer, _), (buffers, parameters, added) in zip(parts.values(), kept, strict=True):
-            layer._buffers.update(buffers)
-            layer._parameters.update(parameters)
-            layer.added_bias = added
-
-
-def _error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -> float:
-    """The mean squared error of a block's outputs."""
-    outputs = (output_tensor(block.forward(*call.args, **call.kwargs)).float() for call in calls)
-    return sum(float((y - target).square().mean()) for y, target in zip(outputs, targets, strict=True)) / len(calls)
+        try:
+            for index, block in enumerate(self.blocks):
+                handles.append(
+                    block.module.register_forward_pre_hook(
+                        lambda _, args, kwargs, index=index: hook(index, args, kwargs), with_kwargs=True
+                    )
+                )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager
-def _learning(learners: list[_Learner]) -> Iterator[None]:
-    """Lets the learners stand in for their layers."""
-    for learner in learners:
-        learner.layer.forward = learner.forward  # type: ignore[method-assign]
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Has transformers' models keep no cache of keys and values, which would make a block depend on earlier calls."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
     try:
+        for config in configs.values():
+            config.use_cache = False
         yield
     finally:
-        for learner in learners:
-            del learner.layer.__dict__["forward"]
+        for key, config in configs.items():
+            config.use_cache = before[key]
+
+
+def find(model: nn.Module, batch: Any, weights: Mapping[str, int]) -> list[Block]:  # noqa: ANN401
+    """Finds the sequence of blocks that divides a model best.
+
+    Of all ``nn.ModuleList`` and ``nn.Sequential`` whose members run in order, each on the result of the last, that is
+    the one which leaves the smallest pieces. It is run again, member by member, and taken only if that gives the same.
+
+    Args:
+        model: The model, in evaluation mode.
+        batch: One batch.
+        weights: The number of weights of the layers that matter, by name.
+
+    Returns:
+        The blocks in order; empty where there is no such sequence.
+    """
+    watch = _Watch(model)
+    with watch.watching(), torch.no_grad():
+        run_batch(model, batch, "calibration batch 0")
+    best: tuple[float, list[Block]] = (float(sum(weights.values())) ** 2, [])
+    for blocks in watch.sequences():
+        inside = [sum(n for name, n in weights.items() if _within(name, block.name)) for block in blocks]
+        cost = sum(float(n) ** 2 for n in inside) + float(sum(weights.values()) - sum(inside)) ** 2
+        if cost < best[0]:
+            best = cost, blocks
+    return best[1] if best[1] and _replays(model, batch, best[1]) else []
+
+
+def _replays(model: nn.Module, batch: Any, blocks: list[Block]) -> bool:  # noqa: ANN401
+    """Whether running the blocks by themselves gives what they gave within the model."""
+    recording = Recording(blocks)
+    outputs: list[Tensor] = []
+    last = blocks[-1]
+    handle = last.module.register_forward_hook(lambda *call: outputs.append(_at(call[2], last.gives)))
+    try:
+        with recording.capturing(), torch.no_grad():
+            run_batch(model, batch)
+        if len(outputs) != 1 or any(len(calls) != len(blocks) for calls in recording.others):
+            return False
+        for index in range(len(blocks)):
+            recording.step(index, keep=True)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return False  # a block that cannot be called again
+    finally:
+        handle.remove()
+    replayed, expected = recording.streams[0], outputs[0]
+    return replayed.shape == expected.shape and torch.allclose(replayed, expected, rtol=1e-3, atol=1e-5)
+
+
+def _within(name: str, block: str) -> bool:
+    return name == block or name.startswith(block + ".")
+
+
+class _Watch:
+    """Follows the calls of the members of containers while a model runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._lists: dict[str, list[Block | None]] = {}
+        self._results: dict[str, Any] = {}  # what the last member returned, by container
+        self._members = [
+            (name, f"{name}.{key}".lstrip("."), child)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList | nn.Sequential)
+            for key, child in module.named_children()
+        ]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handles = []
+        try:
+            for container, name, child in self._members:
+                handles.append(child.register_forward_pre_hook(self._before(container, name), with_kwargs=True))
+                handles.append(child.register_forward_hook(self._after(container)))
+            yield
+        finally:
+            self._results.clear()
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, container: str, name: str) -> Any:  # noqa: ANN401
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            blocks = self._lists.setdefault(container, [])
+            inputs: list[tuple[Place, Tensor]] = [*enumerate(args), *kwargs.items()]
+            inputs = [(place, x) for place, x in inputs if isinstance(x, Tensor)]
+            if not blocks:
+                blocks.append(Block(name, module, inputs[0][0]) if inputs else None)
+                return
+            outputs = _tensors(self._results.get(container))
+            links = [(i, o) for i, x in inputs for o, y in outputs if x is y]
+            last = blocks[-1]
+            if last is None or not links or any(block and block.name == name for block in blocks):
+                blocks.append(None)  # no sequence
+                return
+            last.gives = links[0][1]
+            blocks.append(Block(name, module, links[0][0]))
+
+        return hook
+
+    def _after(self, container: str) -> Any:  # noqa: ANN401
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:  # noqa: ANN401
+            self._results[container] = result
+            blocks = self._lists.get(container)
+            if blocks and blocks[-1] is not None:
+                outputs = _tensors(result)
+                blocks[-1].gives = outputs[0][0] if outputs else None
+
+        return hook
+
+    def sequences(self) -> Iterator[list[Block]]:
+        """The containers whose members formed a sequence."""
+        for blocks in self._lists.values():
+            chain = [block for block in blocks if block is not None]
+            if len(chain) == len(blocks) > 1:
+                yield chain
+
+
+def _tensors(result: Any) -> list[tuple[Place, Tensor]]:  # noqa: ANN401
+    """The floating-point tensors of a result with their places."""
+    if isinstance(result, Tensor):
+        return [(None, result)]
+    pairs = result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, tuple) else ()
+    return [(place, x) for place, x in pairs if isinstance(x, Tensor)]
+
+
+def _at(result: Any, place: Place) -> Tensor:  # noqa: ANN401
+    """The tensor at a place of a result."""
+    found: Tensor = result if place is None else result[place]
+    return found

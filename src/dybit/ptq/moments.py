@@ -143,8 +143,12 @@ class _Take(TorchFunctionMode):
     """Stops a forward at its first product, whatever it has done to the inputs before."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  # as torch's own
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
         names = None
         if func in _CONVOLUTIONS:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -205,6 +209,7 @@ def _convolution(arguments: dict[str, Any], is_transposed: bool) -> Product:
     outputs = [range(0, n - r, s) for n, r, s in zip(sizes, reach, stride, strict=True)]
     inside = [range(0, r + 1, d) for r, d in zip(reach, dilation, strict=True)]
     offsets = _flat(inside, sizes)
+    groups = int(arguments.get("groups", 1))
     # A transposed convolution is one of the spread input with the kernel turned round.
     return Product(
         x.flatten(2),
