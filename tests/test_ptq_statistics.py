@@ -7,8 +7,9 @@ from torch import nn
 
 import dybit
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers import Quantized
-from dybit.model import quantized_layers
+from dybit.fold import fold_
+from dybit.layers import Quantized, quantized_layers
+from dybit.model import folded_pairs
 from dybit.ptq.statistics import correct_bias_, match_statistics_
 from dybit.recipe import Recipe
 from helpers import LAYERS, build, inputs
@@ -45,9 +46,7 @@ def pair(model, data, **recipe):
     recipe = Recipe(**{"weights": 3, **recipe})
     quantized = dybit.quantize_(copy.deepcopy(model), recipe, data)
     reference = copy.deepcopy(model)
-    from dybit.fold import fold_
-
-    fold_(reference, quantized._dybit_folded)
+    fold_(reference, folded_pairs(quantized))
     return quantized, reference
 
 

@@ -211,12 +211,8 @@ def _convolution(arguments: dict[str, Any], is_transposed: bool) -> Product:
     offsets = _flat(inside, sizes)
     groups = int(arguments.get("groups", 1))
     # A transposed convolution is one of the spread input with the kernel turned round.
-    return Product(
-        x.flatten(2),
-        _flat(outputs, sizes),
-        offsets.flip(0) if is_transposed else offsets,
-        int(arguments.get("groups", 1)),
-    )
+    offsets = offsets.flip(0) if is_transposed else offsets
+    return Product(x.flatten(2), _flat(outputs, sizes), offsets, groups)
 
 
 def _spread(
