@@ -135,7 +135,10 @@ def _advance(runners: list[_Runner], names: list[str], visit: Visit, progress: P
                 if progress:
                     progress(len(names) - len(left), len(names), name)
                 left.pop(name)
-                visit(name, [a.call for a, _ in pairs], [b.call for _, b in pairs])
+                try:
+                    visit(name, [a.call for a, _ in pairs], [b.call for _, b in pairs])
+                except (RuntimeError, TypeError) as error:
+                    raise DyBitError(f"calibration does not fit layer {name!r}: {error}") from error
         for runner in here:
             runner.go()
     if progress:
