@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dybit.attach import attachments, check_attachments, expect_attached_, is_attached
 from dybit.errors import CheckpointError, DyBitError
 from dybit.fold import expect_folded_, is_pair
-from dybit.layers import InputSpec, swap_, weight_names
+from dybit.layers import InputSpec, Quantized, set_bias_, swap_, weight_names
 from dybit.model import bypass_fast_path_, folded_pairs, make_plain_, quantized_layers
 from dybit.recipe import Recipe
 from dybit.tensor import QuantizedTensor, TensorSpec
@@ -46,12 +46,14 @@ class LayerEntry:
         dtype: The type in which its weights are dequantized.
         weights: How each weight is stored.
         input: How inputs are rounded, or None.
+        added_bias: Whether it was given a bias that the floating-point layer does not have.
     """
 
     kind: str
     dtype: torch.dtype
     weights: dict[str, TensorSpec]
     input: InputSpec | None
+    added_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Recipe | None =
             "dtype": str(layer.float_dtype).removeprefix("torch."),
             "weights": {key: spec.to_dict() for key, spec in layer.weight_specs.items()},
             "input": layer.input_spec.to_dict() if layer.input_spec else None,
+            **({"added_bias": True} if layer.added_bias else {}),
         }
         for name, layer in layers.items()
     }
@@ -307,6 +310,7 @@ def _entry(data: Mapping[str, Any]) -> LayerEntry:
         dtype=_DTYPES[data["dtype"]],
         weights={str(name): TensorSpec.from_dict(spec) for name, spec in data["weights"].items()},
         input=InputSpec.from_dict(data["input"]) if data["input"] is not None else None,
+        added_bias=data.get("added_bias") is True,
     )
 
 
@@ -399,6 +403,8 @@ def _prepare_layer_(module: nn.Module, entry: LayerEntry) -> None:
         )
     swap_(module, weights, entry.input, torch.empty(1), torch.empty(1))
     cast(Any, module).float_dtype = entry.dtype
+    if entry.added_bias and module._parameters.get("bias") is None:
+        set_bias_(cast(Quantized, module), torch.empty(entry.weights["weight"].rows))
 
 
 def _tie_(model: nn.Module, shared: Mapping[str, str]) -> None:

@@ -88,11 +88,13 @@ class Quantized(nn.Module):
         weight_specs: How each weight is stored, by its name.
         input_spec: How inputs are rounded, or None.
         float_dtype: The type in which weights are dequantized; follows ``.to(dtype)``.
+        added_bias: Whether a bias was added to a layer that had none (:func:`set_bias_`).
     """
 
     weight_specs: dict[str, TensorSpec]
     input_spec: InputSpec | None
     float_dtype: torch.dtype
+    added_bias: bool = False
 
     def quantized_tensor(self, name: str = "weight") -> QuantizedTensor:
         """The codes, scales and choices of a weight."""
@@ -252,6 +254,12 @@ def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module, quantized or not, multiplies its only argument by its weight and does nothing else."""
+    cls = original_class(module) if isinstance(module, Quantized) else type(module)
+    return cls.forward is nn.Linear.forward or _named_conv1d(cls)
+
+
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether a module is attention with torch's own forward, which :func:`dybit.attention.attend` can stand in for."""
     return type(module).forward is nn.MultiheadAttention.forward
@@ -327,6 +335,17 @@ def swap_(
         layer.register_buffer("input_scale", input_scale)
         if input_spec.offset:
             layer.register_buffer("input_offset", input_offset)
+
+
+def set_bias_(layer: Quantized, bias: Tensor) -> None:
+    """Gives a quantized linear layer or convolution a bias of shape (rows,), in place, also where it had none."""
+    old = layer._parameters.get("bias")
+    if old is None:
+        layer.added_bias = True
+        new = bias.to(layer.get_buffer("weight_scale").device, layer.float_dtype)
+        layer.register_parameter("bias", nn.Parameter(new, requires_grad=False))
+    else:
+        layer.register_parameter("bias", nn.Parameter(bias.to(old), requires_grad=old.requires_grad))
 
 
 def unswap_(layer: Quantized) -> None:

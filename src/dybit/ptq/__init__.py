@@ -23,11 +23,14 @@ from torch import nn
 from dybit.calibrate import iterate
 from dybit.errors import DyBitError
 from dybit.plan import Plan
+from dybit.ptq.brecq import brecq_
 from dybit.ptq.equalize import equalize_
+from dybit.ptq.reconstruct import adaround_
 from dybit.ptq.rotate import rotate_
 from dybit.ptq.rounding import Progress, rtn_
 from dybit.ptq.sequential import gptq_
 from dybit.ptq.smooth import smooth_
+from dybit.ptq.statistics import correct_bias_, match_statistics_
 
 __all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
 
@@ -71,6 +74,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rotate": transform(rotate_),
     "rtn": Algorithm(1, rtn_, calibrated=False),
     "gptq": Algorithm(1, gptq_),
+    "statistics": correction(match_statistics_),
+    "bias": correction(correct_bias_),
+    "adaround": correction(adaround_),
+    "brecq": correction(brecq_),
 }
 
 
