@@ -18,7 +18,20 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 LAYERS = [
     {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
     {"hadamard", "scale", "tensor", "ops", "kernels", "_kernels", "linear"},
-    {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
+    {
+        "layers",
+        "attach",
+        "attention",
+        "fold",
+        "calibrate",
+        "plan",
+        "ptq",
+        "qat",
+        "model",
+        "checkpoint",
+        "fidelity",
+        "trace",
+    },
     {"sensitivity", "cost", "search"},
     {"demo", "report", "cli", "integrations", "__main__"},
 ]
