@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
+from tests.helpers import decoder, error, outliers_
 
 import dybit
 from dybit.attach import attachments
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.ptq.rotate import rotate_
-from tests.helpers import decoder, error, outliers_
 
 BATCHES = [{"input_ids": torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(i))} for i in range(2)]
 INT4 = {"weights": "int4", "activations": "int4", "activation_mode": "dynamic", "embeddings": None}
@@ -105,7 +105,7 @@ def test_half_precision():
 
 def test_twice():
     model = rotated()
-    with pytest.raises(DyBitError, match="layer 'model.layers.0.mlp.down_proj' is transformed already"):
+    with pytest.raises(DyBitError, match=r"layer 'model\.layers\.0\.mlp\.down_proj' is transformed already"):
         rotate_(model, names(model), BATCHES)
 
 
@@ -132,7 +132,7 @@ def test_unknown_structures(name):
 def test_parameters_of_a_layers_own():
     model = decoder()
     model.model.layers[1].mlp.gain = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(DyBitError, match="layer model.layers.1 has parameters in mlp"):
+    with pytest.raises(DyBitError, match=r"layer model\.layers\.1 has parameters in mlp"):
         rotate_(model, names(model), BATCHES)
     model = decoder()
     model.model.norm = torch.nn.LayerNorm(48)

@@ -157,7 +157,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _matrix(module: nn.Module) -> bool:
-    return bool(transposed(module)) and getattr(module, "weight").ndim == 2
+    return bool(transposed(module)) and cast(Tensor, module.weight).ndim == 2
 
 
 def _names(module: nn.Module) -> set[str]:
