@@ -109,10 +109,20 @@ def calibrate(
     statistics = {name: InputStatistics() for name in layers}
     generator = torch.Generator().manual_seed(_SEED)
     count = 0
+
+    def observe(name: str, module: nn.Module, inputs: list[Tensor]) -> None:
+        for index, x in enumerate(inputs):
+            if not x.numel():
+                continue
+            flat = positions(name, module, x)
+            statistics[name].add(index, flat)
+            if sample and all(x is not other for other in inputs[:index]):
+                statistics[name].draw(flat, generator)
+
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), _observing(layers, statistics, sample, generator):
+        with torch.no_grad(), observing(layers, observe):
             for count, batch in enumerate(iterate(batches), start=1):
                 run_batch(model, batch, f"calibration batch {count - 1}")
                 if progress:
@@ -168,15 +178,25 @@ def _describe(batch: Any) -> str:  # noqa: ANN401
 
 
 @contextmanager
-def _observing(
-    layers: Mapping[str, nn.Module], statistics: Mapping[str, InputStatistics], sample: bool, generator: torch.Generator
+def observing(
+    layers: Mapping[str, nn.Module], observe: Callable[[str, nn.Module, list[Tensor]], None]
 ) -> Iterator[None]:
+    """Has a function called with the inputs of some layers whenever they run, while the body does.
+
+    Args:
+        layers: The layers by name.
+        observe: Called with name, layer and its inputs: one, or query, key and value of attention.
+    """
     handles = []
     patched = [module for module in layers.values() if is_attention(module)]
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        places = input_places(module, args, kwargs)
+        observe(name, module, [args[place] if isinstance(place, int) else kwargs[place] for place in places])
+
     try:
         for name, module in layers.items():
-            hook = partial(_observe, name, statistics[name], sample, generator)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
         for attention in patched:
             attention.forward = partial(attend, attention)  # type: ignore[method-assign]  # calls out_proj
         yield
@@ -187,26 +207,26 @@ def _observing(
             attention.__dict__.pop("forward", None)
 
 
-def _observe(
-    name: str,
-    statistics: InputStatistics,
-    sample: bool,
-    generator: torch.Generator,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> None:
-    inputs = [args[place] if isinstance(place, int) else kwargs[place] for place in input_places(module, args, kwargs)]
-    for index, x in enumerate(inputs):
-        if not x.numel():
-            continue
-        channels = channel_dim(module, x)
-        flat = x.detach().movedim(channels, -1).reshape(-1, x.shape[channels]).float()
-        if not bool(torch.isfinite(flat.sum())) and not bool(torch.isfinite(flat).all()):
-            raise DyBitError(f"calibration gives layer {name!r} inputs with NaN or infinity")
-        statistics.add(index, flat)
-        if sample and all(x is not other for other in inputs[:index]):
-            statistics.draw(flat, generator)
+def positions(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """The positions of an input of a layer: float32 of shape (positions, channels).
+
+    Raises:
+        DyBitError: It holds NaN or infinity.
+    """
+    channels = channel_dim(module, x)
+    flat = x.detach().movedim(channels, -1).reshape(-1, x.shape[channels]).float()
+    check_finite(name, flat)
+    return flat
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Checks the input of a layer.
+
+    Raises:
+        DyBitError: It holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        raise DyBitError(f"calibration gives layer {name!r} inputs with NaN or infinity")
 
 
 def choose_input(

@@ -97,7 +97,7 @@ def choose_scales(
     _check(matrix, granularity, group_size, choice_granularity, method, percentile)
     importance = None if importance is None else _normalized(importance, *matrix.shape)
     tensor_scale = _tensor_scale(matrix, family) if scale_type == "e4m3" else 1.0
-    search = _Search(family, _rounder(scale_type, tensor_scale), method, percentile)
+    search = _Search(family, rounder(scale_type, tensor_scale), method, percentile)
     if granularity == "tensor":
         chunks = [(block.float(), weights) for block, weights in _row_blocks(matrix, importance)]
         error, scale = search.run(chunks, pooled=True)
@@ -345,8 +345,13 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
     return best[1:]
 
 
-def _rounder(scale_type: ScaleType, tensor_scale: float) -> Callable[[Tensor], list[Tensor]]:
-    """A function from ideal scales (float32) to the candidates that the type can hold."""
+def rounder(scale_type: ScaleType, tensor_scale: float) -> Callable[[Tensor], list[Tensor]]:
+    """Returns a function from ideal scales (float32) to the candidates that a type can hold.
+
+    Args:
+        scale_type: The type.
+        tensor_scale: The factor that E4M3 scales share.
+    """
 
     def nonzero(scale: Tensor) -> Tensor:
         return torch.where(scale < 0, scale.clamp(max=-_TINIEST), scale.clamp(min=_TINIEST))

@@ -313,6 +313,15 @@ def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> Quantized
             for start in range(0, spec.rows, step)
         ]
     )
+    return _assemble(packed, spec, scales)
+
+
+def pack_codes(codes: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    """Packs codes that were chosen for given scales: uint8 of shape (rows, columns)."""
+    return _assemble(pack(codes, spec.bits, spec.group_size), spec, scales)
+
+
+def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
     choice = None
     if scales.choice is not None:
         rows, units = spec.unit_shape(spec.choice)
@@ -325,12 +334,12 @@ def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> Quantized
 def _encode_rows(matrix: Tensor, spec: TensorSpec, scales: Scales, start: int, stop: int) -> Tensor:
     """The codes of some rows: uint8 of shape (rows, columns)."""
     x = matrix[start:stop].float()
-    scale = _unit_rows(scales.scale, spec, start, stop)
+    scale = unit_rows(_some(scales.scale, start, stop), spec)
     ratio = x / scale
     books = spec.formats.books
     if scales.choice is None:
         return lookup(books[0], x.device).encode(ratio)
-    choice = _unit_rows(scales.choice, spec, start, stop).expand(x.shape)
+    choice = unit_rows(_some(scales.choice, start, stop), spec).expand(x.shape)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     for index in torch.unique(choice).tolist():
         chosen = choice == index
@@ -338,14 +347,18 @@ def _encode_rows(matrix: Tensor, spec: TensorSpec, scales: Scales, start: int, s
     return codes
 
 
-def _unit_rows(units: Tensor, spec: TensorSpec, start: int, stop: int) -> Tensor:
-    """The scale or choice of every element of some rows: (1, 1), (rows, 1) or (rows, columns)."""
-    rows = units if units.shape[0] == 1 else units[start:stop]
+def _some(units: Tensor, start: int, stop: int) -> Tensor:
+    """The entries of some rows; a single row serves all."""
+    return units if units.shape[0] == 1 else units[start:stop]
+
+
+def unit_rows(units: Tensor, spec: TensorSpec) -> Tensor:
+    """The scale or choice of every element: (1, 1), (rows, 1) or (rows, columns) from a table of units."""
     if units.shape[1] == 1:
-        return rows
+        return units
     parts, column = [], 0
     for _, groups, length in spans(spec.columns, spec.group_size):
-        parts.append(rows[:, column : column + groups].repeat_interleave(length, dim=1))
+        parts.append(units[:, column : column + groups].repeat_interleave(length, dim=1))
         column += groups
     return torch.cat(parts, dim=1)
 

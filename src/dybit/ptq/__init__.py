@@ -26,6 +26,7 @@ from dybit.plan import Plan
 from dybit.ptq.equalize import equalize_
 from dybit.ptq.rotate import rotate_
 from dybit.ptq.rounding import Progress, rtn_
+from dybit.ptq.sequential import gptq_
 from dybit.ptq.smooth import smooth_
 
 __all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
@@ -69,6 +70,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "smooth": transform(smooth_, by_recipe=True),
     "rotate": transform(rotate_),
     "rtn": Algorithm(1, rtn_, calibrated=False),
+    "gptq": Algorithm(1, gptq_),
 }
 
 

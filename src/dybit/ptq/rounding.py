@@ -84,24 +84,39 @@ def observe(
     return statistics
 
 
-def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties) -> None:
-    """Quantizes one layer in place, given what calibration saw of its inputs."""
+Choose = Callable[[Tensor, str, TensorSpec], QuantizedTensor | None]
+
+
+def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose: Choose | None = None) -> None:
+    """Quantizes one layer in place.
+
+    Args:
+        plan: The layer.
+        seen: What calibration saw of its inputs.
+        ties: Weights that are quantized already.
+        choose: Quantizes a weight, given its name and how to store it; where it returns None, or is None, the weight
+            is rounded to the nearest.
+    """
     recipe, module = plan.recipe, plan.module
     weights = {}
     if recipe.weight_family is not None:
         for name in weight_names(module):
             parameter = getattr(module, name)
-            weights[name] = ties.get(parameter) or _quantize_weight(parameter, name, recipe, module, seen)
-            ties.put(parameter, weights[name])
+            found = ties.get(parameter)
+            if found is None:
+                spec = weight_spec(parameter, recipe, module)
+                found = choose(parameter, name, spec) if choose else None
+                found = found or _round(parameter, name, spec, recipe, module, seen)
+            weights[name] = found
+            ties.put(parameter, found)
     swap_(module, weights, *_input(recipe, module, seen))
 
 
-def _quantize_weight(
-    weight: Tensor, name: str, recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
-) -> QuantizedTensor:
+def weight_spec(weight: Tensor, recipe: LayerRecipe, module: nn.Module) -> TensorSpec:
+    """How a weight of a layer is stored by a recipe, which must quantize weights."""
     family = recipe.weight_family
     assert family is not None
-    spec = TensorSpec(
+    return TensorSpec(
         family.name,
         tuple(weight.shape),
         recipe.scale_granularity,
@@ -110,6 +125,11 @@ def _quantize_weight(
         recipe.variant_granularity or recipe.scale_granularity,
         transposed(module),
     )
+
+
+def _round(
+    weight: Tensor, name: str, spec: TensorSpec, recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
+) -> QuantizedTensor:
     weighted = seen is not None and seen.seen and recipe.criterion != "weight"
     importance = _importance(seen, name, spec, module) if weighted and seen else None
     return quantize(weight, spec, method=recipe.method, percentile=recipe.percentile, importance=importance)

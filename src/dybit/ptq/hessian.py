@@ -1,0 +1,183 @@
+"""Hessians of layers: the second moments of everything that a weight multiplies, gathered as a model runs.
+
+Must not know how they are used. The Hessian of a weight is the mean of x xᵀ over the positions (tokens, pixels) of its
+inputs, x holding what the columns of the weight's matrix multiply: features, or patches of an image.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dybit.calibrate import check_finite, positions
+from dybit.layers import channel_groups, transposed
+from dybit.tensor import TensorSpec
+
+_CHUNK = 1 << 23  # elements of patches at once
+
+
+@dataclass
+class _Moment:
+    """A running mean of x xᵀ: float32 of shape (parts, columns, columns)."""
+
+    mean: Tensor | None = None
+    count: int = 0
+    seen: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # inputs that are counted in
+
+    def has(self, x: Tensor) -> bool:
+        """Whether an input that still exists is counted in."""
+        return any(ref() is x and version == _version(x) for ref, version in self.seen)
+
+    def add(self, x: Tensor, chunks: Iterator[Tensor]) -> None:
+        self.seen = [entry for entry in self.seen if entry[0]() is not None]
+        self.seen.append((weakref.ref(x), _version(x)))
+        for rows in chunks:
+            total = self.count + rows.shape[1]
+            if self.mean is None:
+                self.mean = torch.zeros(rows.shape[0], rows.shape[2], rows.shape[2], device=rows.device)
+            # A mean and not a sum, which could leave the range of float32.
+            self.mean.mul_(self.count / total)
+            self.mean.baddbmm_(rows.mT, rows, alpha=1 / total)
+            self.count = total
+
+
+class Hessians:
+    """Gathers the Hessians of some layers, to be passed to :func:`dybit.calibrate.observing`.
+
+    Layers that are given the very same input (query, key and value; gate and up) share one.
+    """
+
+    def __init__(self) -> None:
+        self._moments: dict[tuple[str, int], _Moment] = {}  # by layer and number of the input
+
+    def observe(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
+        """Counts the inputs of a call in.
+
+        Raises:
+            DyBitError: They hold NaN or infinity.
+        """
+        for index, x in enumerate(inputs):
+            if not x.numel():
+                continue
+            key = name, index
+            mine = self._moments.get(key)
+            shared = self._shared(x, module)
+            if shared is not None and (mine is None or mine is shared):
+                self._moments[key] = shared
+                continue
+            if mine is not None and sum(other is mine for other in self._moments.values()) > 1:
+                # The inputs were the same until now.
+                mine = _Moment(None if mine.mean is None else mine.mean.clone(), mine.count)
+            mine = mine or _Moment()
+            self._moments[key] = mine
+            mine.add(x, design(name, module, x))
+
+    def _shared(self, x: Tensor, module: nn.Module) -> _Moment | None:
+        """The moment that counts an input already, of a layer that looks at it in the same way."""
+        if channel_groups(module) != 1 or _is_convolution(module):
+            return None
+        return next((moment for moment in self._moments.values() if moment.has(x)), None)
+
+    def of(self, name: str, weight: str, spec: TensorSpec) -> Tensor | None:
+        """The Hessian of a weight.
+
+        Args:
+            name: The layer's.
+            weight: The weight's.
+            spec: How the weight is stored.
+
+        Returns:
+            float32 of shape (parts, columns, columns), or None where the layer was never reached or the channels of its
+            inputs are not those of the weight: a subclass has put something between them.
+        """
+        indices = {"in_proj_weight": [0, 1, 2], "k_proj_weight": [1], "v_proj_weight": [2]}.get(weight, [0])
+        # Self-attention of a subclass may have one argument only.
+        found = [self._moments.get((name, index), self._moments.get((name, 0))) for index in indices]
+        if any(moment is None or moment.mean is None for moment in found):
+            return None
+        if all(moment is found[0] for moment in found):
+            found = found[:1]
+        means = [moment.mean for moment in found if moment is not None and moment.mean is not None]
+        if any(mean.shape[1] != spec.columns or spec.rows % (len(means) * mean.shape[0]) for mean in means):
+            return None
+        return torch.cat(means)
+
+
+def size(module: nn.Module, spec: TensorSpec) -> int:
+    """Bytes of the Hessian of a weight, not counting that others may share it."""
+    return 4 * channel_groups(module) * spec.columns**2
+
+
+def design(name: str, module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """What the columns of a layer's weight multiply.
+
+    Args:
+        name: The layer's, for errors.
+        module: The layer.
+        x: An input of it.
+
+    Yields:
+        float32 of shape (parts, positions, columns), some positions at a time.
+
+    Raises:
+        DyBitError: The input holds NaN or infinity.
+    """
+    if not _is_convolution(module):
+        yield positions(name, module, x)[None]
+        return
+    check_finite(name, x)
+    dims = len(module.kernel_size)
+    batch = x.detach().float().reshape(-1, *x.shape[-dims - 1 :])
+    share = max(1, _CHUNK // max(1, batch[0].numel() * math.prod(module.kernel_size)))
+    for part in batch.split(share):
+        yield _patches(module, part)
+
+
+def _patches(module: nn.Module, x: Tensor) -> Tensor:
+    """Patches of images (n, channels, *size): (groups, n · positions, channels of a group · kernel)."""
+    dims = len(module.kernel_size)
+    flip = bool(transposed(module))
+    x, stride = _spread(module, x) if flip else (_padded(module, x), module.stride)
+    for dim, (kernel, step, dilation) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
+        x = x.unfold(2 + dim, (kernel - 1) * dilation + 1, step)[..., ::dilation]
+    if flip:
+        x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
+    groups = channel_groups(module)
+    x = x.unflatten(1, (groups, -1))  # (n, groups, channels, *positions, *kernel)
+    n, _, channels = x.shape[:3]
+    x = x.movedim(0, 1)  # (groups, n, channels, *positions, *kernel)
+    x = x.movedim(2, 2 + dims)  # (groups, n, *positions, channels, *kernel)
+    return x.reshape(groups, -1, channels * math.prod(module.kernel_size)) if n else x.reshape(groups, 0, -1)
+
+
+def _padded(module: nn.Module, x: Tensor) -> Tensor:
+    amounts = module._reversed_padding_repeated_twice
+    mode = module.padding_mode
+    return functional.pad(x, amounts) if mode == "zeros" else functional.pad(x, amounts, mode=mode)
+
+
+def _spread(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input of a transposed convolution as that of the ordinary one with the reversed kernel; its stride is 1."""
+    dims = len(module.kernel_size)
+    wide = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], module.stride, strict=True)]
+    zeros = x.new_zeros(*x.shape[:2], *wide)
+    zeros[(..., *(slice(None, None, step) for step in module.stride))] = x
+    amounts = []
+    for k, d, p, extra in zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True):
+        amounts = [d * (k - 1) - p, d * (k - 1) - p + extra, *amounts]
+    return functional.pad(zeros, amounts), (1,) * dims
+
+
+def _version(x: Tensor) -> int:
+    """Changes when a tensor is changed in place."""
+    return 0 if x.is_inference() else x._version
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
