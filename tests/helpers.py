@@ -168,6 +168,45 @@ def tokens(high=11):
     return torch.randint(0, high, (3, 5))
 
 
+def decoder(kind="Llama", tied=False, **options):
+    """A tiny transformers language model of Llama's structure, its norms with factors that matter."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=tied, **options,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.uniform_(parameter, 0.5, 2.0)
+        elif "proj" in name:
+            nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def outliers_(layer, channels=(1, 7), factor=30.0):
+    """Makes some channels of a norm or layer much larger, as in trained transformers."""
+    with torch.no_grad():
+        for parameter in layer.parameters(recurse=False):
+            parameter[list(channels)] *= factor
+    return layer
+
+
+def error(model, reference, batches):
+    """The relative error of a model's first outputs against a reference's."""
+    with torch.no_grad():
+        pairs = [(first_output(model, batch), first_output(reference, batch)) for batch in batches]
+    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
+
+
+def first_output(model, batch):
+    """What a model returns for a batch; of transformers' outputs the first tensor."""
+    output = model(**batch) if isinstance(batch, dict) else model(batch)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 # name: (a model, the arguments of a call)
 LAYERS = {
     "linear": (lambda: nn.Linear(19, 6), lambda: (torch.randn(4, 19),)),

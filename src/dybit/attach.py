@@ -70,10 +70,7 @@ def attach_(module: nn.Module, kind: str, *tensors: Tensor) -> None:
     before, hook, names = _KINDS[kind]
     for name, tensor in zip(names, tensors, strict=True):
         module.register_buffer(name, tensor)
-    if before:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(hook)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True) if before else module.register_forward_hook(hook)
     sizes = [list(tensor.shape) for tensor in tensors]
     setattr(module, _RECORD, {"kind": kind, "sizes": sizes, "hook": handle.id})
 

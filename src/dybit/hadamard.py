@@ -74,7 +74,7 @@ def orthogonal_factor(size: int, generator: torch.Generator) -> Tensor:
     if odd > _LARGEST_FACTOR:
         raise DyBitError(f"size={size} has no rotation: its odd part {odd} is above {_LARGEST_FACTOR}")
     q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float()
+    return (q * r.diagonal().sign()).float().contiguous()
 
 
 def walsh(x: Tensor) -> Tensor:

@@ -90,6 +90,17 @@ class _Source:
 
 
 @dataclass(frozen=True)
+class _Call:
+    """An operator that was run, with the places of its numbered inputs among all of them."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    marks: list[tuple[int, _Mark]]
+    result: Any
+
+
+@dataclass(frozen=True)
 class _Mark:
     """What is known of a tensor: its producer, and the channel of every element (int32, of the tensor's shape)."""
 
@@ -157,7 +168,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _matrix(module: nn.Module) -> bool:
-    return bool(transposed(module)) and getattr(module, "weight").ndim == 2
+    return bool(transposed(module)) and cast(Tensor, module.weight).ndim == 2
 
 
 def _names(module: nn.Module) -> set[str]:
@@ -270,7 +281,7 @@ class _Tracker(TorchDispatchMode):
             output = result[0] if isinstance(result, tuple) else result
             self._produce(norm, True, output, output.ndim - 1)
         elif marks and func.overloadpacket not in _SHAPE_ONLY:
-            self._carry(func, args, kwargs, flat, marks, result)
+            self._carry(_Call(func, args, kwargs, marks, result))
         return result
 
     def _norm(self, packet: Any, args: Any) -> str | None:  # noqa: ANN401
@@ -284,26 +295,23 @@ class _Tracker(TorchDispatchMode):
         owned = self._owners.get(id(weight))
         return owned[0] if owned and owned[1] == "weight" and _names(self._modules[owned[0]]) <= allowed else None
 
-    def _carry(
-        self, func: Any, args: Any, kwargs: Any, flat: list[Any], marks: list[tuple[int, _Mark]], result: Any
-    ) -> None:
+    def _carry(self, call: _Call) -> None:
         """Numbers the outputs of an operator that has numbered inputs, or gives their producers up."""
-        packet, source = func.overloadpacket, marks[0][1].source
-        one = all(mark.source is source for _, mark in marks)
-        numbers = self._through(func, args, kwargs, marks, result) if one else None
-        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        source = call.marks[0][1].source
+        numbers = self._through(call) if all(mark.source is source for _, mark in call.marks) else None
+        outputs = [x for x in tree_leaves(call.result) if isinstance(x, Tensor)]
         if numbers is None or not outputs or not outputs[0].is_floating_point():
-            for _, mark in marks:
+            for _, mark in call.marks:
                 mark.source.usable = False
             return
-        mixed = packet in _MIXING or any(mark.mixed for _, mark in marks)
+        mixed = call.func.overloadpacket in _MIXING or any(mark.mixed for _, mark in call.marks)
         for tensor, number in zip(outputs, tree_leaves(numbers), strict=False):
             self._marks[tensor] = _Mark(source, number, mixed)
 
-    def _through(self, func: Any, args: Any, kwargs: Any, marks: list[tuple[int, _Mark]], result: Any) -> Any:  # noqa: ANN401
+    def _through(self, call: _Call) -> Any:  # noqa: ANN401  # a tensor or several, as the operator
         """The channels of an operator's outputs, or None where it may not commute with factors."""
-        packet, (place, mark) = func.overloadpacket, marks[0]
-        number, alone = mark.channel, len(marks) == 1
+        packet, args, result, (place, mark) = call.func.overloadpacket, call.args, call.result, call.marks[0]
+        number, alone = mark.channel, len(call.marks) == 1
         if packet is _aten.cat:
             return self._cat(args)
         if packet is _aten.mul and alone:
@@ -318,11 +326,12 @@ class _Tracker(TorchDispatchMode):
         if packet in _VIEWS:
             return None if isinstance(args[1], torch.dtype) else number.reshape(result.shape)
         if packet in _MOVES:
-            return func(number, *args[1:], **{key: x for key, x in kwargs.items() if key != "memory_format"})
+            options = {key: x for key, x in call.kwargs.items() if key != "memory_format"}
+            return call.func(number, *args[1:], **options)
         if packet is _aten.constant_pad_nd and (len(args) < 3 or args[2] == 0):
-            return func(number, args[1], _ANY)
+            return call.func(number, args[1], _ANY)
         if packet in _CLIPS:
-            return number if self._clip(packet, args, kwargs, mark) else None
+            return number if self._clip(packet, args, call.kwargs, mark) else None
         if packet in _POOLS:
             return _pooled(number, result)
         return _reduced(number, *args[1:]) if packet in _REDUCTIONS and len(args) > 1 else None

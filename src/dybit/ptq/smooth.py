@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dybit.calibrate import InputStatistics, calibrate, run_batch
-from dybit.errors import DyBitError
 from dybit.plan import Plan, Ties
 from dybit.ptq.factors import by_input, input_range, inputs_first, move_limit_, scale_
-from dybit.ptq.neighbours import Link, evaluating, find_links, is_plain
+from dybit.ptq.neighbours import Link, evaluating, find_links
 from dybit.ptq.preserve import preserving
 from dybit.ptq.rounding import quantize_layer
 from dybit.recipe import LayerRecipe
