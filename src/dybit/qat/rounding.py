@@ -38,22 +38,15 @@ class FamilyTable:
         device: Where the tensors live.
 
     Attributes:
-        low: The lowest level of every codebook: float32 of shape (books,).
-        high: The highest one.
-        step: The mean distance of adjacent levels.
-        reach: The largest magnitude, in steps.
+        limits: The lowest and the highest level of every codebook, and the factor of the gradient of a logarithm:
+            float32 of shape (books, 3).
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.books = rivals.family(name).books
 
-        def each(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        self.low = each([book.levels[0] for book in self.books])
-        self.high = each([book.levels[-1] for book in self.books])
-        self.step = each([spacing(book) for book in self.books])
-        self.reach = torch.maximum(self.high, -self.low) / self.step
+        rows = [(book.levels[0], book.levels[-1], learning_factor(book)) for book in self.books]
+        self.limits = torch.tensor(np.array(rows), dtype=torch.float32, device=device)
         self._unit, self._limit = grid(np.concatenate([book.midpoints for book in self.books]))
         if self._unit:
             # Entry 2k is the point k · unit, entry 2k+1 the open interval above it, in which no midpoint lies.
@@ -61,20 +54,18 @@ class FamilyTable:
             self._size = len(points)
             self._values = torch.cat([lookup(book, device).round(points) for book in self.books])
 
-    def round(self, x: Tensor, choice: Tensor | None) -> Tensor:
+    def round(self, x: Tensor, choice: Tensor) -> Tensor:
         """Returns the nearest level of each element.
 
         Args:
             x: float32 of shape (units, length), without NaN.
-            choice: The codebook of every unit, integers of shape (units, 1), or None for the first one.
+            choice: The codebook of every unit, integers of shape (units, 1).
         """
-        if choice is None:
-            return lookup(self.books[0], x.device).round(x)
         if self._unit:
             position = (x * (1.0 / self._unit)).clamp_(-self._limit, self._limit)
             index = position.floor().add_(position.ceil_()).add_(2 * self._limit).to(torch.int32)
             index += choice.to(torch.int32) * self._size
-            return self._values.index_select(0, index.view(-1)).view(x.shape)
+            return self._values.index_select(0, index.reshape(-1)).view(x.shape)
         result = torch.empty_like(x)
         for index, book in enumerate(self.books):
             rows = (choice == index).view(-1).nonzero().view(-1)
@@ -94,6 +85,12 @@ def spacing(book: Codebook) -> float:
     return float(book.levels[-1] - book.levels[0]) / (len(book.levels) - 1)
 
 
+def learning_factor(book: Codebook) -> float:
+    """What turns s · ∂L/∂s / s² / √N into the gradient of the logarithm of a scale s that N elements share."""
+    step = spacing(book)
+    return 1 / (step**2 * math.sqrt(np.abs(book.levels).max() / step))
+
+
 class _RoundUnits(torch.autograd.Function):
     """See :func:`round_units`."""
 
@@ -107,10 +104,13 @@ class _RoundUnits(torch.autograd.Function):
         family: str,
         shared: int,
     ) -> Tensor:
-        ratio = x / scale
-        unknown = torch.isnan(ratio)
-        value = family_table(family, x.device).round(ratio.masked_fill(unknown, 0.0), choice)
-        rounded = value.mul_(scale).masked_fill_(unknown, math.nan)
+        if choice is None:
+            rounded = cast(Tensor, fake_quantize(x, scale, None, family))
+        else:
+            ratio = x / scale
+            unknown = torch.isnan(ratio)
+            value = family_table(family, x.device).round(ratio.masked_fill_(unknown, 0.0), choice)
+            rounded = value.mul_(scale).masked_fill_(unknown, math.nan)
         ctx.save_for_backward(x, rounded, scale, choice)
         ctx.family, ctx.shared = family, shared
         return rounded
@@ -119,16 +119,15 @@ class _RoundUnits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, rounded, scale, choice = ctx.saved_tensors
-        table = family_table(ctx.family, x.device)
-        index = 0 if choice is None else choice.long()
+        limits = family_table(ctx.family, x.device).limits
+        limits = limits if choice is None else limits.index_select(0, choice.view(-1).to(torch.int32))
+        low, high, factor = limits.split(1, dim=1)
         ratio = x / scale
-        inside = (ratio >= table.low[index]) & (ratio <= table.high[index])
-        x_grad = grad * inside
+        x_grad = grad * (ratio >= low).logical_and_(ratio <= high)
         log_grad = None
         if ctx.needs_input_grad[1]:
-            slope = torch.addcmul(grad * rounded, x_grad, x, value=-1).sum(1, keepdim=True)  # s · ∂L/∂s
-            size = scale * table.step[index]
-            log_grad = slope / size.square() / (table.reach[index] * ctx.shared).sqrt()
+            slope = (grad * rounded).addcmul_(x_grad, x, value=-1).sum(1, keepdim=True)  # s · ∂L/∂s
+            log_grad = slope.mul_(factor).div_(scale.square()).div_(math.sqrt(ctx.shared))
         return x_grad, log_grad, None, None, None, None
 
 
@@ -177,15 +176,14 @@ class _RoundInput(torch.autograd.Function):
         below, above = float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
         x_grad = torch.ops.aten.hardtanh_backward(grad, x, below, above)
         log_grad = shift_grad = None
-        size = s * spacing(book)
-        reach = float(np.abs(book.levels).max()) / spacing(book)
-        gain = 1 / math.sqrt(max(1, x[:1].numel()) * reach)  # the features of a sample share the scale
+        shared = math.sqrt(max(1, x[:1].numel()))  # the features of a sample share the scale
         clipped = float(grad.sum(dtype=torch.float32) - x_grad.sum(dtype=torch.float32)) if offset is not None else 0.0
         if ctx.needs_input_grad[1]:
             slope = _dot(grad, rounded) - _dot(x_grad, x) - o * clipped  # s · ∂L/∂s
-            log_grad = (slope / size * (gain / size)).view(1)
+            log_grad = (slope * (learning_factor(book) / s / s / shared)).view(1)
         if ctx.needs_input_grad[2]:
-            shift_grad = torch.full_like(scale, clipped * gain / size)
+            # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
+            shift_grad = torch.full_like(scale, clipped * learning_factor(book) * spacing(book) / s / shared)
         return x_grad, log_grad, shift_grad, None, None, None
 
 
