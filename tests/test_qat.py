@@ -1,10 +1,11 @@
-"""Training with rounding: against the packed model bit for bit, and gradients against formulas that autograd derives."""
+"""Training with rounding: against the packed model bit for bit; gradients against formulas that autograd derives."""
 
 import copy
 import io
 import math
 import pickle
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,7 +24,10 @@ from dybit.scale import nearest_scale
 from dybit.tensor import TensorSpec, quantize
 from helpers import LAYERS, build, inputs
 
-pytestmark = pytest.mark.usefixtures("plain_torch")
+pytestmark = [
+    pytest.mark.usefixtures("plain_torch"),
+    pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel"),  # torch, of a layer of helpers.LAYERS
+]
 
 RECIPES = {
     "w4a4": Recipe(weights=4, activations=4),
@@ -87,7 +91,7 @@ def test_saves_and_loads_after_conversion(name, tmp_path):
 
 
 def reference(x, scale, offset, book):
-    """x̂ = s · l((x - o) / s) + o with the straight-through estimator inside the range, for autograd to differentiate."""
+    """s · l((x - o) / s) + o, straight-through inside the range, for autograd to differentiate."""
     ratio = (x - offset) / scale
     clamped = ratio.clamp(book.levels[0], book.levels[-1])
     nearest = torch.from_numpy(book.decode(book.encode(ratio.detach().numpy()))).to(x.dtype)
@@ -103,14 +107,14 @@ def test_gradients_of_weights(name):
     x = torch.randn(5, 7, dtype=torch.float64) * float(book.levels[-1])
     scale = torch.tensor([0.5, 0.3, 1.1, 2.0, -0.7 if book.levels[0] < 0 else 0.7], dtype=torch.float64)[:, None]
     mine, log_scale, upstream = x.float().requires_grad_(), torch.zeros(5, 1, requires_grad=True), torch.randn(5, 7)
-    rounded = round_units(mine, log_scale, scale.float(), None, name)
+    rounded = round_units(mine, log_scale, scale.float(), scale.float() * 1.25, None, name)
     rounded.backward(upstream)
     x, scale = x.float().double().requires_grad_(), scale.float().double().requires_grad_()
     expected = reference(x, scale, 0.0, book)
     expected.backward(upstream.double())
     torch.testing.assert_close(rounded.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mine.grad.double(), x.grad)
-    wanted = scale.grad / scale * learning_factor(book) / math.sqrt(7)
+    wanted = scale.grad * scale / (1.25 * scale) ** 2 * learning_factor(book) / math.sqrt(7)
     torch.testing.assert_close(log_scale.grad.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -122,7 +126,7 @@ def test_gradients_of_inputs(name, offset):
     mine, log_scale, shift = x.clone().requires_grad_(), torch.zeros(1, requires_grad=True), torch.zeros(1)
     shift.requires_grad_()
     given = None if offset is None else torch.tensor([offset])
-    rounded = round_input(mine, log_scale, shift, torch.tensor([0.7]), given, name)
+    rounded = round_input(mine, log_scale, shift, torch.tensor([0.7]), torch.tensor([0.8]), given, name)
     rounded.backward(upstream)
     x, scale = x.double().requires_grad_(), torch.tensor([0.7]).double().requires_grad_()
     moved = torch.tensor([offset or 0.0]).double().requires_grad_()
@@ -131,16 +135,16 @@ def test_gradients_of_inputs(name, offset):
     torch.testing.assert_close(rounded.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.grad.double(), x.grad)
     factor = learning_factor(book) / math.sqrt(5)
-    torch.testing.assert_close(log_scale.grad.double(), scale.grad / scale * factor, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_scale.grad.double(), scale.grad * scale / 0.8**2 * factor, rtol=1e-4, atol=1e-4)
     step = (book.levels[-1] - book.levels[0]) / (len(book.levels) - 1)
-    wanted = 0 * moved.grad if offset is None else moved.grad / 0.7 * step * factor
+    wanted = 0 * moved.grad if offset is None else moved.grad / 0.8 * step * factor
     torch.testing.assert_close(shift.grad.double(), wanted.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_of_an_integer_scale_is_that_of_lsq():
     x, upstream, scale = torch.randn(3, 9), torch.randn(3, 9), 0.3
     log_scale = torch.zeros(3, 1, requires_grad=True)
-    round_units(x, log_scale, torch.full((3, 1), scale), None, "int3").backward(upstream)
+    round_units(x, log_scale, torch.full((3, 1), scale), torch.full((3, 1), scale), None, "int3").backward(upstream)
     ratio = x / scale
     by_element = torch.where(ratio.abs() <= 3, ratio.round() - ratio, ratio.clamp(-3, 3))
     lsq = (upstream * by_element).sum(1, keepdim=True) / math.sqrt(9 * 3)  # of the step size: LSQ, equations 3 and 5
@@ -149,10 +153,10 @@ def test_the_gradient_of_an_integer_scale_is_that_of_lsq():
 
 def test_saturated_elements_have_no_gradient():
     x = torch.tensor([[-4.0, -1.6, -1.5, 0.0, 0.2, 1.5, 1.6, 100.0]], requires_grad=True)
-    round_units(x, torch.zeros(1, 1), torch.ones(1, 1), None, "s2mid").sum().backward()
+    round_units(x, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), None, "s2mid").sum().backward()
     assert x.grad.tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]]
     x = torch.tensor([-1.0, 0.0, 0.3, 8.0, 8.1], requires_grad=True)
-    round_input(x, torch.zeros(1), None, torch.ones(1), None, "u4").sum().backward()
+    round_input(x, torch.zeros(1), None, torch.ones(1), torch.ones(1), None, "u4").sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
 
 
@@ -163,11 +167,11 @@ def test_units_with_different_codebooks(name):
     x = torch.randn(len(family.books), 200, requires_grad=True)
     log_scale = torch.zeros(len(family.books), 1, requires_grad=True)
     scale = torch.rand(len(family.books), 1) + 0.2
-    rounded = round_units(x, log_scale, scale, choice, name)
+    rounded = round_units(x, log_scale, scale, scale, choice, name)
     rounded.backward(torch.ones_like(x))
     for i, book in enumerate(family.books):
         alone, one = x.detach()[i : i + 1].clone().requires_grad_(), torch.zeros(1, 1, requires_grad=True)
-        expected = round_units(alone, one, scale[i : i + 1], None, book.name)
+        expected = round_units(alone, one, scale[i : i + 1], scale[i : i + 1], None, book.name)
         expected.backward(torch.ones_like(alone))
         assert torch.equal(rounded[i : i + 1], expected) and torch.equal(x.grad[i : i + 1], alone.grad)
         torch.testing.assert_close(log_scale.grad[i : i + 1], one.grad)
@@ -178,7 +182,7 @@ def test_units_with_different_codebooks(name):
 def test_nan_stays_nan():
     x = torch.tensor([[math.nan, 1.0]])
     for family, choice in (("int4", None), ("dybit4", torch.zeros(1, 1, dtype=torch.uint8))):
-        rounded = round_units(x, torch.zeros(1, 1), torch.ones(1, 1), choice, family)
+        rounded = round_units(x, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), choice, family)
         assert rounded.isnan().tolist() == [[True, False]]
 
 
@@ -187,7 +191,9 @@ def test_nearest_scales():
     assert nearest_scale(scale, "pow2")[:4].tolist() == [1, 1, 2, -0.25]
     assert torch.equal(nearest_scale(scale, "bf16")[:4], scale[:4].bfloat16().float())
     factor = torch.tensor([0.01])
-    assert torch.equal(nearest_scale(scale[:4], "e4m3", factor), (scale[:4] / 0.01).to(torch.float8_e4m3fn).float() * 0.01)
+    assert torch.equal(
+        nearest_scale(scale[:4], "e4m3", factor), (scale[:4] / 0.01).to(torch.float8_e4m3fn).float() * 0.01
+    )
     assert torch.equal(nearest_scale(scale, "fp32")[:4], scale[:4]) and nearest_scale(scale, "fp32")[4] == 2.0**-126
     for kind in ("fp32", "bf16", "pow2", "e4m3"):
         assert nearest_scale(scale, kind).isnan().tolist() == [False] * 5 + [True]
@@ -201,7 +207,7 @@ def test_scales_learn_and_can_be_stored(kind, granularity):
     quantizer = WeightQuantizer(quantize(weight, spec), Recipe(), Schedule())
     start = quantizer(weight).detach()
     assert torch.equal(start, quantizer.export(weight).dequantize())
-    optimizer = torch.optim.SGD([quantizer.log_scale], 0.3)
+    optimizer = torch.optim.SGD([quantizer.log_scale], 0.05)
     for _ in range(10):  # shrink what it stands for
         optimizer.zero_grad()
         quantizer(weight).square().sum().backward()
@@ -227,12 +233,12 @@ def test_codebooks_are_chosen_on_schedule_and_frozen():
     choices, scales = [quantizer.choice.clone()], [quantizer.scales().clone()]
     for step in range(1, 10):
         with torch.no_grad():
-            layer._parameters["weight"].copy_(heavy(8, 64) if step < 6 else torch.rand(8, 64))
+            layer._parameters["weight"][:4] = heavy(4, 64) if step < 6 else torch.rand(4, 64)
             quantizer.log_scale.fill_(0.1 * step)
         model(torch.randn(2, 64))
         choices.append(quantizer.choice.clone())
         scales.append(quantizer.scales().clone())
-    changed = [not torch.equal(a, b) for a, b in zip(choices, choices[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in pairwise(choices)]
     assert changed == [False, False, True, False, False, True, False, False, False]
     assert int(quantizer.passes) == 9
     kept = choices[2] == choices[3]
@@ -259,7 +265,10 @@ def test_hysteresis_keeps_the_incumbent():
 
 def test_a_refresh_without_change_is_what_the_search_finds():
     weight = torch.randn(16, 24)
-    for family, granularity, group, choice in (("dybit4", "group", 8, "channel"), ("dybit3", "channel", None, "tensor")):
+    for family, granularity, group, choice in (
+        ("dybit4", "group", 8, "channel"),
+        ("dybit3", "channel", None, "tensor"),
+    ):
         spec = TensorSpec(family, (16, 24), granularity, group, "fp32", choice)
         quantizer = WeightQuantizer(quantize(torch.rand(16, 24), spec), Recipe(), Schedule(hysteresis=0.0))
         quantizer.refresh(weight)
@@ -278,23 +287,31 @@ def test_inputs_are_observed_in_training_passes_only():
     assert first.ready
     calibrated = prepare_qat_(mlp(), recipe, [batch[0] for batch in data[:4]])
     for mine, other in ((model[0], calibrated[0]), (model[2], calibrated[2])):
-        assert mine.input_quantizer.candidates[int(mine.input_quantizer.choice)][0][0] == ("s" if mine is model[0] else "u")
+        assert mine.input_quantizer.candidates[int(mine.input_quantizer.choice)][0][0] == (
+            "s" if mine is model[0] else "u"
+        )
         assert mine.input_quantizer.scale.item() == pytest.approx(other.input_quantizer.scale.item(), rel=0.15)
     assert not torch.equal(model(*data[0]), plain(*data[0]))
 
 
 def test_observation_forgets_old_batches():
     quantizer = InputQuantizer(Recipe(activations="int8"), Schedule(observe=9))
-    for step in range(9):
-        quantizer(torch.rand(200, 20) * (100.0 if step == 0 else 1.0))
-    assert float(quantizer.scale) < 60 / 255  # far below what the first batch alone asks for
+    for step in range(8):
+        quantizer(torch.rand(200, 20) + 10.0 * (step == 0))
+    assert (quantizer._sample > 5).float().mean().item() == pytest.approx(0.8**7, abs=0.03)
+    quantizer(torch.rand(200, 20))
+    assert quantizer.ready and not len(quantizer._sample)
     with pytest.raises(DyBitError, match="nan to nan while it is observed"):
         InputQuantizer(Recipe(activations="int8"), Schedule())(torch.tensor([math.nan]))
 
 
 def test_the_format_of_an_input_is_chosen_anew():
     model = prepare_qat_(
-        nn.Sequential(nn.Linear(64, 4)), Recipe(weights=None, activations=4), [torch.rand(64, 64)], refresh_every=2
+        nn.Sequential(nn.Linear(64, 4)),
+        Recipe(weights=None, activations=4),
+        [torch.rand(64, 64)],
+        refresh_every=2,
+        hysteresis=0.0,
     )
     quantizer = model[0].input_quantizer
     model.train()
@@ -468,7 +485,9 @@ def worker(rank, folder, observe):
     try:
         data = batches(6)
         recipe = Recipe(weights=3, activations=4, variants="all")
-        model = prepare_qat_(mlp(), recipe, None if observe else [data[0][0]], observe=2, refresh_every=3, hysteresis=0.0)
+        model = prepare_qat_(
+            mlp(), recipe, None if observe else [data[0][0]], observe=2, refresh_every=3, hysteresis=0.0
+        )
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(wrapped.parameters(), 0.05)
         for (x,) in data:

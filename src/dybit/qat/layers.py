@@ -1,7 +1,7 @@
-"""Layers in training: a supported module whose weights are rounded whenever they are read, and whose inputs are rounded.
+"""Layers in training: any supported module, its weights rounded whenever they are read, and its inputs rounded.
 
-Must not know whole models, calibration or files. As in :mod:`dybit.layers` a module changes its class and stays the same
-object. ``weight`` is a property that rounds the parameter of that name, which stays in floating point and learns.
+Must not know whole models, calibration or files. As in :mod:`dybit.layers` a module changes its class and stays the
+same object. ``weight`` is a property that rounds the parameter of that name, which stays in floating point and learns.
 """
 
 from __future__ import annotations

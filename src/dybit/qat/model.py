@@ -6,18 +6,17 @@ Must not know files, optimizers or training loops.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dybit.errors import DyBitError
 from dybit.layers import Quantized, is_embedding, swap_, unswap_
 from dybit.model import DyBitWarning, Progress, quantize_, quantized_layers
-from dybit.qat.layers import Prepared, parameters_of, prepare_layer_, prepared_layers, unprepare_
+from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_
 from dybit.qat.quantizers import InputQuantizer, Schedule, WeightQuantizer
 from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensor import QuantizedTensor
@@ -92,8 +91,8 @@ def prepare_qat_(
             model, recipe if calibration is not None else _without_calibration(recipe), calibration, progress=remember
         )
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in model.modules() if modes else ():
+            module.training = modes.get(module, model.training)
     cast(Any, model)._dybit_recipe = recipe
     known: dict[int, WeightQuantizer] = {}
     for name, layer in quantized_layers(model).items():

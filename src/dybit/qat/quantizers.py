@@ -1,9 +1,9 @@
 """What a layer in training holds for each weight and for its input: learned scales, codebooks, and when to choose anew.
 
-Must not know layers, models or files. All that training changes is in parameters and buffers, so that state dicts resume
-it, and what is chosen from data is in buffers, which distributed training copies from the first process to all others.
-A scale is the product of a chosen one (a buffer) and a learned factor (the exponential of a parameter): it never
-changes its sign, and weight decay pulls it towards the chosen one.
+Must not know models or files, nor call layers. All that training changes is in parameters and buffers, so that state
+dicts resume it, and what is chosen from data is in buffers, which distributed training copies from the first process to
+all others. A scale is the product of a chosen one (a buffer) and a learned factor (the exponential of a parameter): it
+never changes its sign, and weight decay pulls it towards the chosen one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dybit.layers import InputSpec
 from dybit.qat.rounding import round_input, round_units, spacing
 from dybit.recipe import LayerRecipe
 from dybit.scale import Scales, choose_scales, nearest_scale
-from dybit.tensor import QuantizedTensor, TensorSpec, check_weight, encode_matrix
+from dybit.tensor import QuantizedTensor, check_weight, encode_matrix
 
 _SAMPLE = 1 << 14  # elements of an input that are kept to choose from
 _SEED = 0x0DB17
@@ -138,17 +138,20 @@ class WeightQuantizer(_Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Rounds a weight of shape ``spec.shape`` to the values of its codes."""
-        matrix = self.round_rows(self.spec.to_matrix(weight).float(), self.log_scale, self.scales(), self.choice)
+        tables = self.log_scale, self.scales(), self.scale, self.choice
+        matrix = self.round_rows(self.spec.to_matrix(weight).float(), *tables)
         return self.spec.from_matrix(matrix).to(weight.dtype)
 
     def lookup(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rounds some rows of the matrix, (count, columns); ``index`` of shape (count,) says which."""
-        tables = [self.log_scale, self.scales(), self.choice]
+        tables = [self.log_scale, self.scales(), self.scale, self.choice]
         if self.scale.shape[0] > 1:
             tables = [None if table is None else table.index_select(0, index) for table in tables]
         return self.round_rows(rows.float(), *tables).to(rows.dtype)  # type: ignore[arg-type]
 
-    def round_rows(self, matrix: Tensor, log_scale: Tensor, scale: Tensor, choice: Tensor | None) -> Tensor:
+    def round_rows(
+        self, matrix: Tensor, log_scale: Tensor, scale: Tensor, chosen: Tensor, choice: Tensor | None
+    ) -> Tensor:
         """Rounds a float32 matrix (rows, columns) with scales of as many rows, or one."""
         size, columns = self.spec.group_size, matrix.shape[1]
         if self.spec.granularity == "tensor":
@@ -157,8 +160,8 @@ class WeightQuantizer(_Quantizer):
             units = nn.functional.pad(matrix, (0, -columns % size)).view(-1, size)
         else:
             units = matrix
-        flat = None if choice is None else choice.reshape(-1, 1)
-        rounded = round_units(units, log_scale.reshape(-1, 1), scale.reshape(-1, 1), flat, self.spec.family)
+        by_unit = [None if table is None else table.reshape(-1, 1) for table in (log_scale, scale, chosen, choice)]
+        rounded = round_units(units, *by_unit, self.spec.family)  # type: ignore[arg-type]  # only choice may be None
         return rounded.view(matrix.shape[0], -1)[:, :columns]
 
     @torch.no_grad()
@@ -229,7 +232,7 @@ class InputQuantizer(_Quantizer):
         assert recipe.activation_families is not None
         self.families: tuple[Family, Family | None] = recipe.activation_families
         self.method, self.percentile = recipe.activation_method, recipe.percentile
-        signed, unsigned = self.families
+        unsigned = self.families[1]
         self.offsets = recipe.activation_offset and unsigned is not None
         self.candidates = [(book.name, False) for family in self.families if family for book in family.books]
         if self.offsets:
@@ -287,7 +290,7 @@ class InputQuantizer(_Quantizer):
         name, has_offset = self.candidates[int(self.choice)]
         scale = nearest_scale(self.scale * self.log_scale.detach().exp(), "fp32")
         offset = self.offset + self._moved() if has_offset else None
-        return round_input(x, self.log_scale, self.shift, scale, offset, name)
+        return round_input(x, self.log_scale, self.shift, scale, self.scale, offset, name)
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:

@@ -8,11 +8,12 @@ nearest to (x - o) / s:
 * ∂x̂/∂s is l(x) - (x - o) / s inside, and l(x) outside;
 * ∂x̂/∂o is 0 inside and 1 outside.
 
-What is learned is the logarithm of the scale, and the offset counted in steps, so that one step of an optimizer changes
-any scale by the same share. The step is the mean distance of adjacent levels times the scale, which is LSQ's step size
-where the levels are integers; Q is the largest magnitude in steps, and N the number of elements that share the scale. A
-step size a that descends along LSQ's gradient, ∂L/∂a / √(N · Q), changes by ∂L/∂a / √(N · Q) / a of its own size, and
-that is the gradient given to its logarithm.
+What is learned is the logarithm of s / b, where b is the scale that was chosen from the data, and the offset counted in
+steps, so that one step of an optimizer changes any scale by about the same share. The step size a is the mean distance
+of adjacent levels times b, which is LSQ's where the levels are integers; Q is the largest magnitude in steps, and N the
+number of elements that share the scale. LSQ's gradient of a, ∂L/∂a / √(N · Q), changes a by ∂L/∂a / √(N · Q) / a of its
+own size. The gradient given here is the true one of the logarithm times the constant 1 / (a² √(N · Q)): at s = b the
+same change, and no running away as s becomes small.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def spacing(book: Codebook) -> float:
 
 
 def learning_factor(book: Codebook) -> float:
-    """What turns s · ∂L/∂s / s² / √N into the gradient of the logarithm of a scale s that N elements share."""
+    """What turns s · ∂L/∂s / b² / √N into the gradient given to the logarithm of a scale that N elements share."""
     step = spacing(book)
     return 1 / (step**2 * math.sqrt(np.abs(book.levels).max() / step))
 
@@ -100,9 +101,9 @@ class _RoundUnits(torch.autograd.Function):
         x: Tensor,
         log_scale: Tensor,
         scale: Tensor,
+        chosen: Tensor,
         choice: Tensor | None,
         family: str,
-        shared: int,
     ) -> Tensor:
         if choice is None:
             rounded = cast(Tensor, fake_quantize(x, scale, None, family))
@@ -111,14 +112,14 @@ class _RoundUnits(torch.autograd.Function):
             unknown = torch.isnan(ratio)
             value = family_table(family, x.device).round(ratio.masked_fill_(unknown, 0.0), choice)
             rounded = value.mul_(scale).masked_fill_(unknown, math.nan)
-        ctx.save_for_backward(x, rounded, scale, choice)
-        ctx.family, ctx.shared = family, shared
+        ctx.save_for_backward(x, rounded, scale, chosen, choice)
+        ctx.family = family
         return rounded
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, rounded, scale, choice = ctx.saved_tensors
+        x, rounded, scale, chosen, choice = ctx.saved_tensors
         limits = family_table(ctx.family, x.device).limits
         limits = limits if choice is None else limits.index_select(0, choice.view(-1).to(torch.int32))
         low, high, factor = limits.split(1, dim=1)
@@ -127,24 +128,27 @@ class _RoundUnits(torch.autograd.Function):
         log_grad = None
         if ctx.needs_input_grad[1]:
             slope = (grad * rounded).addcmul_(x_grad, x, value=-1).sum(1, keepdim=True)  # s · ∂L/∂s
-            log_grad = slope.mul_(factor).div_(scale.square()).div_(math.sqrt(ctx.shared))
+            log_grad = slope.mul_(factor).div_(chosen.square()).div_(math.sqrt(x.shape[1]))
         return x_grad, log_grad, None, None, None, None
 
 
-def round_units(x: Tensor, log_scale: Tensor, scale: Tensor, choice: Tensor | None, family: str) -> Tensor:
+def round_units(
+    x: Tensor, log_scale: Tensor, scale: Tensor, chosen: Tensor, choice: Tensor | None, family: str
+) -> Tensor:
     """Rounds units that each have a scale and a codebook; NaN stays NaN.
 
     Args:
         x: float32 of shape (units, length); its gradient is straight-through.
         log_scale: What is learned, of shape (units, 1): it only receives the gradient described above.
         scale: The scales in use, float32 of shape (units, 1), none of them zero.
+        chosen: Those that were chosen from data, the same.
         choice: The codebook of every unit, uint8 of shape (units, 1); None for a family of one.
         family: Name of the family.
 
     Returns:
         float32 of the shape of ``x``.
     """
-    return cast(Tensor, _RoundUnits.apply(x, log_scale, scale, choice, family, x.shape[1]))
+    return cast(Tensor, _RoundUnits.apply(x, log_scale, scale, chosen, choice, family))
 
 
 class _RoundInput(torch.autograd.Function):
@@ -157,20 +161,21 @@ class _RoundInput(torch.autograd.Function):
         log_scale: Tensor,
         shift: Tensor | None,
         scale: Tensor,
+        chosen: Tensor,
         offset: Tensor | None,
         format: str,
     ) -> Tensor:
         rounded = cast(Tensor, fake_quantize(x, scale, offset, format))
-        ctx.save_for_backward(x, rounded, scale, offset)
+        ctx.save_for_backward(x, rounded, scale, chosen, offset)
         ctx.format = format
         return rounded
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, rounded, scale, offset = ctx.saved_tensors
+        x, rounded, scale, chosen, offset = ctx.saved_tensors
         book = rivals.family(ctx.format).books[0]
-        s, o = float(scale), 0.0 if offset is None else float(offset)
+        s, b, o = float(scale), float(chosen), 0.0 if offset is None else float(offset)
         low, high = sorted(np.float32(level * s + o) for level in (book.levels[0], book.levels[-1]))
         # It keeps what is strictly between its bounds.
         below, above = float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
@@ -180,11 +185,11 @@ class _RoundInput(torch.autograd.Function):
         clipped = float(grad.sum(dtype=torch.float32) - x_grad.sum(dtype=torch.float32)) if offset is not None else 0.0
         if ctx.needs_input_grad[1]:
             slope = _dot(grad, rounded) - _dot(x_grad, x) - o * clipped  # s · ∂L/∂s
-            log_grad = (slope * (learning_factor(book) / s / s / shared)).view(1)
+            log_grad = (slope * (learning_factor(book) / b / b / shared)).view(1)
         if ctx.needs_input_grad[2]:
             # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
-            shift_grad = torch.full_like(scale, clipped * learning_factor(book) * spacing(book) / s / shared)
-        return x_grad, log_grad, shift_grad, None, None, None
+            shift_grad = torch.full_like(scale, clipped * learning_factor(book) * spacing(book) / b / shared)
+        return x_grad, log_grad, shift_grad, None, None, None, None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -192,7 +197,13 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def round_input(
-    x: Tensor, log_scale: Tensor, shift: Tensor | None, scale: Tensor, offset: Tensor | None, format: str
+    x: Tensor,
+    log_scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    chosen: Tensor,
+    offset: Tensor | None,
+    format: str,
 ) -> Tensor:
     """Rounds an input that has one scale, and maybe an offset; NaN stays NaN.
 
@@ -201,10 +212,11 @@ def round_input(
         log_scale: What is learned, float32 of shape (1,): it only receives the gradient described above.
         shift: The same for the offset, or None.
         scale: The scale in use, float32 of shape (1,).
+        chosen: The one that was chosen from data, the same.
         offset: The offset in use, float32 of shape (1,), or None.
         format: Name of a single format.
 
     Returns:
         Of the shape and type of ``x``.
     """
-    return cast(Tensor, _RoundInput.apply(x, log_scale, shift, scale, offset, format))
+    return cast(Tensor, _RoundInput.apply(x, log_scale, shift, scale, chosen, offset, format))
