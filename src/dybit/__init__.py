@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dybit.format import variants as variants
     from dybit.model import dequantize_ as dequantize_
     from dybit.model import quantize_ as quantize_
+    from dybit.qat import convert_ as convert_
+    from dybit.qat import prepare_qat_ as prepare_qat_
     from dybit.recipe import Recipe as Recipe
 
 _HOMES = {
@@ -28,8 +30,10 @@ _HOMES = {
     "Format": "format",
     "MissingExtraError": "errors",
     "Recipe": "recipe",
+    "convert_": "qat",
     "dequantize_": "model",
     "load": "checkpoint",
+    "prepare_qat_": "qat",
     "quantize_": "model",
     "save": "checkpoint",
     "variants": "format",

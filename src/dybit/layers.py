@@ -108,22 +108,14 @@ class Quantized(nn.Module):
             return x
         if spec.mode == "static":
             return cast(Tensor, fake_quantize(x, self.input_scale, self._buffers.get("input_offset"), spec.format))
-        if isinstance(self, (*_CONVOLUTIONS, *_TRANSPOSED)):  # a scale for every sample
-            samples = x[None] if channel_dim(self, x) == 0 else x
-            return cast(Tensor, fake_quantize_dynamic(samples.flatten(1), spec.format, spec.reach, 0)).view(x.shape)
-        return cast(Tensor, fake_quantize_dynamic(x, spec.format, spec.reach, spec.group_size or 0))
+        return round_dynamic(self, x, spec)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
         """Rounds the input and calls the layer's own forward."""
         if self.input_spec is None:
             return super().forward(*args, **kwargs)
-        positional = list(args)
-        for place in input_places(self, args, kwargs):
-            if isinstance(place, int):
-                positional[place] = self.round_input(args[place])
-            else:
-                kwargs[place] = self.round_input(kwargs[place])
-        return super().forward(*positional, **kwargs)
+        args, kwargs = round_inputs(self, args, kwargs, self.round_input)
+        return super().forward(*args, **kwargs)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As ``nn.Module.register_buffer``, which would refuse the name of a property, and compute it to find out."""
@@ -276,6 +268,27 @@ def input_places(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         return [*places, *named][:1]
     roles = [name for name in ("query", "key", "value") if name in named]
     return [*places, *(roles or named[: not places])][:3]
+
+
+def round_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], round_input: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the inputs among them rounded."""
+    positional = list(args)
+    for place in input_places(module, args, kwargs):
+        if isinstance(place, int):
+            positional[place] = round_input(args[place])
+        else:
+            kwargs[place] = round_input(kwargs[place])
+    return tuple(positional), kwargs
+
+
+def round_dynamic(module: nn.Module, x: Tensor, spec: InputSpec) -> Tensor:
+    """Rounds an input with dynamic scales: one for a group or position, for convolutions one for every sample."""
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        samples = x[None] if channel_dim(module, x) == 0 else x
+        return cast(Tensor, fake_quantize_dynamic(samples.flatten(1), spec.format, spec.reach, 0)).view(x.shape)
+    return cast(Tensor, fake_quantize_dynamic(x, spec.format, spec.reach, spec.group_size or 0))
 
 
 def _is_floating(x: object) -> bool:

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dybit import codes, rivals
@@ -43,7 +44,7 @@ class Lookup:
         self.levels = torch.tensor(book.levels, dtype=torch.float32, device=device)
         self.codes = torch.tensor(book.level_codes, device=device)
         self._boundaries = torch.tensor(book.boundaries(np.float32), dtype=torch.float32, device=device)
-        self._unit, self._limit = grid(book)
+        self._unit, self._limit = grid(book.midpoints)
         if self._unit:
             # Entry 2k is the point k·unit, entry 2k+1 the open interval above it.
             points = np.arange(-2 * self._limit, 2 * self._limit + 1) * (self._unit / 2)
@@ -76,11 +77,11 @@ class Lookup:
         return self.codes.index_select(0, self.nearest(x).view(-1)).view(x.shape)
 
 
-def grid(book: Codebook) -> tuple[float, int]:
+def grid(midpoints: NDArray[np.float64]) -> tuple[float, int]:
     """The power of two that divides every midpoint and how many of it reach beyond all of them; (0, 0) if none."""
     for exponent in range(4, -17, -1):
         unit = 2.0**exponent
-        steps = book.midpoints / unit
+        steps = midpoints / unit
         if np.array_equal(steps, np.round(steps)):
             limit = int(np.abs(steps).max()) + 1
             return (unit, limit) if 4 * limit <= _TABLE_LIMIT else (0.0, 0)

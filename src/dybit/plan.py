@@ -41,6 +41,9 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> list[Plan]:
         raise DyBitError(f"recipe must be a dybit.Recipe, not {type(recipe).__name__}")
     if quantized_layers(model):
         raise DyBitError(f"model is quantized already: layer {next(iter(quantized_layers(model)))!r} is")
+    for name, module in model.named_modules():
+        if getattr(module, "prepared_weights", None) is not None:
+            raise DyBitError(f"model is prepared for training: call convert_ in place of quantize_ (layer {name!r})")
     candidates = {name: module for name, module in model.named_modules() if weight_names(module)}
     if not candidates:
         raise DyBitError(f"model {type(model).__name__} has no layer that can be quantized")

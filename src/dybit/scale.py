@@ -77,6 +77,8 @@ def choose_scales(
     method: Method = "mse",
     percentile: float = 99.99,
     importance: Tensor | None = None,
+    incumbent: Tensor | None = None,
+    hysteresis: float = 0.0,
 ) -> Scales:
     """Chooses scales and codebooks for a matrix.
 
@@ -93,6 +95,8 @@ def choose_scales(
         percentile: For ``method="percentile"``, above 0 and up to 100.
         importance: Weight of every squared error, of shape (columns,) or (rows, columns), not negative: the second
             moments of the layer's inputs, which turn the weight's error into the output's. None for equal weights.
+        incumbent: The codebooks in use, of the shape of ``Scales.choice``; None where there are none yet.
+        hysteresis: By what share another codebook's error must be smaller than the incumbent's to take its place.
 
     Returns:
         The scales, with the codebook of every unit. An all-zero unit gets scale 1, or the smallest one if its
@@ -112,8 +116,9 @@ def choose_scales(
         error, scale = error[None], scale[None]
     else:
         length = group_size if granularity == "group" else None
-        error, scale = _by_units(matrix, importance, length, search, choice_granularity == granularity)
-    return _pick(error, scale, family, choice_granularity, tensor_scale)
+        decide = choice_granularity == granularity and incumbent is None
+        error, scale = _by_units(matrix, importance, length, search, decide)
+    return _pick(error, scale, family, choice_granularity, tensor_scale, incumbent, hysteresis)
 
 
 def _by_units(
@@ -143,7 +148,15 @@ def _by_units(
     return torch.cat(errors, dim=1), torch.cat(scales, dim=1)
 
 
-def _pick(error: Tensor, scale: Tensor, family: Family, choice: Granularity, tensor_scale: float) -> Scales:
+def _pick(
+    error: Tensor,
+    scale: Tensor,
+    family: Family,
+    choice: Granularity,
+    tensor_scale: float,
+    incumbent: Tensor | None,
+    hysteresis: float,
+) -> Scales:
     """Picks the codebook of every unit, channel or tensor from (rows, groups, books)."""
     if scale.shape[-1] == 1 and error.shape[-1] == 2:  # decided unit by unit
         books = error[..., 1].to(torch.uint8)
@@ -154,6 +167,9 @@ def _pick(error: Tensor, scale: Tensor, family: Family, choice: Granularity, ten
             pooled = pooled.sum(1, keepdim=True)
         if choice == "tensor":
             pooled = pooled.sum(0, keepdim=True)
+        if incumbent is not None:
+            held = incumbent[: pooled.shape[0], : pooled.shape[1], None].long()
+            pooled = pooled.scatter(-1, held, pooled.gather(-1, held) * (1 - hysteresis))
         best = pooled.argmin(-1, keepdim=True).expand(*scale.shape[:2], 1)
         chosen, total = scale.gather(-1, best)[..., 0], error.gather(-1, best).sum()
         books = best[..., 0].to(torch.uint8)
@@ -375,6 +391,21 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
                 best = float(error), book, reach
     assert best is not None
     return best[1:]
+
+
+def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None = None) -> Tensor:
+    """The numbers nearest to scales that their type can hold; of powers of two, the nearest in proportion.
+
+    Args:
+        scale: float32 of any shape. NaN stays NaN.
+        scale_type: The type.
+        tensor_scale: The factor of E4M3 scales, float32 of shape (1,), or None.
+    """
+    candidates = rounder(scale_type, 1.0 if tensor_scale is None else float(tensor_scale))(scale)
+    if len(candidates) == 1:
+        return candidates[0]
+    lower, upper = candidates
+    return torch.where(scale.abs() > lower.abs() * math.sqrt(2), upper, lower)
 
 
 def rounder(scale_type: ScaleType, tensor_scale: float) -> Callable[[Tensor], list[Tensor]]:

@@ -114,7 +114,7 @@ def _nearest(build: Builder, x: ir.Value, format: str) -> ir.Value:
     """The nearest value of a format, ties as everywhere: a table over cells of a grid, or a comparison with all
     thresholds where the midpoints lie on none."""
     book = _book(format)
-    unit, limit = grid(book)
+    unit, limit = grid(book.midpoints)
     levels = build.constant(book.levels)
     if not unit:
         above = build.op("Greater", build.op("Unsqueeze", x, build.constant([-1], np.int64)),

@@ -1,0 +1,179 @@
+"""Layers in training: any supported module, its weights rounded whenever they are read, and its inputs rounded.
+
+Must not know whole models, calibration or files. As in :mod:`dybit.layers` a module changes its class and stays the
+same object. ``weight`` is a property that rounds the parameter of that name, which stays in floating point and learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dybit.attention import attend
+from dybit.layers import InputSpec, round_dynamic, round_inputs, weight_names
+from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
+
+
+class Prepared(nn.Module):
+    """Mixin of all layers in training; :func:`prepare_layer_` makes them.
+
+    Attributes:
+        prepared_weights: The names of the weights that are rounded; ``<name>_quantizer`` does it.
+        refreshed_weights: Those whose codebooks this layer chooses anew; not a tied weight that another layer does.
+        input_spec: How dynamic inputs are rounded, or None. Static ones are rounded by ``input_quantizer``.
+    """
+
+    prepared_weights: tuple[str, ...]
+    refreshed_weights: tuple[str, ...]
+    input_spec: InputSpec | None
+
+    def weight_quantizer_of(self, name: str) -> WeightQuantizer:
+        """What rounds a weight."""
+        return cast(WeightQuantizer, self._modules[f"{name}_quantizer"])
+
+    @property
+    def static_input(self) -> InputQuantizer | None:
+        """What rounds static inputs, or None."""
+        return cast("InputQuantizer | None", self._modules.get("input_quantizer"))
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether inputs are rounded."""
+        return self.input_spec is not None or self.static_input is not None
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """Rounds an input; returns it as it is where inputs are kept."""
+        if self.static_input is not None:
+            return cast(Tensor, self.static_input(x))
+        return x if self.input_spec is None else round_dynamic(self, x, self.input_spec)
+
+    def count_pass(self) -> None:
+        """Counts a training pass and chooses codebooks where they are due."""
+        for name in self.refreshed_weights:
+            quantizer = self.weight_quantizer_of(name)
+            if quantizer.count():
+                quantizer.refresh(cast(Tensor, self._parameters[name]))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
+        """Rounds the input and calls the layer's own forward."""
+        self.count_pass()
+        if self.rounds_input:
+            args, kwargs = round_inputs(self, args, kwargs, self.round_input)
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """Copies and pickles by the original class, since this one is made at run time."""
+        return _rebuild, (floating_class(self), self.prepared_weights), self.__dict__
+
+
+class _PreparedEmbedding(Prepared):
+    """An embedding that rounds only the rows that it looks up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
+        self.count_pass()
+        layer, weight = cast(nn.Embedding, self), cast(Tensor, self._parameters["weight"])
+        index = input.reshape(-1)
+        rows = functional.embedding(index, weight, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, layer.sparse)
+        return self.weight_quantizer_of("weight").lookup(rows, index).view(*input.shape, -1)
+
+
+class _PreparedAttention(Prepared):
+    """Multi-head attention; where inputs are rounded, so is that of ``out_proj``, which torch's forward never calls."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As ``nn.MultiheadAttention.forward``."""
+        self.count_pass()
+        attention = cast(nn.MultiheadAttention, self)
+        output = attention.out_proj
+        if not self.rounds_input and not (isinstance(output, Prepared) and output.rounds_input):
+            if isinstance(output, Prepared):
+                output.count_pass()
+            return nn.MultiheadAttention.forward(attention, *args, **kwargs)
+        rounded: dict[int, Tensor] = {}
+
+        def round_once(x: Tensor) -> Tensor:
+            if id(x) not in rounded:
+                rounded[id(x)] = self.round_input(x)
+            return rounded[id(x)]
+
+        return attend(attention, *args, round_input=round_once, **kwargs)
+
+
+def prepare_layer_(
+    module: nn.Module,
+    weights: Mapping[str, WeightQuantizer],
+    refreshed: tuple[str, ...],
+    input_spec: InputSpec | None = None,
+    static_input: InputQuantizer | None = None,
+) -> None:
+    """Turns a floating-point module into a layer in training, in place.
+
+    Args:
+        module: A module for which :func:`dybit.layers.weight_names` is not empty.
+        weights: What rounds its weights, by name; empty to round only the inputs. Tied weights have one in common.
+        refreshed: The names of the weights whose codebooks this layer is to choose anew.
+        input_spec: How dynamic inputs are rounded, or None.
+        static_input: What rounds static inputs, or None.
+    """
+    module.__class__ = _prepared_class(type(module), tuple(weights))
+    layer = cast(Prepared, module)
+    layer.prepared_weights, layer.refreshed_weights, layer.input_spec = tuple(weights), refreshed, input_spec
+    for name, quantizer in weights.items():
+        layer.add_module(f"{name}_quantizer", quantizer)
+    if static_input is not None:
+        layer.add_module("input_quantizer", static_input)
+    for child in layer._modules.values():
+        if isinstance(child, WeightQuantizer | InputQuantizer):
+            child.train(layer.training)
+
+
+def unprepare_(layer: Prepared) -> None:
+    """Turns a layer in training back into its floating-point class, in place, with its floating-point weights."""
+    for name in (*(f"{name}_quantizer" for name in layer.prepared_weights), "input_quantizer"):
+        layer._modules.pop(name, None)
+    for attribute in ("prepared_weights", "refreshed_weights", "input_spec"):
+        delattr(layer, attribute)
+    layer.__class__ = floating_class(layer)  # type: ignore[assignment]
+
+
+def floating_class(layer: Prepared) -> type[nn.Module]:
+    """The class that a layer in training had before."""
+    return next(cls for cls in type(layer).__mro__ if not issubclass(cls, Prepared) and issubclass(cls, nn.Module))
+
+
+def prepared_layers(model: nn.Module) -> dict[str, Prepared]:
+    """The layers in training of a model by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a module that can be quantized, as parameters."""
+    found = {name: module._parameters.get(name) for name in weight_names(module)}
+    return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+
+@cache
+def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    mixin = Prepared
+    if cls.forward is nn.Embedding.forward:
+        mixin = _PreparedEmbedding
+    elif cls.forward is nn.MultiheadAttention.forward:
+        mixin = _PreparedAttention
+
+    def reader(name: str) -> property:
+        return property(lambda self: self.weight_quantizer_of(name)(self._parameters[name]))
+
+    members: dict[str, Any] = {name: reader(name) for name in names}
+    made: Any = type(f"Prepared{cls.__name__}", (mixin, cls), members)
+    return cast(type[nn.Module], made)
+
+
+def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """An empty layer in training of a class; its state follows."""
+    prepared = _prepared_class(cls, names)
+    return prepared.__new__(prepared)

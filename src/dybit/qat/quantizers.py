@@ -1,0 +1,363 @@
+"""What a layer in training holds for each weight and for its input: learned scales, codebooks, and when to choose anew.
+
+Must not know models or files, nor call layers. All that training changes is in parameters and buffers, so that state
+dicts resume it, and what is chosen from data is in buffers, which distributed training copies from the first process to
+all others. A scale is the product of a chosen one (a buffer) and a learned factor (the exponential of a parameter): it
+never changes its sign, and weight decay pulls it towards the chosen one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dybit import rivals
+from dybit.calibrate import InputStatistics, choose_input
+from dybit.codec import Family
+from dybit.errors import DyBitError
+from dybit.layers import InputSpec
+from dybit.qat.rounding import round_input, round_units, spacing
+from dybit.recipe import LayerRecipe
+from dybit.scale import Scales, choose_scales, nearest_scale
+from dybit.tensor import QuantizedTensor, check_weight, encode_matrix
+
+_SAMPLE = 1 << 14  # elements of an input that are kept to choose from
+_SEED = 0x0DB17
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When training passes observe inputs and choose codebooks anew.
+
+    Args:
+        observe: Passes that observe the inputs of a layer before its scale is chosen, where calibration has not.
+        refresh_every: Passes between two choices of codebooks; 0 to keep the first.
+        freeze_after: The last pass at which codebooks are chosen.
+        hysteresis: By what share another codebook's error must be smaller to take the place of the one in use.
+
+    Raises:
+        DyBitError: A value is out of range.
+    """
+
+    observe: int = 16
+    refresh_every: int = 100
+    freeze_after: int = 1000
+    hysteresis: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name, least in (("observe", 1), ("refresh_every", 0), ("freeze_after", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise DyBitError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if not isinstance(self.hysteresis, int | float) or not 0 <= self.hysteresis < 1:
+            raise DyBitError(f"hysteresis must be at least 0 and below 1, not {self.hysteresis!r}")
+
+    def due(self, passes: int) -> bool:
+        """Whether codebooks are chosen at a pass, counted from 1."""
+        return self.refresh_every > 0 and passes <= self.freeze_after and passes % self.refresh_every == 0
+
+
+class _Quantizer(nn.Module):
+    """What both kinds share: counting passes, and numbers that stay float32."""
+
+    passes: Tensor
+    log_scale: nn.Parameter
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def count(self) -> bool:
+        """Counts a training pass; returns whether codebooks are due.
+
+        A pass that gradient checkpointing repeats during the backward pass is not another one.
+        """
+        if not self.training or in_backward():
+            return False
+        self.passes += 1
+        return self.schedule.due(int(self.passes))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantizer:
+        """Moves tensors but keeps their types: scales in half precision would be other scales."""
+        before = [(table, name, table[name]) for table in (self._buffers, self._parameters) for name in table]
+        before = [(table, name, old.data if old is not None else None) for table, name, old in before]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for table, name, old in before:
+            new = table[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                new.data = old.to(new.device)
+        return self
+
+
+def in_backward() -> bool:
+    """Whether the backward pass is running."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class WeightQuantizer(_Quantizer):
+    """Rounds a weight with learned scales.
+
+    Args:
+        weight: The quantized weight to start from.
+        recipe: How codebooks are chosen: its ``method`` and ``percentile``.
+        schedule: When they are.
+        learned: Whether scales learn.
+
+    Attributes:
+        log_scale: Logarithm of the learned factors, float32 of shape ``spec.scale_shape``.
+        scale: The chosen scales, of the same shape.
+        choice: The codebook of every scale, uint8 of the same shape; None for a family of one.
+        tensor_scale: The factor of E4M3 scales, float32 of shape (1,), or None.
+    """
+
+    scale: Tensor
+    choice: Tensor | None
+    tensor_scale: Tensor | None
+
+    def __init__(self, weight: QuantizedTensor, recipe: LayerRecipe, schedule: Schedule, learned: bool = True) -> None:
+        super().__init__(schedule)
+        self.spec = weight.spec
+        self.method, self.percentile = recipe.method, recipe.percentile
+        scale, choice = weight.scales(), weight.choices()
+        self.log_scale = nn.Parameter(torch.zeros_like(scale), requires_grad=learned)
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("choice", None if choice is None else choice.expand(scale.shape).clone())
+        self.register_buffer("tensor_scale", weight.tensor_scale)
+
+    @torch.no_grad()
+    def scales(self) -> Tensor:
+        """The scales in use, numbers that the scale type can hold: float32 of shape ``spec.scale_shape``."""
+        return nearest_scale(self.scale * self.log_scale.exp(), self.spec.scale, self.tensor_scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Rounds a weight of shape ``spec.shape`` to the values of its codes."""
+        tables = self.log_scale, self.scales(), self.scale, self.choice
+        matrix = self.round_rows(self.spec.to_matrix(weight).float(), *tables)
+        return self.spec.from_matrix(matrix).to(weight.dtype)
+
+    def lookup(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Rounds some rows of the matrix, (count, columns); ``index`` of shape (count,) says which."""
+        tables = [self.log_scale, self.scales(), self.scale, self.choice]
+        if self.scale.shape[0] > 1:
+            tables = [None if table is None else table.index_select(0, index) for table in tables]
+        return self.round_rows(rows.float(), *tables).to(rows.dtype)  # type: ignore[arg-type]
+
+    def round_rows(
+        self, matrix: Tensor, log_scale: Tensor, scale: Tensor, chosen: Tensor, choice: Tensor | None
+    ) -> Tensor:
+        """Rounds a float32 matrix (rows, columns) with scales of as many rows, or one."""
+        size, columns = self.spec.group_size, matrix.shape[1]
+        if self.spec.granularity == "tensor":
+            units = matrix.reshape(1, -1)
+        elif size and columns > size:
+            units = nn.functional.pad(matrix, (0, -columns % size)).view(-1, size)
+        else:
+            units = matrix
+        by_unit = [None if table is None else table.reshape(-1, 1) for table in (log_scale, scale, chosen, choice)]
+        rounded = round_units(units, *by_unit, self.spec.family)  # type: ignore[arg-type]  # only choice may be None
+        return rounded.view(matrix.shape[0], -1)[:, :columns]
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Chooses codebooks anew; where one changes, so does its scale."""
+        matrix = self.spec.to_matrix(weight.detach()).float()
+        if self.choice is None or not bool(torch.isfinite(matrix).all()):
+            return
+        chosen = choose_scales(
+            matrix,
+            self.spec.formats,
+            granularity=self.spec.granularity,
+            group_size=self.spec.group_size,
+            scale_type=self.spec.scale,
+            choice_granularity=self.spec.choice,
+            method=self.method,
+            percentile=self.percentile,
+            incumbent=self.choice,
+            hysteresis=self.schedule.hysteresis,
+        )
+        assert chosen.choice is not None
+        changed = chosen.choice != self.choice
+        # The learned factor stays as it is: distributed training copies buffers from process to process, only.
+        self.scale.copy_(torch.where(changed, chosen.scale / self.log_scale.exp(), self.scale))
+        self.choice.copy_(chosen.choice)
+
+    def export(self, weight: Tensor) -> QuantizedTensor:
+        """The weight as packed codes, which stand for what :meth:`forward` returns.
+
+        Raises:
+            DyBitError: The weight or a scale is not finite.
+        """
+        check_weight(weight, self.spec.shape)
+        scale = self.scales()
+        check_scale(scale)
+        factor = 1.0 if self.tensor_scale is None else float(self.tensor_scale)
+        return encode_matrix(self.spec.to_matrix(weight.detach()), self.spec, Scales(scale, self.choice, factor, 0.0))
+
+    def extra_repr(self) -> str:
+        """The family and what shares a scale."""
+        return f"{self.spec.family}/{self.spec.group_size or self.spec.granularity}"
+
+
+class InputQuantizer(_Quantizer):
+    """Rounds an input with a learned static scale; observes inputs until there is one.
+
+    Args:
+        recipe: How the format, the scale and the offset are chosen.
+        schedule: When they are.
+        learned: Whether scale and offset learn.
+
+    Attributes:
+        log_scale: Logarithm of the learned factor, float32 of shape (1,).
+        shift: What is learned of the offset, counted in steps of the chosen scale: float32 of shape (1,); None where
+            the recipe allows no offset.
+        scale: The chosen scale, float32 of shape (1,).
+        offset: The chosen offset, the same.
+        choice: The chosen one of ``candidates``, int64 of shape (); -1 before.
+        candidates: (format, with an offset) of every possible choice.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    choice: Tensor
+
+    def __init__(self, recipe: LayerRecipe, schedule: Schedule, learned: bool = True) -> None:
+        super().__init__(schedule)
+        assert recipe.activation_families is not None
+        self.families: tuple[Family, Family | None] = recipe.activation_families
+        self.method, self.percentile = recipe.activation_method, recipe.percentile
+        unsigned = self.families[1]
+        self.offsets = recipe.activation_offset and unsigned is not None
+        self.candidates = [(book.name, False) for family in self.families if family for book in family.books]
+        if self.offsets:
+            self.candidates += [(book.name, True) for book in cast(Family, unsigned).books]
+        self.log_scale = nn.Parameter(torch.zeros(1), requires_grad=learned)
+        self.register_parameter("shift", nn.Parameter(torch.zeros(1), requires_grad=learned) if self.offsets else None)
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("offset", torch.zeros(1))
+        self.register_buffer("choice", torch.tensor(-1))
+        # No buffers, since processes may see batches of different sizes; a run that resumes observes anew.
+        self.seen = 0
+        self._sample = torch.empty(0)
+        self._extremes = (0.0, 0.0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a scale."""
+        return int(self.choice) >= 0
+
+    def set_(self, spec: InputSpec, scale: Tensor, offset: Tensor | None) -> None:
+        """Sets format, scale and offset; what is learned afterwards changes them by a factor and by steps."""
+        self.choice.fill_(self.candidates.index((spec.format, spec.offset)))
+        self.scale.copy_(scale / self.log_scale.detach().exp())
+        if offset is not None:
+            self.offset.copy_(offset - self._moved())
+
+    def export(self) -> tuple[InputSpec, Tensor, Tensor | None]:
+        """The format, the scale in use and the offset in use, float32 of shape (1,) or None.
+
+        Raises:
+            DyBitError: The scale or the offset is not finite.
+        """
+        name, has_offset = self.candidates[int(self.choice)]
+        scale = nearest_scale(self.scale * self.log_scale.detach().exp(), "fp32")
+        check_scale(scale)
+        offset = self.offset + self._moved() if has_offset else None
+        check_scale(offset)
+        return InputSpec(name, offset=has_offset), scale, offset
+
+    def _moved(self) -> Tensor:
+        assert self.shift is not None
+        book = rivals.family(self.candidates[int(self.choice)][0]).books[0]
+        return self.shift.detach() * (self.scale * spacing(book))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rounds an input, floating point of any shape; before there is a scale, returns its values as they are."""
+        due = self.count()
+        if not self.ready:
+            if self.training and not in_backward():
+                self._observe(x.detach())
+            idle = self.log_scale if self.shift is None else self.log_scale + self.shift
+            return x + (idle.sum() * 0.0).to(x.dtype)  # distributed training wants every parameter used
+        if due:
+            self._refresh(x.detach())
+        name, has_offset = self.candidates[int(self.choice)]
+        scale = nearest_scale(self.scale * self.log_scale.detach().exp(), "fp32")
+        offset = self.offset + self._moved() if has_offset else None
+        return round_input(x, self.log_scale, self.shift, scale, self.scale, offset, name)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        """Adds a batch to an exponential moving sample; after the last one, chooses."""
+        low, high = float(x.min()), float(x.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise DyBitError(f"the input of a layer is {low} to {high} while it is observed")
+        self.seen += 1
+        new = _draw(x, self.seen)
+        if self.seen == 1:
+            self._sample, self._extremes = new, (low, high)
+        else:
+            # Every batch takes the place of an equal share of the sample: old ones fade away.
+            count = min(len(new), max(1, 2 * len(self._sample) // (self.schedule.observe + 1)))
+            generator = torch.Generator().manual_seed(_SEED + self.seen)
+            places = torch.randperm(len(self._sample), generator=generator)[:count]
+            self._sample[places] = new[: len(places)]
+            self._extremes = min(low, self._extremes[0]), max(high, self._extremes[1])
+        if self.seen >= self.schedule.observe:
+            statistics = InputStatistics(low=self._extremes[0], high=self._extremes[1], samples=[self._sample[:, None]])
+            options = {"method": self.method, "percentile": self.percentile, "offset": self.offsets}
+            self.set_(*choose_input(statistics, self.families, **options))  # type: ignore[arg-type]
+            self._sample = torch.empty(0)
+
+    @torch.no_grad()
+    def _refresh(self, x: Tensor) -> None:
+        """Chooses the format anew, of the same kind and with the same offset; where it changes, so does the scale."""
+        spec, _, offset = self.export()
+        family = next(f for f in self.families if f and any(book.name == spec.format for book in f.books))
+        sample = _draw(x, int(self.passes))
+        if len(family.books) == 1 or not bool(torch.isfinite(sample).all()):
+            return
+        current = next(index for index, book in enumerate(family.books) if book.name == spec.format)
+        chosen = choose_scales(
+            (sample if offset is None else sample - offset.cpu())[None],
+            family,
+            granularity="tensor",
+            method=self.method,
+            percentile=self.percentile,
+            incumbent=torch.tensor([[current]]),
+            hysteresis=self.schedule.hysteresis,
+        )
+        assert chosen.choice is not None
+        if int(chosen.choice) != current:
+            name = family.books[int(chosen.choice)].name
+            self.set_(InputSpec(name, offset=spec.offset), chosen.scale.reshape(1), offset)
+
+    def extra_repr(self) -> str:
+        """The format, or how far observation is."""
+        return self.candidates[int(self.choice)][0] if self.ready else f"seen={self.seen}"
+
+
+def _draw(x: Tensor, seed: int) -> Tensor:
+    """Some of the elements of a tensor, float32 of shape (at most _SAMPLE,)."""
+    flat = x.reshape(-1)
+    if len(flat) > _SAMPLE:
+        generator = torch.Generator().manual_seed(_SEED + seed)
+        flat = flat[torch.randint(len(flat), (_SAMPLE,), generator=generator).to(x.device)]
+    return flat.float().cpu().clone()
+
+
+def check_scale(scale: Tensor | None) -> None:
+    """Checks that a learned scale or offset is finite.
+
+    Raises:
+        DyBitError: It is not.
+    """
+    if scale is not None and not bool(torch.isfinite(scale).all()):
+        bad = scale[~torch.isfinite(scale)][0].item()
+        raise DyBitError(f"a learned scale or offset is {bad}: training has diverged")

@@ -1,0 +1,222 @@
+"""Rounding that learns: straight-through gradients for what is rounded, and those of learned step sizes.
+
+Must not know layers, models or schedules. The gradients are those of LSQ (Esser et al., ICLR 2020) and LSQ+ (Bhalgat et
+al., 2020), written for any codebook. With levels l, scale s, offset o and x̂ = s · l(x) + o, where l(x) is the level
+nearest to (x - o) / s:
+
+* ∂x̂/∂x is 1 from the lowest level to the highest, and 0 outside;
+* ∂x̂/∂s is l(x) - (x - o) / s inside, and l(x) outside;
+* ∂x̂/∂o is 0 inside and 1 outside.
+
+What is learned is the logarithm of s / b, where b is the scale that was chosen from the data, and the offset counted in
+steps, so that one step of an optimizer changes any scale by about the same share. The step size a is the mean distance
+of adjacent levels times b, which is LSQ's where the levels are integers; Q is the largest magnitude in steps, and N the
+number of elements that share the scale. LSQ's gradient of a, ∂L/∂a / √(N · Q), changes a by ∂L/∂a / √(N · Q) / a of its
+own size. The gradient given here is the true one of the logarithm times the constant 1 / (a² √(N · Q)): at s = b the
+same change, and no running away as s becomes small.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dybit import rivals
+from dybit.codec import Codebook
+from dybit.ops import fake_quantize, grid, lookup
+
+
+class FamilyTable:
+    """The codebooks of a family as tensors, to round at once what uses different ones.
+
+    Args:
+        name: Name of the family.
+        device: Where the tensors live.
+
+    Attributes:
+        limits: The lowest and the highest level of every codebook, and the factor of the gradient of a logarithm:
+            float32 of shape (books, 3).
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.books = rivals.family(name).books
+
+        rows = [(book.levels[0], book.levels[-1], learning_factor(book)) for book in self.books]
+        self.limits = torch.tensor(np.array(rows), dtype=torch.float32, device=device)
+        self._unit, self._limit = grid(np.concatenate([book.midpoints for book in self.books]))
+        if self._unit:
+            # Entry 2k is the point k · unit, entry 2k+1 the open interval above it, in which no midpoint lies.
+            points = torch.arange(-2 * self._limit, 2 * self._limit + 1, device=device) * (self._unit / 2)
+            self._size = len(points)
+            self._values = torch.cat([lookup(book, device).round(points) for book in self.books])
+
+    def round(self, x: Tensor, choice: Tensor) -> Tensor:
+        """Returns the nearest level of each element.
+
+        Args:
+            x: float32 of shape (units, length), without NaN.
+            choice: The codebook of every unit, integers of shape (units, 1).
+        """
+        if self._unit:
+            position = (x * (1.0 / self._unit)).clamp_(-self._limit, self._limit)
+            index = position.floor().add_(position.ceil_()).add_(2 * self._limit).to(torch.int32)
+            index += choice.to(torch.int32) * self._size
+            return self._values.index_select(0, index.reshape(-1)).view(x.shape)
+        result = torch.empty_like(x)
+        for index, book in enumerate(self.books):
+            rows = (choice == index).view(-1).nonzero().view(-1)
+            if len(rows):
+                result[rows] = lookup(book, x.device).round(x[rows])
+        return result
+
+
+@lru_cache(maxsize=256)
+def family_table(name: str, device: torch.device) -> FamilyTable:
+    """Returns the cached :class:`FamilyTable` of a family on a device."""
+    return FamilyTable(name, device)
+
+
+def spacing(book: Codebook) -> float:
+    """The mean distance of adjacent levels."""
+    return float(book.levels[-1] - book.levels[0]) / (len(book.levels) - 1)
+
+
+def learning_factor(book: Codebook) -> float:
+    """What turns s · ∂L/∂s / b² / √N into the gradient given to the logarithm of a scale that N elements share."""
+    step = spacing(book)
+    return 1 / (step**2 * math.sqrt(np.abs(book.levels).max() / step))
+
+
+class _RoundUnits(torch.autograd.Function):
+    """See :func:`round_units`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        log_scale: Tensor,
+        scale: Tensor,
+        chosen: Tensor,
+        choice: Tensor | None,
+        family: str,
+    ) -> Tensor:
+        if choice is None:
+            rounded = cast(Tensor, fake_quantize(x, scale, None, family))
+        else:
+            ratio = x / scale
+            unknown = torch.isnan(ratio)
+            value = family_table(family, x.device).round(ratio.masked_fill_(unknown, 0.0), choice)
+            rounded = value.mul_(scale).masked_fill_(unknown, math.nan)
+        ctx.save_for_backward(x, rounded, scale, chosen, choice)
+        ctx.family = family
+        return rounded
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, rounded, scale, chosen, choice = ctx.saved_tensors
+        limits = family_table(ctx.family, x.device).limits
+        limits = limits if choice is None else limits.index_select(0, choice.view(-1).to(torch.int32))
+        low, high, factor = limits.split(1, dim=1)
+        ratio = x / scale
+        x_grad = grad * (ratio >= low).logical_and_(ratio <= high)
+        log_grad = None
+        if ctx.needs_input_grad[1]:
+            slope = (grad * rounded).addcmul_(x_grad, x, value=-1).sum(1, keepdim=True)  # s · ∂L/∂s
+            log_grad = slope.mul_(factor).div_(chosen.square()).div_(math.sqrt(x.shape[1]))
+        return x_grad, log_grad, None, None, None, None
+
+
+def round_units(
+    x: Tensor, log_scale: Tensor, scale: Tensor, chosen: Tensor, choice: Tensor | None, family: str
+) -> Tensor:
+    """Rounds units that each have a scale and a codebook; NaN stays NaN.
+
+    Args:
+        x: float32 of shape (units, length); its gradient is straight-through.
+        log_scale: What is learned, of shape (units, 1): it only receives the gradient described above.
+        scale: The scales in use, float32 of shape (units, 1), none of them zero.
+        chosen: Those that were chosen from data, the same.
+        choice: The codebook of every unit, uint8 of shape (units, 1); None for a family of one.
+        family: Name of the family.
+
+    Returns:
+        float32 of the shape of ``x``.
+    """
+    return cast(Tensor, _RoundUnits.apply(x, log_scale, scale, chosen, choice, family))
+
+
+class _RoundInput(torch.autograd.Function):
+    """See :func:`round_input`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        log_scale: Tensor,
+        shift: Tensor | None,
+        scale: Tensor,
+        chosen: Tensor,
+        offset: Tensor | None,
+        format: str,
+    ) -> Tensor:
+        rounded = cast(Tensor, fake_quantize(x, scale, offset, format))
+        ctx.save_for_backward(x, rounded, scale, chosen, offset)
+        ctx.format = format
+        return rounded
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, rounded, scale, chosen, offset = ctx.saved_tensors
+        book = rivals.family(ctx.format).books[0]
+        s, b, o = float(scale), float(chosen), 0.0 if offset is None else float(offset)
+        low, high = sorted(np.float32(level * s + o) for level in (book.levels[0], book.levels[-1]))
+        # It keeps what is strictly between its bounds.
+        below, above = float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
+        x_grad = torch.ops.aten.hardtanh_backward(grad, x, below, above)
+        log_grad = shift_grad = None
+        shared = math.sqrt(max(1, x[:1].numel()))  # the features of a sample share the scale
+        clipped = float(grad.sum(dtype=torch.float32) - x_grad.sum(dtype=torch.float32)) if offset is not None else 0.0
+        if ctx.needs_input_grad[1]:
+            slope = _dot(grad, rounded) - _dot(x_grad, x) - o * clipped  # s · ∂L/∂s
+            log_grad = (slope * (learning_factor(book) / b / b / shared)).view(1)
+        if ctx.needs_input_grad[2]:
+            # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
+            shift_grad = torch.full_like(scale, clipped * learning_factor(book) * spacing(book) / b / shared)
+        return x_grad, log_grad, shift_grad, None, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
+
+
+def round_input(
+    x: Tensor,
+    log_scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    chosen: Tensor,
+    offset: Tensor | None,
+    format: str,
+) -> Tensor:
+    """Rounds an input that has one scale, and maybe an offset; NaN stays NaN.
+
+    Args:
+        x: Floating point of any shape, samples first; its gradient is straight-through.
+        log_scale: What is learned, float32 of shape (1,): it only receives the gradient described above.
+        shift: The same for the offset, or None.
+        scale: The scale in use, float32 of shape (1,).
+        chosen: The one that was chosen from data, the same.
+        offset: The offset in use, float32 of shape (1,), or None.
+        format: Name of a single format.
+
+    Returns:
+        Of the shape and type of ``x``.
+    """
+    return cast(Tensor, _RoundInput.apply(x, log_scale, shift, scale, chosen, offset, format))
