@@ -1,6 +1,7 @@
 """DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.
 
-Names are loaded when they are first touched: ``import dybit`` itself loads neither torch nor NumPy.
+Names are loaded when they are first touched: ``import dybit`` itself loads neither torch nor NumPy. It makes dybit
+known to transformers, where that is imported before or after.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dybit.errors import MissingExtraError as MissingExtraError
     from dybit.format import Format as Format
     from dybit.format import variants as variants
+    from dybit.integrations.transformers import DyBitConfig as DyBitConfig
     from dybit.model import DyBitWarning as DyBitWarning
     from dybit.model import dequantize_ as dequantize_
     from dybit.model import quantize_ as quantize_
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckpointError": "errors",
+    "DyBitConfig": "integrations.transformers",
     "DyBitError": "errors",
     "DyBitWarning": "model",
     "Format": "format",
@@ -45,3 +48,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return [*globals(), *_HOMES]
+
+
+import_module("dybit.integrations").watch()

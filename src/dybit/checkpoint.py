@@ -384,8 +384,7 @@ def _prepare_layer_(module: nn.Module, entry: LayerEntry) -> None:
         weights[name] = QuantizedTensor(
             spec, buffers[""], buffers["_scale"], buffers.get("_choice"), buffers.get("_tensor_scale")
         )
-    swap_(module, weights, entry.input, torch.empty(1), torch.empty(1))
-    cast(Any, module).float_dtype = entry.dtype
+    swap_(module, weights, entry.input, torch.empty(1), torch.empty(1), entry.dtype)
 
 
 def _tie_(model: nn.Module, shared: Mapping[str, str]) -> None:

@@ -40,8 +40,8 @@ class DyBitWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A layer to be quantized."""
+class LayerPlan:
+    """A layer to be quantized, and how."""
 
     name: str
     module: nn.Module
@@ -81,7 +81,7 @@ def quantize_(
         >>> quantize_(model, Recipe(weights=4, activations=8), calibration=[torch.randn(32, 64)])[0].weight.shape
         torch.Size([64, 64])
     """
-    plans = _plan(model, recipe)
+    plans = plan_layers(model, recipe)
     total = len(plans)
     for plan in plans:
         make_plain_(plan.module)
@@ -169,8 +169,17 @@ def bypass_fast_path_(model: nn.Module, layers: Iterable[nn.Module]) -> None:
                 module.activation_relu_or_gelu = 0
 
 
-def _plan(model: nn.Module, recipe: Recipe) -> list[_Plan]:
-    """The layers to quantize, all checked."""
+def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> list[LayerPlan]:
+    """The layers to quantize, those that share a weight with one recipe for it.
+
+    Args:
+        model: The model.
+        recipe: The recipe.
+        values: Whether the values of the weights are checked, too; a model that is still to be loaded has none.
+
+    Raises:
+        DyBitError: As :func:`quantize_`.
+    """
     if not isinstance(model, nn.Module):
         raise DyBitError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(recipe, Recipe):
@@ -185,11 +194,11 @@ def _plan(model: nn.Module, recipe: Recipe) -> list[_Plan]:
     for name, module in candidates.items():
         layer = recipe.layer(name, is_embedding(module))
         if layer is not None and _usable(name, module, layer):
-            plans.append(_Plan(name, module, layer))
+            plans.append(LayerPlan(name, module, layer))
     plans = _agree_on_ties(model, plans)
     if not plans:
         raise DyBitError("the recipe keeps every layer in floating point")
-    for plan in plans:
+    for plan in plans if values else ():
         _check_layer(plan)
     return plans
 
@@ -201,7 +210,7 @@ def _usable(name: str, module: nn.Module, recipe: LayerRecipe) -> bool:
     return recipe.weights is not None or (recipe.activations is not None and not is_embedding(module))
 
 
-def _check_layer(plan: _Plan) -> None:
+def _check_layer(plan: LayerPlan) -> None:
     with torch.no_grad():
         for name in weight_names(plan.module):
             weight = getattr(plan.module, name)
@@ -213,7 +222,7 @@ def _check_layer(plan: _Plan) -> None:
                 raise DyBitError(f"layer {plan.name!r}: {error}") from None
 
 
-def _agree_on_ties(model: nn.Module, plans: list[_Plan]) -> list[_Plan]:
+def _agree_on_ties(model: nn.Module, plans: list[LayerPlan]) -> list[LayerPlan]:
     """Gives layers with one weight in common one recipe for it: that of the first of them in the model.
 
     An embedding comes first in a language model, so the output layer tied to it takes the table's width. A weight that
@@ -241,7 +250,7 @@ def _agree_on_ties(model: nn.Module, plans: list[_Plan]) -> list[_Plan]:
             continue
         first = planned[sharers[0]] if sharers else plan
         recipe = plan.recipe if first is plan else _with_weights_of(plan.recipe, first.recipe)
-        result.append(_Plan(plan.name, plan.module, recipe))
+        result.append(LayerPlan(plan.name, plan.module, recipe))
     return result
 
 
@@ -253,7 +262,7 @@ def _with_weights_of(recipe: LayerRecipe, other: LayerRecipe) -> LayerRecipe:
 
 def _statistics(
     model: nn.Module,
-    plans: list[_Plan],
+    plans: list[LayerPlan],
     calibration: Iterable[Any] | None,
     progress: Callable[[str], None] | None,
 ) -> Mapping[str, InputStatistics]:
@@ -285,7 +294,7 @@ def _statistics(
     return statistics
 
 
-def _quantize_layer(plan: _Plan, seen: InputStatistics | None, ties: _Ties) -> None:
+def _quantize_layer(plan: LayerPlan, seen: InputStatistics | None, ties: _Ties) -> None:
     recipe, module = plan.recipe, plan.module
     weights = {}
     if recipe.weight_family is not None:
@@ -293,13 +302,13 @@ def _quantize_layer(plan: _Plan, seen: InputStatistics | None, ties: _Ties) -> N
             parameter = getattr(module, name)
             weights[name] = ties.get(parameter) or _quantize_weight(parameter, name, recipe, module, seen)
             ties.put(parameter, weights[name])
-    swap_(module, weights, *_input(recipe, module, seen))
+    swap_(module, weights, *layer_input(recipe, module, seen))
 
 
 class _Ties:
     """Remembers the quantized form of the parameters that several layers share."""
 
-    def __init__(self, plans: Iterable[_Plan]) -> None:
+    def __init__(self, plans: Iterable[LayerPlan]) -> None:
         uses = Counter(id(p) for plan in plans for p in plan.module.parameters(recurse=False))
         self._shared = {key for key, count in uses.items() if count > 1}
         # The parameter is kept beside its quantized form: once freed, its identity could be another's.
@@ -317,20 +326,25 @@ class _Ties:
 def _quantize_weight(
     weight: Tensor, name: str, recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
 ) -> QuantizedTensor:
+    spec = weight_spec(recipe, module, tuple(weight.shape))
+    weighted = seen is not None and seen.seen and recipe.criterion != "weight"
+    importance = _importance(seen, name, spec, module) if weighted and seen else None
+    return quantize(weight, spec, method=recipe.method, percentile=recipe.percentile, importance=importance)
+
+
+def weight_spec(recipe: LayerRecipe, module: nn.Module, shape: tuple[int, ...]) -> TensorSpec:
+    """How a recipe stores a weight of some shape of a module."""
     family = recipe.weight_family
     assert family is not None
-    spec = TensorSpec(
+    return TensorSpec(
         family.name,
-        tuple(weight.shape),
+        shape,
         recipe.scale_granularity,
         recipe.group_size,
         recipe.scale_type,
         recipe.variant_granularity or recipe.scale_granularity,
         transposed(module),
     )
-    weighted = seen is not None and seen.seen and recipe.criterion != "weight"
-    importance = _importance(seen, name, spec, module) if weighted and seen else None
-    return quantize(weight, spec, method=recipe.method, percentile=recipe.percentile, importance=importance)
 
 
 def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.Module) -> Tensor | None:
@@ -353,9 +367,10 @@ def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.M
     return by_group if groups == 1 else by_group.repeat_interleave(spec.rows // groups, dim=0)
 
 
-def _input(
-    recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
+def layer_input(
+    recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None = None
 ) -> tuple[InputSpec | None, Tensor | None, Tensor | None]:
+    """How a layer's inputs are rounded, with the scale and offset of static ones; None for inputs that are kept."""
     families = recipe.activation_families
     if families is None or is_embedding(module):
         return None, None, None
