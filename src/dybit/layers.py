@@ -203,11 +203,10 @@ class _QuantizedEmbedding(Quantized):
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
         weight = self.quantized_tensor()
         spec, index = weight.spec, input.reshape(-1)
-        scale, choice = weight.scales(), weight.choices()
         rows = dequantize(
             weight.packed.reshape(spec.rows, spec.row_bytes).index_select(0, index),
-            scale if scale.shape[0] == 1 else scale.index_select(0, index),
-            choice if choice is None or choice.shape[0] == 1 else choice.index_select(0, index),
+            weight.scales(index),
+            weight.choices(index),
             spec.family,
             spec.columns,
             spec.bits,
