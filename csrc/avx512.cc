@@ -372,15 +372,17 @@ void expand(const Weight& w, int block, int s, int8_t* out) {
   }
 }
 
+#include "avx512_float.inc"
+
 void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
-  auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
-  auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
-  for (int block = first_block; block < last_block; ++block) {
-    if (w.storage == 16)
-      float_linear<int16_t>(w, in, out, block, words);
-    else
-      float_linear<int8_t>(w, in, out, block, bytes);
-  }
+  for (int block = first_block; block < last_block; ++block)
+    for (int m = 0; m < in.rows; ++m) switch (w.storage) {
+        case 2: float_block<2>(w, in, out, block, m); break;
+        case 3: float_block<3>(w, in, out, block, m); break;
+        case 4: float_block<4>(w, in, out, block, m); break;
+        case 8: float_block<8>(w, in, out, block, m); break;
+        default: float_block<16>(w, in, out, block, m);
+      }
 }
 
 void dequantize(const Weight& w, float* out, int first_block, int last_block) {

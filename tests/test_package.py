@@ -17,8 +17,34 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 # Layers of docs/design.md, from the ground up; a module imports from its own layer and from those below.
 LAYERS = [
     {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
-    {"hadamard", "scale", "tensor", "ops", "codes", "extension", "kernels", "_kernels", "linear", "conv", "embedding", "ranking"},
-    {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
+    {
+        "hadamard",
+        "scale",
+        "tensor",
+        "ops",
+        "codes",
+        "extension",
+        "kernels",
+        "_kernels",
+        "linear",
+        "conv",
+        "embedding",
+        "ranking",
+    },
+    {
+        "layers",
+        "attach",
+        "attention",
+        "fold",
+        "calibrate",
+        "plan",
+        "ptq",
+        "qat",
+        "model",
+        "checkpoint",
+        "fidelity",
+        "trace",
+    },
     {"sensitivity", "cost", "search"},
     {"demo", "report", "cli", "integrations", "__main__"},
 ]
@@ -28,7 +54,14 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 PRIVATE = {"layers": {"model", "calibrate", "checkpoint"}, "calibrate": {"model", "recipe", "checkpoint"}}
 PRIVATE |= {"attention": set(LEVEL) - {"attention"}, "fold": set(LEVEL) - {"fold"}, "errors": set(LEVEL)}
 PRIVATE |= {"codec": {"format", "rivals", "packing"}, "packing": {"format", "codec", "rivals"}, "format": {"rivals"}}
-PRIVATE |= {"scale": {"tensor"}, "tensor": {"layers"}, "model": {"checkpoint"}, "ops": {"scale", "tensor"}, "codes": {"ops", "scale", "tensor"}, "extension": set(LEVEL) - {"errors", "_kernels"}}
+PRIVATE |= {
+    "scale": {"tensor"},
+    "tensor": {"layers"},
+    "model": {"checkpoint"},
+    "ops": {"scale", "tensor"},
+    "codes": {"ops", "scale", "tensor"},
+    "extension": set(LEVEL) - {"errors", "_kernels"},
+}
 
 
 def modules():

@@ -287,3 +287,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / wei
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 2
+
+
+@pytest.mark.parametrize("scale", ["fp32", "pow2"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("choice", ["tensor", "channel", "group"])
+def test_scales_and_choices_of_some_rows(granularity, choice, scale):
+    if ["tensor", "channel", "group"].index(choice) > ["tensor", "channel", "group"].index(granularity):
+        pytest.skip("a choice finer than the scales")
+    spec = TensorSpec("dybit4", (37, 24), granularity, 8 if granularity == "group" else None, scale, choice)
+    weight = quantize(torch.randn(37, 24) * torch.rand(37, 1).exp(), spec)
+    index = torch.tensor([36, 0, 5, 5, 21])
+    for some, every in ((weight.scales(index), weight.scales()), (weight.choices(index), weight.choices())):
+        assert torch.equal(some, every if every.shape[0] == 1 else every[index])

@@ -1,6 +1,7 @@
 """DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.
 
-Names are loaded when they are first touched: ``import dybit`` itself loads neither torch nor NumPy.
+Names are loaded when they are first touched: ``import dybit`` itself loads neither torch nor NumPy. It makes dybit
+known to transformers, where that is imported before or after.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dybit.errors import MissingExtraError as MissingExtraError
     from dybit.format import Format as Format
     from dybit.format import variants as variants
+    from dybit.integrations.transformers import DyBitConfig as DyBitConfig
     from dybit.model import dequantize_ as dequantize_
     from dybit.model import quantize_ as quantize_
     from dybit.qat import convert_ as convert_
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckpointError": "errors",
+    "DyBitConfig": "integrations.transformers",
     "DyBitError": "errors",
     "DyBitWarning": "errors",
     "Format": "format",
@@ -49,3 +52,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return [*globals(), *_HOMES]
+
+
+import_module("dybit.integrations").watch()

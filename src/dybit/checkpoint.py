@@ -401,8 +401,7 @@ def _prepare_layer_(module: nn.Module, entry: LayerEntry) -> None:
         weights[name] = QuantizedTensor(
             spec, buffers[""], buffers["_scale"], buffers.get("_choice"), buffers.get("_tensor_scale")
         )
-    swap_(module, weights, entry.input, torch.empty(1), torch.empty(1))
-    cast(Any, module).float_dtype = entry.dtype
+    swap_(module, weights, entry.input, torch.empty(1), torch.empty(1), entry.dtype)
     if entry.added_bias and module._parameters.get("bias") is None:
         set_bias_(cast(Quantized, module), torch.empty(entry.weights["weight"].rows))
 

@@ -100,9 +100,7 @@ def _pack(
     permuted = spec.groups == 1 and math.prod(spec.shape[2:]) > 1
     rows = spec.rows // groups
     parts = [kernels.PackedWeight(_rows(weight, g * rows, rows, permuted), inputs) for g in range(groups)]
-    made = compiled.Conv(
-        [part.compiled for part in parts], extents, spec.shape[1] * groups, groups, not permuted
-    )
+    made = compiled.Conv([part.compiled for part in parts], extents, spec.shape[1] * groups, groups, not permuted)
     return _Packed(made, inputs, parts)
 
 
@@ -172,7 +170,9 @@ def _conv(
     if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu" and x.numel():
         key = (input_format, *geometry, groups, input_offset is not None)
         packed = _cache.get(
-            stored, key, lambda: _pack(stored, _extents(stored, *geometry), groups, input_format, input_offset is not None)
+            stored,
+            key,
+            lambda: _pack(stored, _extents(stored, *geometry), groups, input_format, input_offset is not None),
         )
     layout = _layout(x)
     if packed is not None:

@@ -28,6 +28,7 @@ from dybit.tensor import QuantizedTensor, TensorSpec
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features")
 _SUPPORTED = (nn.Linear, nn.Embedding, nn.MultiheadAttention, *_CONVOLUTIONS, *_TRANSPOSED)
 
 
@@ -124,6 +125,28 @@ class Quantized(nn.Module):
         else:
             super().register_buffer(name, tensor, persistent)
 
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """As ``nn.Module.__setattr__``, but refuses values in the place of codes.
+
+        Values that the weight has already change nothing: whoever ties weights assigns what was read from another.
+        """
+        if isinstance(value, Tensor) and name in self.__dict__.get("weight_specs", ()):
+            spec = self.weight_specs[name]
+            if (
+                value.is_floating_point()
+                and tuple(value.shape) == spec.shape
+                and torch.equal(value, getattr(self, name))
+            ):
+                return
+            if tuple(value.shape) != spec.packed_shape or value.dtype != torch.uint8:
+                raise DyBitError(
+                    f"{name} of a quantized layer cannot be replaced by a {value.dtype} of shape {tuple(value.shape)}; "
+                    "call dequantize_ first"
+                )
+        if name in _SIZES and "weight_specs" in self.__dict__ and value != getattr(self, name):
+            raise DyBitError(f"{name} of a quantized layer cannot be changed to {value!r}; call dequantize_ first")
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         """The layer's own description and how it is quantized."""
         weights = {f"{spec.family}/{spec.group_size or spec.granularity}" for spec in self.weight_specs.values()}
@@ -203,11 +226,10 @@ class _QuantizedEmbedding(Quantized):
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
         weight = self.quantized_tensor()
         spec, index = weight.spec, input.reshape(-1)
-        scale, choice = weight.scales(), weight.choices()
         rows = dequantize(
             weight.packed.reshape(spec.rows, spec.row_bytes).index_select(0, index),
-            scale if scale.shape[0] == 1 else scale.index_select(0, index),
-            choice if choice is None or choice.shape[0] == 1 else choice.index_select(0, index),
+            weight.scales(index),
+            weight.choices(index),
             spec.family,
             spec.columns,
             spec.bits,
@@ -324,6 +346,7 @@ def swap_(
     input_spec: InputSpec | None = None,
     input_scale: Tensor | None = None,
     input_offset: Tensor | None = None,
+    float_dtype: torch.dtype | None = None,
 ) -> None:
     """Turns a module into its quantized form, in place; tied modules are given the same :class:`QuantizedTensor`.
 
@@ -333,15 +356,16 @@ def swap_(
         input_spec: How inputs are rounded, or None.
         input_scale: For static inputs: float32 of shape (1,).
         input_offset: For static inputs with an offset: float32 of shape (1,).
+        float_dtype: The type in which weights are dequantized; None for that of the weights that are replaced.
     """
-    float_dtype = getattr(module, weight_names(module)[0]).dtype
+    float_dtype = float_dtype or getattr(module, weight_names(module)[0]).dtype
     module.__class__ = _quantized_class(type(module), tuple(weights))  # type: ignore[arg-type]
     layer = cast(Quantized, module)
     layer.weight_specs = {name: weight.spec for name, weight in weights.items()}
     layer.input_spec = input_spec
     layer.float_dtype = float_dtype
     for name, weight in weights.items():
-        del layer._parameters[name]
+        layer._parameters.pop(name, None)  # none where a loader has put the codes in its place
         for suffix, buffer in weight.buffers().items():
             layer.register_buffer(name + suffix, buffer)
     if input_spec is not None and input_spec.mode == "static":

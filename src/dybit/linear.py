@@ -30,6 +30,7 @@ SCHEMA = (
     "-> Tensor"
 )
 _FEW_ROWS = 4  # up to so many unrounded input rows, the weights are used as they are read, not dequantized first
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 
 
@@ -43,24 +44,34 @@ class _Entry:
     """What was made from a weight, with what it was made from."""
 
     def __init__(self, weight: QuantizedTensor, packed: Any) -> None:  # noqa: ANN401
-        self.parts = tuple(weakref.ref(part) for part in weight.buffers().values())
+        self.parts = tuple(_nothing if part is None else weakref.ref(part) for part in _parts(weight))
         self.versions = _versions(weight)
         self.packed = packed
         self.isa = kernels.isa()
 
     def fits(self, weight: QuantizedTensor) -> bool:
         """Whether it still is that weight: the same tensors, not written to since, packed for what runs now."""
-        parts = weight.buffers().values()
+        codes, scale, choice, tensor_scale = self.parts
         return (
             self.isa == kernels.isa()
-            and len(self.parts) == len(parts)
-            and all(mine() is part for mine, part in zip(self.parts, parts, strict=True))
+            and codes() is weight.packed
+            and scale() is weight.scale
+            and choice() is weight.choice
+            and tensor_scale() is weight.tensor_scale
             and self.versions == _versions(weight)
         )
 
 
-def _versions(weight: QuantizedTensor) -> tuple[int, ...]:
-    return tuple(0 if part.is_inference() else part._version for part in weight.buffers().values())
+def _nothing() -> None:
+    """A weak reference to None."""
+
+
+def _parts(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return weight.packed, weight.scale, weight.choice, weight.tensor_scale
+
+
+def _versions(weight: QuantizedTensor) -> list[int]:
+    return [0 if part is None or part.is_inference() else part._version for part in _parts(weight)]
 
 
 class Cache:
@@ -115,19 +126,50 @@ def _linear(
     input_group_size: int,
 ) -> Tensor:
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
-    _check(x, bias, stored.spec)
+    return _compute(x, stored, bias, input_scale, input_offset, input_format, reach, input_group_size)
+
+
+def _compute(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_offset: Tensor | None,
+    input_format: str,
+    reach: float,
+    input_group_size: int,
+) -> Tensor:
+    """What the operator computes; no gradients."""
+    _check(x, bias, weight.spec)
     packed = None
-    if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu":
-        packed = _packed(stored, input_format, input_group_size)
+    if x.dtype in _KERNEL_TYPES and x.device.type == "cpu":
+        packed = _packed(weight, input_format, input_group_size)
     if packed is None:
-        return _by_torch(x, stored, bias, input_scale, input_offset, input_format, reach, input_group_size)
-    rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+        return _by_torch(x, weight, bias, input_scale, input_offset, input_format, reach, input_group_size)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if x.dtype != torch.float32 or not rows.is_contiguous():
+        rows = rows.float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
     if not input_format and rows.shape[0] > _FEW_ROWS:
         y = torch.nn.functional.linear(rows, packed.dequantize(), bias)
     else:
         y = packed.linear(rows, bias, input_scale, input_offset, reach)
-    return y.to(x.dtype).view(*x.shape[:-1], stored.spec.rows)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def _unwatched(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody records, traces or transforms what happens to a tensor, so that no operator need be called.
+
+    Torch's dispatch of an operator written in Python costs more than a small product.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._get_tracing_state()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _by_torch(
@@ -222,6 +264,8 @@ def linear(
     Raises:
         DyBitError: ``x`` or ``bias`` has another shape or is not floating point.
     """
+    if _unwatched(x, bias):
+        return _compute(x, weight, bias, input_scale, input_offset, input_format, reach, input_group_size)
     return cast(
         Tensor,
         _operator(

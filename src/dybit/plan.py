@@ -28,8 +28,13 @@ class Plan:
     recipe: LayerRecipe
 
 
-def plan_layers(model: nn.Module, recipe: Recipe) -> list[Plan]:
+def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> list[Plan]:
     """Returns the layers to quantize, in the order of the model.
+
+    Args:
+        model: The model.
+        recipe: The recipe.
+        values: Whether the values of the weights are checked, too; a model that is still to be loaded has none.
 
     Raises:
         DyBitError: ``model`` or ``recipe`` is none, the model is quantized already or has nothing to quantize, a weight
@@ -56,7 +61,7 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> list[Plan]:
     plans = _agree_on_ties(model, plans)
     if not plans:
         raise DyBitError("the recipe keeps every layer in floating point")
-    for plan in plans:
+    for plan in plans if values else ():
         _check_layer(plan)
     return plans
 

@@ -43,6 +43,8 @@ class TensorSpec:
     Attributes:
         bits: Width of a code.
         choice_bits: Bits of a choice, 0 for a family of one.
+        rows: Output channels.
+        columns: Weights of one output channel.
         key: The fields as JSON text, by which operators are told the spec.
 
     Raises:
@@ -59,6 +61,8 @@ class TensorSpec:
     # Plain attributes and not properties that look the family up: torch.compile reads them.
     bits: int = field(init=False, compare=False, repr=False)
     choice_bits: int = field(init=False, compare=False, repr=False)
+    rows: int = field(init=False, compare=False, repr=False)
+    columns: int = field(init=False, compare=False, repr=False)
     key: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,21 +89,13 @@ class TensorSpec:
             raise DyBitError(f"transposed must be an integer of at least 0, not {self.transposed!r}")
         if self.transposed and self.shape[0] % self.transposed:
             raise DyBitError(f"transposed={self.transposed} does not divide the first dimension of shape {self.shape}")
+        object.__setattr__(self, "rows", self.shape[1] * self.transposed if self.transposed else self.shape[0])
+        object.__setattr__(self, "columns", math.prod(self.shape) // self.rows)
 
     @property
     def formats(self) -> Family:
         """The family itself."""
         return rivals.family(self.family)
-
-    @property
-    def rows(self) -> int:
-        """Output channels."""
-        return self.shape[1] * self.transposed if self.transposed else self.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """Weights of one output channel."""
-        return math.prod(self.shape) // self.rows
 
     @property
     def groups(self) -> int:
@@ -229,24 +225,36 @@ class QuantizedTensor:
         }
         return {suffix: tensor for suffix, tensor in parts.items() if tensor is not None}
 
-    def scales(self) -> Tensor:
-        """The scales as numbers: float32 of shape ``spec.scale_shape``."""
+    def scales(self, index: Tensor | None = None) -> Tensor:
+        """The scales as numbers: float32 of shape ``spec.scale_shape``, or those of some rows."""
+        stored = self.scale if index is None or self.scale.shape[0] == 1 else self.scale.index_select(0, index)
         if self.spec.scale == "pow2":
-            exponent = (self.scale & 127).to(torch.int32) - _POW2_BIAS
-            sign = 1.0 - 2.0 * (self.scale >> 7).float()
+            exponent = (stored & 127).to(torch.int32) - _POW2_BIAS
+            sign = 1.0 - 2.0 * (stored >> 7).float()
             return torch.ldexp(sign, exponent)
-        scale = self.scale.float()
+        scale = stored.float()
         return scale if self.tensor_scale is None else scale * self.tensor_scale
 
-    def choices(self) -> Tensor | None:
-        """The index of the codebook of every unit: uint8 of shape (1, 1), (rows, 1) or (rows, groups), or None."""
+    def choices(self, index: Tensor | None = None) -> Tensor | None:
+        """The index of the codebook of every unit: uint8 of shape (1, 1), (rows, 1) or (rows, groups), or None.
+
+        Args:
+            index: Rows to look up (where there are any), int64 of shape (n,); None for all.
+        """
         if self.choice is None:
             return None
         rows, units = self.spec.unit_shape(self.spec.choice)
         bits = self.spec.choice_bits
-        if units == 1:
+        if units > 1:
+            return unpack(self.choice if index is None else self.choice.index_select(0, index), units, bits)
+        if index is None or rows == 1:
             return unpack(self.choice, rows, bits).reshape(rows, 1)
-        return unpack(self.choice, units, bits)
+        first = index * bits  # the choices of all rows follow each other, and may lie in two bytes
+        low, shift = first // 8, first % 8
+        flat = self.choice.reshape(-1)
+        high = (low + 1).clamp(max=flat.shape[0] - 1)
+        word = flat.index_select(0, low).to(torch.int32) | flat.index_select(0, high).to(torch.int32) << 8
+        return ((word >> shift) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1, 1)
 
     def codes(self) -> Tensor:
         """The codes: uint8 of shape (rows, columns)."""

@@ -112,11 +112,15 @@ def export(
             f"bound of {limit:.2g} for preset {preset!r}; {str(path)!r} was not written"
         )
     _write(target, data)
-    inputs = tuple(f"{v.name} [{', '.join(str(getattr(n, 'value', n)) for n in v.shape or ())}]" for v in captured.graph.inputs)
+    inputs = tuple(
+        f"{v.name} [{', '.join(str(getattr(n, 'value', n)) for n in v.shape or ())}]" for v in captured.graph.inputs
+    )
     return Exported(target, preset, len(data), inputs, dict(writer.stored), check)
 
 
-def _check_arguments(model: nn.Module, batches: Sequence[Any], preset: str, bound: float | None) -> dict[str, Quantized]:
+def _check_arguments(
+    model: nn.Module, batches: Sequence[Any], preset: str, bound: float | None
+) -> dict[str, Quantized]:
     if preset not in PRESETS:
         raise DyBitError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     if bound is not None and not bound >= 0:
@@ -290,5 +294,3 @@ def _write(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-

@@ -104,21 +104,21 @@ def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose:
             parameter = getattr(module, name)
             found = ties.get(parameter)
             if found is None:
-                spec = weight_spec(parameter, recipe, module)
+                spec = weight_spec(recipe, module, tuple(parameter.shape))
                 found = choose(parameter, name, spec) if choose else None
                 found = found or _round(parameter, name, spec, recipe, module, seen)
             weights[name] = found
             ties.put(parameter, found)
-    swap_(module, weights, *_input(recipe, module, seen))
+    swap_(module, weights, *layer_input(recipe, module, seen))
 
 
-def weight_spec(weight: Tensor, recipe: LayerRecipe, module: nn.Module) -> TensorSpec:
-    """How a weight of a layer is stored by a recipe, which must quantize weights."""
+def weight_spec(recipe: LayerRecipe, module: nn.Module, shape: tuple[int, ...]) -> TensorSpec:
+    """How a recipe, which must quantize weights, stores a weight of some shape of a layer."""
     family = recipe.weight_family
     assert family is not None
     return TensorSpec(
         family.name,
-        tuple(weight.shape),
+        shape,
         recipe.scale_granularity,
         recipe.group_size,
         recipe.scale_type,
@@ -155,9 +155,10 @@ def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.M
     return by_group if groups == 1 else by_group.repeat_interleave(spec.rows // groups, dim=0)
 
 
-def _input(
-    recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
+def layer_input(
+    recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None = None
 ) -> tuple[InputSpec | None, Tensor | None, Tensor | None]:
+    """How a layer's inputs are rounded, with the scale and offset of static ones; None for inputs that are kept."""
     families = recipe.activation_families
     if families is None or is_embedding(module):
         return None, None, None

@@ -143,7 +143,8 @@ class _Run:
 
     def _kept(self, plan: Plan, name: str) -> QuantizedTensor | None:
         """A weight that an earlier run finished."""
-        return self.store.get(f"{plan.name}.{name}", weight_spec(getattr(plan.module, name), plan.recipe, plan.module))
+        shape = tuple(getattr(plan.module, name).shape)
+        return self.store.get(f"{plan.name}.{name}", weight_spec(plan.recipe, plan.module, shape))
 
     @contextmanager
     def _gathering(self, part: Sequence[Plan]) -> Iterator[Hessians]:
@@ -169,7 +170,9 @@ def _needs(plan: Plan) -> int:
     if not _is_target(plan):
         return 0
     names = weight_names(plan.module)
-    return sum(size(plan.module, weight_spec(getattr(plan.module, n), plan.recipe, plan.module)) for n in names)
+    return sum(
+        size(plan.module, weight_spec(plan.recipe, plan.module, tuple(getattr(plan.module, n).shape))) for n in names
+    )
 
 
 def _portions(plans: Sequence[Plan]) -> list[list[Plan]]:

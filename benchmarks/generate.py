@@ -1,0 +1,102 @@
+"""Tokens a second of ``generate``: SmolLM2-135M in FP32 against dybit through transformers, paired and interleaved.
+
+    python benchmarks/generate.py [--compiled] [--json generate.json]
+
+The model is written with ``save_pretrained`` and quantized by ``from_pretrained``. Every round, each contestant generates
+the same number of tokens greedily from the same prompt, in a new order; ratios are medians of the paired rounds with
+their quartiles. With ``--compiled``, the decoding step runs through ``torch.compile`` on a static cache, for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import dybit
+from dybit import kernels
+from dybit.demo import smollm2, smollm2_tokenizer
+
+CONFIGS = {
+    "W4, head 8": {"weights": 4, "group_size": 64},
+    "W4, head int8": {"weights": 4, "group_size": 64, "embeddings": "int8"},
+    "W4, head 4": {"weights": 4, "group_size": 64, "embeddings": 4},
+    "W4A8, head 4": {
+        "weights": 4,
+        "group_size": 64,
+        "embeddings": 4,
+        "activations": "int8",
+        "activation_mode": "dynamic",
+    },
+}
+PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32, help="to generate in every round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compiled", action="store_true", help="compile the decoding step")
+    parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    tokenizer = smollm2_tokenizer()
+    prompt = torch.tensor([tokenizer.encode(PROMPT).ids])
+    models: dict[str, Any] = {"FP32": smollm2(permute=False)}
+    loading = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models["FP32"].save_pretrained(folder)
+        for name in options.only:
+            start = time.perf_counter()
+            config = dybit.DyBitConfig(method="absmax", **CONFIGS[name])
+            models[name] = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+            loading[name] = time.perf_counter() - start
+    keywords: dict[str, Any] = {"do_sample": False, "min_new_tokens": options.tokens, "max_new_tokens": options.tokens}
+    if options.compiled:
+        keywords["cache_implementation"] = "static"
+        keywords["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=True)
+        for model in models.values():  # on CPUs, transformers compiles only when told to
+            model.generation_config.disable_compile = False
+            model.forward_compiled = None
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    text = {}
+    with torch.inference_mode():
+        for name, model in models.items():
+            ids = model.generate(prompt, **keywords)[0, prompt.shape[1] :]
+            text[name] = tokenizer.decode(ids.tolist())
+        order, shuffle = list(models), random.Random(0)
+        for _ in range(options.rounds):
+            shuffle.shuffle(order)
+            for name in order:
+                begin = time.perf_counter()
+                models[name].generate(prompt, **keywords)
+                rates[name].append(options.tokens / (time.perf_counter() - begin))
+    print(f"{kernels.isa()}, {torch.get_num_threads()} threads, {'compiled' if options.compiled else 'eager'}\n")
+    print("| model | tokens/s | times FP32 | text |\n|---|---|---|---|")
+    results = {}
+    for name, values in rates.items():
+        low, ratio, high = np.percentile([b / a for a, b in zip(rates["FP32"], values, strict=True)], [25, 50, 75])
+        results[name] = {"tokens_per_second": statistics.median(values), "ratio": [low, ratio, high]}
+        shown = " ".join(text[name].split())[:60]
+        print(f"| {name} | {statistics.median(values):.1f} | {ratio:.2f}× ({low:.2f} to {high:.2f}) | {shown} |")
+    if options.json:
+        facts = {"isa": kernels.isa(), "threads": torch.get_num_threads(), "compiled": options.compiled}
+        options.json.write_text(json.dumps({**facts, "results": results, "text": text}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What other libraries need to work with dybit.
+
+Must not import any of them by itself: ``import dybit`` comes through here. Where transformers is imported, before or
+after dybit, dybit is made known to it, so that ``from_pretrained`` loads checkpoints of dybit; where it is not, nothing
+happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+# This module of transformers holds the registries; whoever imports it has loaded torch and is about to load a model.
+_REGISTRIES = "transformers.quantizers.auto"
+
+
+class _AfterImport(MetaPathFinder, Loader):
+    """Runs :func:`_register` once transformers' registries are imported, and leaves."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _REGISTRIES:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _register()
+
+
+def watch() -> None:
+    """Makes dybit known to transformers, now or when transformers comes to load its first model."""
+    if _REGISTRIES in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    """Imports the module that registers; a transformers that dybit does not fit must still work without dybit."""
+    try:
+        import_module("dybit.integrations.transformers")
+    except Exception as error:
+        logging.getLogger("dybit").warning("transformers cannot load checkpoints of dybit: %s", error)

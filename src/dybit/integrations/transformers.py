@@ -1,0 +1,424 @@
+"""Hugging Face transformers (5.0 and later): ``from_pretrained`` quantizes while it loads, and loads what was saved.
+
+Must not import more of transformers than its registries, since it is imported in the middle of transformers' own
+import. Only hooks that have been stable since 5.0 are used. While a model is loaded, a layer shows transformers, which
+initializes what a file lacks, a weight without values; it is swapped when all weights are there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableSet
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dybit.errors import CheckpointError, DyBitError, MissingExtraError
+from dybit.layers import InputSpec, swap_, transposed, weight_names
+from dybit.model import bypass_fast_path_, dequantize_, folded_pairs, quantized_layers
+from dybit.plan import plan_layers
+from dybit.ptq.rounding import layer_input, weight_spec
+from dybit.recipe import LayerRecipe, Recipe
+from dybit.tensor import QuantizedTensor, TensorSpec, quantize
+
+try:
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as error:
+    raise MissingExtraError(
+        f'DyBitConfig needs transformers 5 or newer: pip install "dybit[transformers]" ({error})'
+    ) from None
+
+METHOD = "dybit"
+FORMAT_VERSION = 1
+_WEIGHT_FIELDS = ("family", "granularity", "group_size", "scale", "choice")
+
+
+@register_quantization_config(METHOD)
+class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
+    """How transformers' ``from_pretrained`` quantizes a model; stored in ``config.json`` by ``save_pretrained``.
+
+    Args:
+        recipe: What to do, as a :class:`dybit.Recipe` or its JSON values; instead of ``fields``.
+        layers: Of a saved model: groups of layers that are stored alike, each a mapping with ``modules`` (their names),
+            ``weights`` (fields of :class:`dybit.tensor.TensorSpec`) and ``input``.
+        tied: Of a saved model: from names of weights to those of the weights that they are tied to.
+        format_version: Of ``layers`` and ``tied``.
+        quant_method: Always ``"dybit"``.
+        **fields: The fields of a recipe.
+
+    Raises:
+        DyBitError: The recipe is bad, or has static activations, which only a calibrated model can have.
+        CheckpointError: ``format_version`` is not known.
+
+    Example:
+        >>> DyBitConfig(weights=4, group_size=64).recipe
+        Recipe(weights=4, activations=None, granularity=None, group_size=64, ...)
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | Mapping[str, Any] | None = None,
+        *,
+        layers: list[dict[str, Any]] | None = None,
+        tied: dict[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **fields: Any,  # noqa: ANN401
+    ) -> None:
+        if quant_method != METHOD:
+            raise DyBitError(f"quant_method must be {METHOD!r}, not {quant_method!r}")
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config has format_version {format_version!r}, this dybit reads {FORMAT_VERSION}"
+            )
+        if recipe is not None and fields:
+            raise DyBitError(f"give a recipe or its fields, not both: {', '.join(fields)}")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(fields if recipe is None else recipe)
+        self.layers = layers
+        self.tied = tied or {}
+        if layers is None and self.recipe.activations is not None and self.recipe.activation_mode == "static":
+            raise DyBitError(
+                f"activations={self.recipe.activations!r} are static and need calibration: set "
+                "activation_mode='dynamic', or call dybit.quantize_ with calibration and then attach_"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON values in ``config.json``."""
+        data = {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "recipe": self.recipe.to_dict(),
+        }
+        if self.layers is not None:
+            data["layers"] = copy.deepcopy(self.layers)
+        if self.tied:
+            data["tied"] = dict(self.tied)
+        return data
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+@dataclass
+class _Layer:
+    """A layer of a model that is being loaded."""
+
+    module: nn.Module
+    specs: dict[str, TensorSpec]
+    input: InputSpec | None
+    dtype: torch.dtype
+    recipe: LayerRecipe | None = None  # None for stored codes
+    codes: dict[str, QuantizedTensor] = field(default_factory=dict)
+
+
+@register_quantizer(METHOD)
+class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads, quantizes and saves models for transformers; made by ``from_pretrained``."""
+
+    requires_calibration = False
+    is_trainable = True  # adapters: gradients reach inputs and biases, codes have none
+    is_compileable = True
+    is_qat_trainable = False
+
+    def __init__(self, quantization_config: DyBitConfig, **kwargs: Any) -> None:  # noqa: ANN401
+        # A copy: a config may serve several models, and this one will say what became of its own.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self._layers: dict[str, _Layer] = {}
+        self._ties: dict[str, str] = {}  # taken from the model's own table, which knows parameters only
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works."""
+        return True
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:  # noqa: ANN401
+        """Whether a tensor is a weight that is quantized, or whose codes replace one of another shape."""
+        layer, weight = self._find(param_name)
+        return layer is not None and weight in layer.specs
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes of one element of a parameter, as it will be held."""
+        layer, weight = self._find(param_name)
+        if layer is None or weight not in layer.specs or layer.recipe is None:
+            return float(param.element_size())
+        spec = layer.specs[weight]
+        return spec.nbytes / (spec.rows * spec.columns)
+
+    def get_quantize_ops(self) -> Any:  # noqa: ANN401
+        """The operation that transformers applies to tensors to be quantized."""
+        from transformers.core_model_loading import ConversionOps
+
+        class Quantize(ConversionOps):  # type: ignore[misc]
+            def __init__(self, quantizer: DyBitQuantizer) -> None:
+                self.quantizer = quantizer
+
+            def convert(
+                self,
+                input_dict: dict[str, Any],
+                *,
+                full_layer_name: str = "",
+                missing_keys: MutableSet[str] | None = None,
+                **_: Any,  # noqa: ANN401
+            ) -> dict[str, Tensor]:
+                kept = {}
+                for key, value in input_dict.items():
+                    tensor = value[0] if isinstance(value, list) else value
+                    name = full_layer_name if len(input_dict) == 1 else key
+                    if not self.quantizer.take(name, tensor, missing_keys):
+                        kept[key] = tensor
+                return kept
+
+        return Quantize(self)
+
+    def take(self, key: str, tensor: Tensor, missing: MutableSet[str] | None) -> bool:
+        """Quantizes a weight for its layer and for those tied to it; False if it is to be kept."""
+        layer, weight = self._find(key)
+        if layer is None or layer.recipe is None or weight not in layer.specs:
+            return False
+        codes = quantize(tensor, layer.specs[weight], method=layer.recipe.method, percentile=layer.recipe.percentile)
+        for other in [key, *self._tied_to(key)]:
+            owner, name = self._find(other)
+            assert owner is not None
+            stored = owner.codes.get(name)
+            # A file can have a tied weight twice, with other values even: then it is not tied.
+            if stored is None or (other == key and not _same(stored, codes)):
+                owner.codes[name], owner.dtype = codes, tensor.dtype
+            if missing is not None:
+                missing.discard(other)
+            # Stays without values, and must not be given random ones.
+            cast(Any, owner.module._parameters[name])._is_hf_initialized = True
+        return True
+
+    def _find(self, key: str) -> tuple[_Layer | None, str]:
+        name, _, weight = key.rpartition(".")
+        return self._layers.get(name), weight
+
+    def _tied_to(self, key: str) -> list[str]:
+        source = self._ties.get(key, key)
+        return [other for other in {source, *self._ties} if other != key and self._ties.get(other, other) == source]
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:  # noqa: ANN401
+        if self.pre_quantized and self.quantization_config.layers is not None:
+            self._prepare(model)
+        else:
+            self._plan(model)
+        return model
+
+    def _plan(self, model: Any) -> None:  # noqa: ANN401
+        """Finds the layers to quantize, on a model without values."""
+        table = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        for target, source in table.items():  # tied only after loading, but one decision is due for both
+            holder, name = model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]
+            setattr(holder, name, model.get_parameter(source))
+        for plan in plan_layers(model, self.quantization_config.recipe, values=False):
+            names = weight_names(plan.module) if plan.recipe.weights is not None else ()
+            if any(plan.module._parameters.get(name) is None for name in names):
+                continue  # made by a parametrization of other parameters
+            shapes = {name: tuple(getattr(plan.module, name).shape) for name in names}
+            self._layers[plan.name] = _Layer(
+                plan.module,
+                {name: weight_spec(plan.recipe, plan.module, shape) for name, shape in shapes.items()},
+                layer_input(plan.recipe, plan.module)[0],
+                getattr(plan.module, weight_names(plan.module)[0]).dtype,
+                plan.recipe,
+            )
+        quantized = {f"{name}.{weight}" for name, layer in self._layers.items() for weight in layer.specs}
+        self._take_over(model, {t: s for t, s in table.items() if t in quantized and s in quantized})
+
+    def _prepare(self, model: Any) -> None:  # noqa: ANN401
+        """Gives the layers of a stored model empty buffers for their codes."""
+        modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+
+        def resolve(name: str) -> str:
+            """A name in this model, which may be the base of the one that was saved, or the other way round."""
+            near = [name, prefix + name, name.removeprefix(prefix)]
+            return next((other for other in near if other in modules), "")
+
+        for name, weights, input_spec in _stored_layers(self.quantization_config):
+            module = modules.get(resolve(name))
+            if module is None or not resolve(name):
+                continue  # such as the head, where only the base is loaded
+            if not weight_names(module):
+                raise CheckpointError(f"quantization_config has {name!r}, which is {type(module).__name__} here")
+            names = weight_names(module) if weights else ()
+            dtype = getattr(module, weight_names(module)[0]).dtype
+            shapes = {weight: tuple(getattr(module, weight).shape) for weight in names}
+            specs = {key: _spec(weights, shape, module) for key, shape in shapes.items()}
+            self._layers[resolve(name)] = _Layer(module, specs, input_spec, dtype)
+        ties = {
+            _resolve_key(target, resolve): _resolve_key(s, resolve)
+            for target, s in self.quantization_config.tied.items()
+        }
+        self._take_over(model, {t: s for t, s in ties.items() if t and s})
+        for name, layer in self._layers.items():
+            own = [weight for weight in layer.specs if f"{name}.{weight}" not in self._ties]
+            _await_(layer, own)
+
+    def _take_over(self, model: Any, ties: dict[str, str]) -> None:  # noqa: ANN401
+        """Makes quantized weights that are tied our business: transformers can only tie parameters."""
+        self._ties = ties
+        table = getattr(model, "all_tied_weights_keys", None) or {}
+        model.all_tied_weights_keys = {
+            t: s for t, s in table.items() if not any(self.param_needs_quantization(model, key) for key in (t, s))
+        }
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:  # noqa: ANN401
+        if self.pre_quantized:
+            for name, layer in self._layers.items():
+                layer.codes = _arrived_(name, layer)
+            for target, source in self._ties.items():
+                (owner, weight), (first, first_weight) = self._find(target), self._find(source)
+                if owner is not None and first is not None:
+                    owner.codes[weight] = first.codes[first_weight]
+        for layer in self._layers.values():
+            if len(layer.codes) < len(layer.specs):
+                continue  # a head that the file did not have, initialized at random: it is there to be trained
+            static = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
+            swap_(layer.module, layer.codes, layer.input, *static, layer.dtype)
+        bypass_fast_path_(model, quantized_layers(model).values())
+        model._dybit_recipe = self.quantization_config.recipe
+        _describe_(self.quantization_config, model)
+        self._layers = {}
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:  # noqa: ANN401
+        dequantize_(model)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was read has its name
+        model.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **self._ties}
+        return model if dtype is None else model.to(dtype)
+
+
+def attach_(model: Any) -> Any:  # noqa: ANN401
+    """Makes ``save_pretrained`` work on a transformers model that :func:`dybit.quantize_` quantized, in place.
+
+    This is how a calibrated model (static activations, better weights) becomes a checkpoint for ``from_pretrained``.
+
+    Args:
+        model: A ``PreTrainedModel`` after :func:`dybit.quantize_`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        DyBitError: It has no quantized layer, is no model of transformers, or has batch norms that were folded into
+            convolutions, for which a checkpoint of transformers has no place.
+    """
+    if not quantized_layers(model) or not hasattr(model, "save_pretrained"):
+        raise DyBitError(f"model must be a transformers model after quantize_, not {type(model).__name__}")
+    if folded_pairs(model):
+        raise DyBitError(f"model has a folded batch norm, {folded_pairs(model)[0][1]!r}: save it with dybit.save")
+    recipe = getattr(model, "_dybit_recipe", None) or Recipe()
+    config = DyBitConfig(recipe, layers=[])
+    _describe_(config, model)
+    model.config.quantization_config = config
+    quantizer = DyBitQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config = config
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
+    quantizer._take_over(model, config.tied)
+    return model
+
+
+def _describe_(config: DyBitConfig, model: nn.Module) -> None:
+    """Writes down how the layers of a model are stored, those that are alike in one group."""
+    groups: list[dict[str, Any]] = []
+    owners: dict[int, str] = {}
+    config.tied = {}
+    for name, layer in quantized_layers(model).items():
+        specs = [spec.to_dict() for spec in layer.weight_specs.values()]
+        how = {
+            "weights": {key: specs[0][key] for key in _WEIGHT_FIELDS} if specs else None,
+            "input": layer.input_spec.to_dict() if layer.input_spec else None,
+        }
+        group = next((g for g in groups if (g["weights"], g["input"]) == (how["weights"], how["input"])), None)
+        if group is None:
+            groups.append(group := {"modules": [], **how})
+        group["modules"].append(name)
+        for weight in layer.weight_specs:
+            key = f"{name}.{weight}"
+            source = owners.setdefault(id(layer._buffers[weight]), key)
+            if source != key:
+                config.tied[key] = source
+    config.layers = groups
+
+
+def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | None, InputSpec | None]]:
+    """Name, weight fields and input of every layer that ``config.json`` names."""
+    try:
+        for group in config.layers:
+            weights, stored = group["weights"], group["input"]
+            input_spec = None if stored is None else InputSpec.from_dict(stored)
+            if weights is not None and set(weights) != set(_WEIGHT_FIELDS):
+                raise DyBitError(f"weights must have the fields {', '.join(_WEIGHT_FIELDS)}, not {weights!r:.200}")
+            for name in group["modules"]:
+                yield str(name), weights, input_spec
+    except DyBitError as error:
+        raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"quantization_config has a missing or bad field: {error!r}") from None
+
+
+def _spec(weights: dict[str, Any] | None, shape: tuple[int, ...], module: nn.Module) -> TensorSpec:
+    try:
+        return TensorSpec(shape=shape, transposed=transposed(module), **(weights or {}))
+    except (DyBitError, TypeError) as error:
+        raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
+
+
+def _resolve_key(key: str, resolve: Any) -> str:  # noqa: ANN401
+    name, _, weight = str(key).rpartition(".")
+    return f"{found}.{weight}" if (found := resolve(name)) else ""
+
+
+def _await_(layer: _Layer, own: list[str]) -> None:
+    """Prepares a layer for stored codes: as empty buffers for the loader, behind a weight of the right shape."""
+    module, shown = layer.module, {}
+    for weight, spec in layer.specs.items():
+        shown[weight] = cast(Any, module._parameters.pop(weight)).detach()
+        shown[weight]._is_hf_initialized = True
+        for suffix, (shape, dtype) in spec.buffers().items() if weight in own else ():
+            module._buffers[weight + suffix] = torch.empty(shape, dtype=dtype, device="meta")
+    if layer.input is not None and layer.input.mode == "static":
+        for key in ("input_scale", *(["input_offset"] if layer.input.offset else [])):
+            module._buffers[key] = torch.empty(1, device="meta")
+    members = {weight: property(lambda _, tensor=tensor: tensor) for weight, tensor in shown.items()}
+    module.__class__ = type(type(module).__name__, (type(module),), members)
+
+
+def _arrived_(name: str, layer: _Layer) -> dict[str, QuantizedTensor]:
+    """What the loader put into a layer that :func:`_await_` prepared, checked; the layer is as it was before."""
+    module = layer.module
+    module.__class__ = type(module).__mro__[1]  # type: ignore[assignment]
+    for key in ("input_scale", "input_offset"):
+        if key in module._buffers:
+            _check_part(f"{name}.{key}", module._buffers[key], (1,), torch.float32)
+    codes = {}
+    for weight, spec in layer.specs.items():
+        if weight not in module._buffers:
+            continue  # tied to another
+        parts: dict[str, Any] = {}
+        for suffix, (shape, dtype) in spec.buffers().items():
+            parts[suffix] = module._buffers.pop(weight + suffix)
+            _check_part(f"{name}.{weight}{suffix}", parts[suffix], shape, dtype)
+        codes[weight] = QuantizedTensor(
+            spec, parts[""], parts["_scale"], parts.get("_choice"), parts.get("_tensor_scale")
+        )
+    return codes
+
+
+def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.buffers().values(), other.buffers().values(), strict=True))
+
+
+def _check_part(key: str, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not getattr(part, "_is_hf_initialized", False) or part is None:
+        raise CheckpointError(f"the checkpoint lacks {key!r}")
+    if tuple(part.shape) != shape or part.dtype != dtype:
+        raise CheckpointError(
+            f"the checkpoint does not fit: {key!r} is {part.dtype} of shape {tuple(part.shape)}, "
+            f"expected {dtype} of shape {shape}"
+        )
