@@ -16,10 +16,11 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 
 # Layers of docs/design.md, from the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
+    {"format", "codec", "packing", "rivals", "recipe", "candidate", "workload", "networks", "errors"},
     {"scale", "tensor", "ops", "kernels", "_kernels", "linear"},
     {"layers", "attention", "fold", "calibrate", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
-    {"sensitivity", "cost", "search"},
+    {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}
+    | {"shapes", "rundir"},
     {"demo", "report", "cli", "integrations", "__main__"},
 ]
 BESIDE = {"accelerator", "rtl"}  # know layer 1 and no torch

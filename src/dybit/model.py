@@ -93,7 +93,7 @@ def quantize_(
         cast(Any, model)._dybit_folded = [*folded_pairs(model), *pairs]
     bypass_fast_path_(model, [plan.module for plan in plans])
     statistics = _statistics(model, plans, calibration, (lambda text: progress(0, total, text)) if progress else None)
-    ties = _Ties(plans)
+    ties = _Ties(plan.module for plan in plans)
     for index, plan in enumerate(plans):
         if progress:
             progress(index, total, plan.name)
@@ -119,6 +119,35 @@ def dequantize_(model: nn.Module) -> nn.Module:
         for name, key in keys.items():
             setattr(layer, name, shared.setdefault(key, getattr(layer, name)))
     return model
+
+
+def quantizable_layers(model: nn.Module, recipe: Recipe) -> dict[str, nn.Module]:
+    """The layers that :func:`quantize_` would quantize by a recipe, by qualified name.
+
+    Raises:
+        DyBitError: As :func:`quantize_` of models, recipes and weights.
+    """
+    return {plan.name: plan.module for plan in _plan(model, recipe)}
+
+
+def quantize_layer_(
+    module: nn.Module,
+    recipe: LayerRecipe,
+    seen: InputStatistics | None = None,
+    weights: Mapping[str, QuantizedTensor] | None = None,
+) -> None:
+    """Quantizes one layer in place, as :func:`quantize_` does it within a model.
+
+    Args:
+        module: A layer whose weights are plain parameters.
+        recipe: What to do.
+        seen: What calibration saw of its inputs, or None.
+        weights: Weights that were quantized by this recipe before, by name.
+    """
+    ties = _Ties([module, module])
+    for name, weight in (weights or {}).items():
+        ties.put(getattr(module, name), weight)
+    _quantize_layer(_Plan("", module, recipe), seen, ties)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
@@ -299,8 +328,8 @@ def _quantize_layer(plan: _Plan, seen: InputStatistics | None, ties: _Ties) -> N
 class _Ties:
     """Remembers the quantized form of the parameters that several layers share."""
 
-    def __init__(self, plans: Iterable[_Plan]) -> None:
-        uses = Counter(id(p) for plan in plans for p in plan.module.parameters(recurse=False))
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        uses = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
         self._shared = {key for key, count in uses.items() if count > 1}
         # The parameter is kept beside its quantized form: once freed, its identity could be another's.
         self._known: dict[int, tuple[nn.Parameter, QuantizedTensor]] = {}
