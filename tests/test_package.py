@@ -20,7 +20,7 @@ LAYERS = [
     {"scale", "tensor", "ops", "kernels", "_kernels", "linear"},
     {"layers", "attention", "fold", "calibrate", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
     {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}
-    | {"shapes", "rundir"},
+    | {"replay", "shapes", "rundir"},
     {"demo", "report", "cli", "integrations", "__main__"},
 ]
 BESIDE = {"accelerator", "rtl"}  # know layer 1 and no torch

@@ -19,6 +19,7 @@ from dybit.candidate import Candidate
 from dybit.fidelity import output_tensor
 from dybit.layers import Quantized, input_places, weight_names
 from dybit.recipe import LayerRecipe
+from dybit.replay import Replay
 from dybit.subject import Subject
 from dybit.tensor import QuantizedTensor
 
@@ -53,11 +54,11 @@ class Twins:
 
 
 def kl(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimator:
-    """The error of the model's output with one layer quantized."""
-    judge = subject.judge
+    """The error of the model's output with one layer quantized; blocks that run before it are not run again."""
+    judge, replay = subject.judge, Replay(subject)
 
     def estimate(twins: Mapping[str, Quantized], name: str) -> float:
-        with subject.replaced(twins) as model:
+        with replay.before(twins), subject.replaced(twins) as model:
             return judge.error(model)
 
     return estimate

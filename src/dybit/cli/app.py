@@ -21,6 +21,7 @@ from dybit.cli.doctor import doctor
 from dybit.cli.evaluate import evaluate
 from dybit.cli.info import info
 from dybit.cli.quantize import quantize
+from dybit.cli.search import search
 from dybit.cli.table import table
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command("table")(table)
 app.command("compare")(compare)
 app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
+app.command("search")(search)
 app.command("info")(info)
 app.command("doctor")(doctor)
 app.command("simulate")(simulate)
