@@ -45,8 +45,8 @@ class Twins:
         for one, recipe in self.subject.layer_recipes(name, candidate).items():
             if recipe is None:
                 continue
-            # Tied layers share the table's codes; every weight is quantized by the recipe of the first.
-            key = (one, replace(recipe, activations=None))
+            # Tied layers have the codes of the first of them, whatever their own inputs are.
+            key = (name, replace(recipe, activations=None))
             twin = self.subject.quantized(one, recipe, self._weights.get(key))
             self._weights[key] = {weight: twin.quantized_tensor(weight) for weight in twin.weight_specs}
             twins[one] = twin
@@ -195,12 +195,11 @@ class _FisherPasses:
                 for batch, reference in zip(subject.batches, subject.judge.outputs, strict=True):
                     for _ in range(_DRAWS):
                         result = output_tensor(run_batch(model, batch))
-                        grads = torch.autograd.grad(
-                            self._surprise(result.float(), generator), list(parameters.values()), allow_unused=True
-                        )
-                        for key, grad in zip(parameters, grads, strict=True):
-                            if grad is not None:
-                                sums[key] += grad.detach().square()
+                        self._surprise(result.float(), generator).backward()  # type: ignore[no-untyped-call]
+                        for key, parameter in parameters.items():
+                            if parameter.grad is not None:
+                                sums[key] += parameter.grad.square()
+                                parameter.grad = None
                     logits = subject.judge.kind == "logits"
                     # KL is half the quadratic form of the Fisher information; other errors are the form itself.
                     scale += 2.0 * (reference.numel() / reference.shape[-1]) if logits else _energy(reference)
@@ -208,7 +207,7 @@ class _FisherPasses:
             for handle in handles:
                 handle.remove()
             for parameter in parameters.values():
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(False).grad = None
         factor = 1.0 / (_DRAWS * scale) if scale else 0.0
         return {k: v * factor for k, v in sums.items()}, {k: v * factor for k, v in inputs.items()}
 

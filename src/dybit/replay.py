@@ -116,7 +116,7 @@ def _blocks(model: nn.Module) -> list[str]:
     """The outermost members of containers."""
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(block + ".") for block in found)
+        inside = any(f"{name}.".startswith(f"{block}.") for block in found)
         if isinstance(module, nn.ModuleList | nn.Sequential) and not inside:
             prefix = f"{name}." if name else ""
             found += [f"{prefix}{child}" for child, _ in module.named_children()]
