@@ -182,9 +182,15 @@ class SizeCost:
             weights = {key: getattr(module, key) for key in weight_names(module)}
             rest -= sum(weight.nbytes for weight in weights.values())
             layers[name] = tuple(
-                float(self._bytes(subject, name, weights, subject.layer_recipes(name, c))) for c in candidates
+                float(self._bytes(subject, name, weights, subject.layer_recipes(name, c)))
+                + (subject.folded.get(name, 0) if c.weights is None else 0)
+                for c in candidates
             )
-        base = rest + sum(getattr(m, k).numel() * 4 for m in subject.layers.values() for k in weight_names(m))
+        base = (
+            rest
+            + sum(subject.folded.values())
+            + sum(getattr(m, k).numel() * 4 for m in subject.layers.values() for k in weight_names(m))
+        )
         return CostTable("size", "bytes", layers, float(rest), float(base), "FP32")
 
     @staticmethod

@@ -118,6 +118,8 @@ class Subject:
         layers: The layers to decide about, by qualified name. Of tied layers only the first is one.
         ties: From the first to the other layers with the same weight.
         embeddings: Those of all these that are embedding tables.
+        folded: Bytes that folding a batch norm into a convolution saves, by the convolution: kept in floating point, it
+            keeps its norm.
 
     Raises:
         DyBitError: ``model`` is no module or has nothing to quantize, or there is no batch.
@@ -137,7 +139,10 @@ class Subject:
         found = {name: self.model.get_submodule(name) for name in layers}
         for module in found.values():
             make_plain_(module)
-        fold_(self.model, [pair for pair in find_pairs(self.model) if pair[0] in found])
+        pairs = [pair for pair in find_pairs(self.model) if pair[0] in found]
+        before = {pair[0]: _nbytes(self.model, pair) for pair in pairs}
+        fold_(self.model, pairs)
+        self.folded = {pair[0]: before[pair[0]] - _nbytes(self.model, pair) for pair in pairs}
         bypass_fast_path_(self.model, found.values())
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -275,7 +280,10 @@ class Subject:
         Raises:
             DyBitError: A pattern matches no layer, or is no regular expression.
         """
-        return agree(list(self.layers), self._record[1] if shared_inputs else [], patterns)
+        # Torch's attention multiplies by its out_proj itself, and rounds the input of either only if it rounds both.
+        attention = [(name, f"{name}.out_proj") for name, module in self.layers.items() if is_attention(module)]
+        known = [pair for pair in attention if pair[1] in self.layers]
+        return agree(list(self.layers), known + (self._record[1] if shared_inputs else []), patterns)
 
 
 def agree(
@@ -304,6 +312,10 @@ def agree(
     for name in names:
         result.setdefault(group[name], []).append(name)
     return [tuple(part) for part in result.values()]
+
+
+def _nbytes(model: nn.Module, names: Iterable[str]) -> int:
+    return sum(t.nbytes for name in names for t in model.get_submodule(name).state_dict().values())
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

@@ -206,9 +206,8 @@ class Trial:
         high = self.problem.error(self.problem.cheapest(self.problem.main.name))
         low = min(self.problem.error(exact), high)
         best: Point | None = None
-        guess = min(max(limit, low), high) if isinstance(_loss(self.constraints), MaxError) else math.sqrt(
-            max(low, high * 1e-9) * high
-        )  # fmt: skip
+        # Points lost are in another unit than estimates: the cheapest recipe comes first, then bisection.
+        guess = min(max(limit, low), high) if isinstance(_loss(self.constraints), MaxError) else high
         for index in range(rounds):
             try:
                 choice = self.problem.solve(limits, guess * (1 + 1e-9))
