@@ -19,7 +19,7 @@ from dybit.cost import Cost, CpuCost, ShapeCost, SizeCost, cost_table
 from dybit.errors import DyBitError
 from dybit.problem import Choice, Problem
 from dybit.recipe import Recipe
-from dybit.sensitivity import Estimate, measure
+from dybit.sensitivity import Estimate, check_arguments, measure
 from dybit.subject import Progress, Subject
 from dybit.trial import Point, Trial, check_possible, limits_loss, speed_table
 
@@ -121,6 +121,7 @@ def search(
         True
     """
     constraints = as_constraints(constraint)
+    check_arguments(sensitivity, workers)
     costs = _costs(cost, constraints)
     every = as_candidates(_default_candidates(costs, recipe) if candidates is None else candidates)
     subject = Subject(model, batches, recipe)

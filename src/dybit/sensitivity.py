@@ -67,10 +67,7 @@ def measure(
         DyBitError: ``estimate`` or ``workers`` is bad, a measurement fails or is not a number, or a worker died. Cells
             that were finished are kept.
     """
-    if estimate not in ESTIMATES:
-        raise DyBitError(f"sensitivity must be one of {', '.join(ESTIMATES)}, not {estimate!r}")
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise DyBitError(f"workers must be a positive integer, not {workers!r}")
+    check_arguments(estimate, workers)
     folder = Path(cache) if cache is not None else cache_directory() / "sensitivity"
     keys = {(name, c): _key(subject, name, c, estimate) for name in subject.layers for c in candidates}
     known = {key: value for key in set(keys.values()) if (value := _read(folder, key)) is not None}
@@ -92,6 +89,18 @@ def measure(
         if progress:
             progress(done, total, f"{name} {candidate.name}")
     return {name: [known[keys[name, c]] for c in candidates] for name in subject.layers}
+
+
+def check_arguments(estimate: object, workers: object) -> None:
+    """Checks the name of an estimate and a number of workers.
+
+    Raises:
+        DyBitError: One of them is bad.
+    """
+    if estimate not in ESTIMATES:
+        raise DyBitError(f"sensitivity must be one of {', '.join(ESTIMATES)}, not {estimate!r}")
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise DyBitError(f"workers must be a positive integer, not {workers!r}")
 
 
 def cache_directory() -> Path:

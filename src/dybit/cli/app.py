@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from dybit.cli.accelerator import rtl, simulate
+from dybit.cli.bench import bench
 from dybit.cli.compare import compare
 from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
 from dybit.cli.demo import demo
@@ -37,6 +38,7 @@ app.command("table")(table)
 app.command("compare")(compare)
 app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
+app.command("bench")(bench)
 app.command("search")(search)
 app.command("info")(info)
 app.command("doctor")(doctor)
