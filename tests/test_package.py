@@ -16,36 +16,13 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 
 # Layers of docs/design.md, from the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
-    {
-        "hadamard",
-        "scale",
-        "tensor",
-        "ops",
-        "codes",
-        "extension",
-        "kernels",
-        "_kernels",
-        "linear",
-        "conv",
-        "embedding",
-        "ranking",
-    },
-    {
-        "layers",
-        "attach",
-        "attention",
-        "fold",
-        "calibrate",
-        "plan",
-        "ptq",
-        "qat",
-        "model",
-        "checkpoint",
-        "fidelity",
-        "trace",
-    },
-    {"sensitivity", "cost", "search"},
+    {"format", "codec", "packing", "rivals", "recipe", "candidate", "workload", "networks", "errors"},
+    {"hadamard", "scale", "tensor", "ops", "codes", "extension", "kernels", "_kernels", "linear", "conv", "embedding"}
+    | {"ranking"},
+    {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity"}
+    | {"trace"},
+    {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}
+    | {"replay", "shapes", "rundir"},
     {"demo", "report", "cli", "integrations", "__main__"},
 ]
 BESIDE = {"accelerator", "rtl"}  # know layer 1 and no torch

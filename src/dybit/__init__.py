@@ -10,8 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dybit.accelerator.cost import AcceleratorCost as AcceleratorCost
+    from dybit.allocation import search as search
+    from dybit.candidate import Candidate as Candidate
     from dybit.checkpoint import load as load
     from dybit.checkpoint import save as save
+    from dybit.constraint import MaxDrop as MaxDrop
+    from dybit.constraint import MaxError as MaxError
+    from dybit.constraint import MaxSize as MaxSize
+    from dybit.constraint import Speedup as Speedup
+    from dybit.cost import CpuCost as CpuCost
+    from dybit.cost import SizeCost as SizeCost
     from dybit.errors import CheckpointError as CheckpointError
     from dybit.errors import DyBitError as DyBitError
     from dybit.errors import DyBitWarning as DyBitWarning
@@ -26,19 +35,28 @@ if TYPE_CHECKING:
     from dybit.recipe import Recipe as Recipe
 
 _HOMES = {
+    "AcceleratorCost": "accelerator.cost",
+    "Candidate": "candidate",
     "CheckpointError": "errors",
     "DyBitConfig": "integrations.transformers",
+    "CpuCost": "cost",
     "DyBitError": "errors",
     "DyBitWarning": "errors",
     "Format": "format",
+    "MaxDrop": "constraint",
+    "MaxError": "constraint",
+    "MaxSize": "constraint",
     "MissingExtraError": "errors",
     "Recipe": "recipe",
     "convert_": "qat",
+    "SizeCost": "cost",
+    "Speedup": "constraint",
     "dequantize_": "model",
     "load": "checkpoint",
     "prepare_qat_": "qat",
     "quantize_": "model",
     "save": "checkpoint",
+    "search": "allocation",
     "variants": "format",
 }
 __all__ = sorted(_HOMES)

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from dybit.cli.accelerator import rtl, simulate
+from dybit.cli.bench import bench
 from dybit.cli.compare import compare
 from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
 from dybit.cli.demo import demo
@@ -21,6 +22,7 @@ from dybit.cli.doctor import doctor
 from dybit.cli.evaluate import evaluate
 from dybit.cli.info import info
 from dybit.cli.quantize import quantize
+from dybit.cli.search import search
 from dybit.cli.table import table
 
 app = typer.Typer(
@@ -36,6 +38,8 @@ app.command("table")(table)
 app.command("compare")(compare)
 app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
+app.command("bench")(bench)
+app.command("search")(search)
 app.command("info")(info)
 app.command("doctor")(doctor)
 app.command("simulate")(simulate)

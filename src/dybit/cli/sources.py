@@ -56,6 +56,18 @@ def call(spec: str, argument: str, **keywords: object) -> Any:  # noqa: ANN401
         return target(**{name: value for name, value in keywords.items() if name in known})
 
 
+def function(spec: str, argument: str) -> Callable[..., Any]:
+    """Imports the function of ``module:function``.
+
+    Raises:
+        DyBitError: It cannot be imported, or is no function.
+    """
+    target = _import(spec, argument)
+    if not callable(target):
+        raise DyBitError(f"{argument} {spec!r} must be a function, not {target!r:.100}")
+    return target  # type: ignore[no-any-return]
+
+
 def takes_split(spec: str | None) -> bool:
     """Whether ``module:function`` has a parameter ``split``."""
     if spec is None or not is_reference(spec):

@@ -1,0 +1,191 @@
+"""``dybit bench``: FP32 against quantized layers and models, paired and interleaved, on this machine.
+
+Must not know how anything is quantized or how the clock works.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dybit.cli import options, sources
+from dybit.cli.console import grid, guarded, note, out, progress
+from dybit.errors import DyBitError
+from dybit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dybit.timing import Timing
+
+_SHAPE = re.compile(r"(\d+)[x×](\d+)[x×](\d+)", re.IGNORECASE)
+
+
+@guarded
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As in dybit quantize; none with --shapes.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Inputs, as in dybit evaluate; the first batch is timed.")
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Linear layers instead: rows x inputs x outputs, as in 1x4096x4096,128x384x1536.")
+    ] = None,
+    weights: options.Weights = None,
+    activations: options.Activations = None,
+    embeddings: options.Embeddings = None,
+    group_size: options.GroupSize = None,
+    activation_mode: options.ActivationMode = None,
+    variants: options.Variants = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in JSON, instead of the above.")] = None,
+    only_if_faster: Annotated[
+        bool, typer.Option("--only-if-faster", help="Keep slower layers in FP32; -o gets the recipe.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The recipe of --only-if-faster.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="About how long to time each layer.")] = 0.5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [torch's own choice]")] = None,
+    tokenizer: options.Tokenizer = None,
+    batch_size: options.BatchSize = 16,
+) -> None:
+    """Time every layer and the whole model in FP32 and quantized, taking turns in one process.
+
+    Medians, with the quartiles of the paired ratios; times faster is FP32 / DyBit, below 1 is slower. With one thread
+    the clock is its processor time. Weights are quantized by absolute maxima here, which makes no difference to speed.
+
+    Example: dybit bench dybit.demo:minilm --data dybit.demo:minilm_batches --activations 8
+    """
+    if (model is None) == (shapes is None):
+        raise DyBitError("give MODEL or --shapes, one of them")
+    if only_if_faster != (output is not None) or (only_if_faster and model is None):
+        raise DyBitError("--only-if-faster needs MODEL and -o FILE for the recipe, and -o is for it alone")
+    plan = options.make_recipe(
+        recipe, weights=weights, activations=activations, embeddings=embeddings, group_size=group_size,
+        activation_mode=activation_mode, variants=variants,
+    )  # fmt: skip
+    import torch
+
+    from dybit.timing import machine
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        if shapes is not None:
+            network, batch = _linears(shapes)
+            names = {str(i): word for i, word in enumerate(shapes.split(","))}
+        else:
+            assert model is not None
+            if data is None:
+                raise DyBitError("--data DATA is needed to run MODEL")
+            network, names = sources.load_model(model), {}
+            batch = sources.load_batches(data, "--data", split="evaluation", limit=1, model=model,
+                                         tokenizer=tokenizer, batch_size=batch_size)[0]  # fmt: skip
+        layers, whole, faster = _time(network, batch, plan, seconds, shapes is None, only_if_faster)
+        out().print(f"{model or 'linear layers'} on {machine()}", style="bold", soft_wrap=True)
+        _print(layers, whole, names)
+        if json is not None:
+            from dybit.sensitivity import write_json
+
+            figures = {name: {k: asdict(t) for k, t in times.items()} for name, times in (layers | whole).items()}
+            write_json(json, {"machine": asdict(machine()), "recipe": plan.to_dict(), "timings": figures})
+    finally:
+        torch.set_num_threads(before)
+    if output is not None:
+        from dybit.sensitivity import write_json
+
+        write_json(output, faster.to_dict())
+        out().print(f"wrote {output}", soft_wrap=True)
+
+
+Times = dict[str, dict[str, "Timing"]]
+
+
+def _time(
+    network: nn.Module,
+    batch: Any,  # noqa: ANN401
+    plan: Recipe,
+    seconds: float,
+    with_whole: bool,
+    only_if_faster: bool,
+) -> tuple[Times, Times, Recipe]:
+    """The times of the layers, of the whole model, and the recipe without the layers that are slower."""
+    from dybit import quantize_
+    from dybit.calibrate import run_batch
+    from dybit.subject import Subject
+    from dybit.timing import compare
+
+    quick = replace(plan, method="absmax", criterion="weight") if plan.method == "mse" else plan
+    subject = Subject(network, [batch], quick)
+    layers: Times = {}
+    with progress("timing layers", len(subject.layers)) as bar:
+        for index, (name, module) in enumerate(subject.layers.items()):
+            bar.update(index, len(subject.layers), name)
+            own = quick.layer(name, name in subject.embeddings)
+            if own is None or name not in subject.inputs:
+                continue
+            at, twin = subject.inputs[name], subject.quantized(name, own)
+            runs = {"fp32": partial(module.forward, *at.args, **at.kwargs),
+                    "dybit": partial(twin.forward, *at.args, **at.kwargs)}  # fmt: skip
+            layers[name] = compare(runs, seconds)
+        if not layers:
+            raise DyBitError("the recipe keeps every layer in floating point")
+        slower = [name for name, times in layers.items() if times["dybit"].ratio < 1]
+        kept: dict[str, Any] = dict.fromkeys(one for name in slower for one in (name, *subject.ties[name]))
+        rules = kept | {k: None if v is None else dict(v) for k, v in plan.rules if k not in kept}
+        faster = replace(plan, rules=tuple(rules.items()))
+        whole: Times = {}
+        if with_whole:
+            bar.start("timing the whole model")
+            models = {"fp32": subject.model, "dybit": quantize_(copy.deepcopy(network).eval(), quick, [batch])}
+            if only_if_faster and 0 < len(slower) < len(layers):
+                chosen = replace(faster, method=quick.method, criterion=quick.criterion)
+                models["only if faster"] = quantize_(copy.deepcopy(network).eval(), chosen, [batch])
+            whole["whole model"] = compare({k: partial(run_batch, m, batch) for k, m in models.items()}, 8 * seconds)
+    return layers, whole, faster
+
+
+def _linears(shapes: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Linear layers side by side, each on its own input."""
+    import torch
+    from torch import nn
+
+    class Side(nn.ModuleList):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return torch.cat([layer(x).flatten() for layer, x in zip(self, inputs, strict=True)])
+
+    sizes = []
+    for word in shapes.split(","):
+        match = _SHAPE.fullmatch(word.strip())
+        if not match or "0" in match.groups():
+            raise DyBitError(f"--shapes must be like 1x4096x4096,128x384x1536, not {word!r}")
+        sizes.append([int(n) for n in match.groups()])
+    torch.manual_seed(0)
+    layers = Side([nn.Linear(columns, outputs) for _, columns, outputs in sizes])
+    return layers, tuple(torch.randn(rows, columns) for rows, columns, _ in sizes)
+
+
+def _print(layers: Times, whole: Times, names: dict[str, str]) -> None:
+    table = grid("layer", ">FP32 ms", ">DyBit ms", ">times faster", ">quartiles", "")
+    rows = {name: times for name, times in layers.items()} | whole
+    for name, times in rows.items():
+        for label in list(times)[1:]:
+            found, extra = times[label], "" if label == "dybit" else f" ({label})"
+            slow = "slower than FP32" if found.ratio < 1 else ""
+            cells = [f"{times['fp32'].median * 1e3:.3f}", f"{found.median * 1e3:.3f}", f"{found.ratio:.2f}"]
+            spread = f"{found.ratio_low:.2f} to {found.ratio_high:.2f}"
+            style = "bold" if name in whole else "red" if slow else ""
+            table.add_row(names.get(name, name) + extra, *cells, spread, slow, style=style)
+    out().print(table)
+    slower = sum(times["dybit"].ratio < 1 for times in layers.values())
+    if slower:
+        note(f"{slower} of {len(layers)} layers are slower than in FP32; --only-if-faster keeps them so")
