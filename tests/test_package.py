@@ -20,7 +20,7 @@ LAYERS = [
     {"scale", "tensor", "ops", "kernels", "_kernels", "linear"},
     {"layers", "attention", "fold", "calibrate", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
     {"sensitivity", "cost", "search"},
-    {"demo", "report", "cli", "integrations", "__main__"},
+    {"demo", "report", "cli", "integrations", "onnx", "interchange", "__main__"},
 ]
 BESIDE = {"accelerator", "rtl"}  # know layer 1 and no torch
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,115 @@
+"""``dybit export``: a quantized model to ONNX; ``dybit import``: an integer ONNX model to a checkpoint.
+
+Must not know how anything is expressed in ONNX.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dybit.cli import options, sources
+from dybit.cli.console import guarded, note, out, progress, size
+from dybit.cli.layers import Watch
+from dybit.cli.quantize import float_bytes, needs_calibration
+from dybit.errors import DyBitError
+
+if TYPE_CHECKING:
+    pass
+
+
+@guarded
+def export(
+    target: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file.")],
+    calibration: Annotated[
+        str, typer.Option(metavar="DATA", help="Inputs to calibrate, trace and check with, as in dybit quantize.")
+    ],
+    preset: Annotated[str, typer.Option(help="portable, fast-cpu (for ONNX Runtime) or fp4.")] = "portable",
+    bound: Annotated[
+        float | None, typer.Option(help="Largest difference accepted, as a share of the largest output. [by preset]")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The original of a checkpoint, as MODEL in dybit quantize.")] = None,
+    weights: options.Weights = None,
+    activations: options.Activations = None,
+    embeddings: options.Embeddings = None,
+    group_size: options.GroupSize = None,
+    granularity: options.Granularity = None,
+    scale: options.Scale = None,
+    variants: options.Variants = None,
+    method: options.Method = None,
+    criterion: options.Criterion = None,
+    activation_mode: options.ActivationMode = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in JSON, instead of the above.")] = None,
+    tokenizer: options.Tokenizer = None,
+    batches: options.Batches = None,
+    batch_size: options.BatchSize = 16,
+) -> None:
+    """Export a quantized model to ONNX, checked against the model itself (needs the extra dybit[onnx]).
+
+    FILE is written only if ONNX's checker accepts it and ONNX Runtime's outputs differ from the model's by no more than
+    the bound. portable: packed codes and a table, exact in every runtime; fast-cpu: ONNX Runtime's integer products;
+    fp4: FLOAT4E2M1 where weights have its values (s4r2), for the runtimes that take it.
+
+    Example: dybit export dybit.demo:minilm -o minilm.onnx --weights 4 --calibration dybit.demo:minilm_batches
+    """
+    fields = {
+        "weights": weights,
+        "activations": activations,
+        "embeddings": embeddings,
+        "group_size": group_size,
+        "granularity": granularity,
+        "scale": scale,
+        "variants": variants,
+        "method": method,
+        "criterion": criterion,
+        "activation_mode": activation_mode,
+    }
+    import dybit.onnx
+
+    if preset not in dybit.onnx.PRESETS:
+        raise DyBitError(f"--preset must be one of {', '.join(dybit.onnx.PRESETS)}, not {preset!r}")
+    checkpoint = (Path(target) / "dybit.json").is_file()
+    source = _source(target, model, {**fields, "recipe": recipe}) if checkpoint else target
+    if not checkpoint and model is not None:
+        raise DyBitError(f"--model {model!r} goes with a checkpoint, and {target!r} is none")
+    plan = None if checkpoint else options.make_recipe(recipe, **fields)
+    if plan is not None:
+        needs_calibration(plan, calibration)
+    network = sources.load_model(source, "--model" if checkpoint else "MODEL")
+    data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=source,
+                                tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
+    fp32 = float_bytes(network.state_dict())
+    with progress("quantizing") as bar:
+        if plan is None:
+            dybit.load(target, network)
+        else:
+            dybit.quantize_(network, plan, calibration=data, progress=Watch(network, bar, measure=False))
+        bar.start("exporting and checking")
+        done = dybit.onnx.export(network.eval(), output, data, preset=preset, bound=bound)
+    console = out()
+    console.print(f"saved to {output}: {size(done.nbytes)}, {done.nbytes / fp32:.3f} of FP32", soft_wrap=True)
+    console.print(f"inputs {', '.join(done.inputs)}", soft_wrap=True)
+    console.print("weights " + ", ".join(f"{n} × {kind}" for kind, n in done.stored.items()), soft_wrap=True)
+    check = done.check
+    console.print(
+        f"{check.runtime} against the model: largest difference {check.difference:.2g} of the largest output, "
+        f"root mean square {check.error:.2g} of the outputs'",
+        soft_wrap=True,
+    )
+    if "FLOAT4E2M1" in done.stored:
+        note("note: ONNX Runtime's CPU provider does not compute FLOAT4E2M1; the file is for runtimes that do")
+
+
+def _source(target: str, model: str | None, fields: dict[str, Any]) -> str:
+    """The original of a checkpoint, if nothing else was said that does not go with one."""
+    given = [name for name, value in fields.items() if value is not None]
+    if given:
+        raise DyBitError(f"--{given[0].replace('_', '-')} does not go with {target!r}, which is quantized already")
+    if model is None:
+        raise DyBitError(f"{target!r} is a checkpoint: give its floating-point original by --model")
+    return model
