@@ -19,7 +19,7 @@ from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
 from dybit.cli.demo import demo
 from dybit.cli.doctor import doctor
 from dybit.cli.evaluate import evaluate
-from dybit.cli.export import export
+from dybit.cli.export import export, import_
 from dybit.cli.info import info
 from dybit.cli.quantize import quantize
 from dybit.cli.table import table
@@ -38,6 +38,7 @@ app.command("compare")(compare)
 app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
+app.command("import")(import_)
 app.command("info")(info)
 app.command("doctor")(doctor)
 app.command("simulate")(simulate)

@@ -13,7 +13,7 @@ import typer
 from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress, size
 from dybit.cli.layers import Watch
-from dybit.cli.quantize import float_bytes, needs_calibration
+from dybit.cli.quantize import check_target, float_bytes, needs_calibration
 from dybit.errors import DyBitError
 
 if TYPE_CHECKING:
@@ -103,6 +103,58 @@ def export(
     )
     if "FLOAT4E2M1" in done.stored:
         note("note: ONNX Runtime's CPU provider does not compute FLOAT4E2M1; the file is for runtimes that do")
+
+
+@guarded
+def import_(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="An .onnx model with integer weights.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the checkpoint.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The architecture, as MODEL in dybit quantize, to load the weights into and check."),
+    ] = None,
+) -> None:
+    """Import the weights of an integer ONNX model, value for value (needs the extra dybit[onnx]).
+
+    Weights in DequantizeLinear (INT2 to INT8) and MatMulNBits become codes of the same values: max_run=1 is an integer.
+    How the file rounds inputs is not imported. With --model, DIR is a checkpoint of that model; without, of its weights
+    by their names in the file.
+
+    Example: dybit import model-int8.onnx -o model-int8 --model yours:net
+    """
+    import dybit.onnx
+    from dybit import checkpoint
+
+    check_target(output)
+    network = sources.load_model(model, "--model") if model is not None else None
+    found = dybit.onnx.read(file)
+    tensors = dict(found.tensors)
+    if network is not None:
+        wanted = network.state_dict()
+        unknown = [name for name in found.weights if name not in wanted]
+        if unknown:
+            raise DyBitError(f"--model {model!r} has no weight {unknown[0]!r}, which {file!r} has")
+        tensors = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    entries = {}
+    for name, weight in found.weights.items():
+        tensors.update({name + suffix: buffer for suffix, buffer in weight.buffers().items()})
+        layer, _, key = name.rpartition(".")
+        entries[layer] = {"kind": "weight", "dtype": "float32", "weights": {key: weight.spec.to_dict()}, "input": None}
+    if network is not None:
+        tensors = {**{k: v for k, v in network.state_dict().items() if k not in found.weights}, **tensors}
+    with checkpoint.replacing(output) as folder:
+        part = folder / "checked"
+        checkpoint.write(part, tensors, entries, recipe=found.recipe)
+        if network is not None:
+            dybit.load(part, network)
+        for item in part.iterdir():
+            item.rename(folder / item.name)
+        part.rmdir()
+    formats = sorted({weight.spec.family for weight in found.weights.values()})
+    out().print(f"saved to {output}: {len(found.weights)} weights as {', '.join(formats)}", soft_wrap=True)
+    if found.inputs:
+        note(f"note: the file rounds {found.inputs} activations, which were left out")
+    note(f"next: dybit info {output}")
 
 
 def _source(target: str, model: str | None, fields: dict[str, Any]) -> str:
