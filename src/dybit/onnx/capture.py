@@ -46,18 +46,19 @@ def capture(model: nn.Module, batches: Sequence[Any], opset: int) -> ir.Model:
     failed: DyBitError | None = None
     whole = widened(batches[0])
     calls = [_tensors(batch) for batch in batches]
+    with evaluating(model):
+        outputs = _output_names(run_batch(model, batches[0], "the first batch"))
     for batch, axes in ((whole, _axes(calls, texts=True)), (whole, _axes(calls, texts=False)), (batches[0], None)):
         with _placeholders(model), _quiet():
             try:
-                return _trace(model, batch, axes, opset)
+                return _trace(model, batch, axes, outputs, opset)
             except DyBitError as error:
                 failed = failed or error
     assert failed is not None
     raise failed
 
 
-def _trace(model: nn.Module, batch: Any, axes: Axes | None, opset: int) -> ir.Model:  # noqa: ANN401
-    outputs = _output_names(run_batch(model, batch))
+def _trace(model: nn.Module, batch: Any, axes: Axes | None, outputs: list[str], opset: int) -> ir.Model:
     try:
         program = torch.onnx.export(
             _Flat(model, batch),
@@ -166,19 +167,29 @@ def _axes(calls: Sequence[tuple[Tensor, ...]], texts: bool) -> Axes:
 
 @contextmanager
 def _placeholders(model: nn.Module) -> Iterator[None]:
-    """Makes the quantized layers of a model in evaluation mode speak placeholders."""
+    """Makes the quantized layers of a model speak placeholders, in evaluation mode."""
     layers = quantized_layers(model)
     before = {name: type(layer) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.__class__ = _speaking(type(layer), name, tuple(layer.weight_specs))
+        with evaluating(model):
+            yield
+    finally:
+        for name, layer in layers.items():
+            layer.__class__ = before[name]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, without gradients."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        for name, layer in layers.items():
-            layer.__class__ = _speaking(type(layer), name, tuple(layer.weight_specs))
-        yield
+        with torch.no_grad():
+            yield
     finally:
-        for name, layer in layers.items():
-            layer.__class__ = before[name]
         for module in training:
             module.training = True
 
