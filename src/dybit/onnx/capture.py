@@ -58,7 +58,7 @@ def capture(model: nn.Module, batches: Sequence[Any], opset: int) -> ir.Model:
     raise failed
 
 
-def _trace(model: nn.Module, batch: Any, axes: Axes | None, outputs: list[str], opset: int) -> ir.Model:
+def _trace(model: nn.Module, batch: Any, axes: Axes | None, outputs: list[str], opset: int) -> ir.Model:  # noqa: ANN401
     try:
         program = torch.onnx.export(
             _Flat(model, batch),
