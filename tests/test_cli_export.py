@@ -19,6 +19,10 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
 
+def blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU()).eval()
+
 def other():
     return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 9)).eval()
 
@@ -124,3 +128,20 @@ def test_errors_of_import(place, words, message):
         good("export", "theirs:net", "-o", "ok.onnx", "--preset", "fast-cpu", "--weights", "s8r1", *DATA)
     assert message in " ".join(bad("import", *words, "-o", "nothing").split())
     assert not (place / "nothing").exists()
+
+
+@pytest.mark.parametrize(("preset", "path"), [("compressed-tensors", "ct"), ("gguf", "w.gguf")])
+def test_block_formats_there_and_back(place, preset, path):
+    pytest.importorskip("gguf")
+    words = ("--weights", "s4r2", "--group-size", "32", "--scale", "pow2")
+    good("export", "theirs:blocks", "-o", path, "--preset", preset, *words)
+    good("import", path, "-o", f"{preset}-back", "--model", "theirs:blocks")
+    from theirs import blocks
+
+    model = dybit.quantize_(blocks(), dybit.Recipe(weights="s4r2", group_size=32, scale="pow2"))
+    loaded = dybit.load(f"{preset}-back", blocks())
+    assert torch.equal(loaded[0].weight, model[0].weight) and torch.equal(loaded[0].bias, model[0].bias)
+
+
+def test_onnx_needs_inputs():
+    assert "--preset portable needs --calibration" in " ".join(bad("export", "theirs:net", "-o", "x.onnx").split())

@@ -1,6 +1,6 @@
-"""``dybit export``: a quantized model to ONNX; ``dybit import``: an integer ONNX model to a checkpoint.
+"""``dybit export`` and ``dybit import``: between quantized models and the files of other projects.
 
-Must not know how anything is expressed in ONNX.
+Must not know how anything is expressed in those files.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ def export(
     target: Annotated[
         str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file.")],
-    calibration: Annotated[
-        str, typer.Option(metavar="DATA", help="Inputs to calibrate, trace and check with, as in dybit quantize.")
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx or .gguf file, or directory.")
     ],
-    preset: Annotated[str, typer.Option(help="portable, fast-cpu (for ONNX Runtime) or fp4.")] = "portable",
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Inputs to calibrate, trace and check with, as in dybit quantize."),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="ONNX: portable, fast-cpu or fp4. Others: compressed-tensors or gguf.")
+    ] = "portable",
     bound: Annotated[
         float | None, typer.Option(help="Largest difference accepted, as a share of the largest output. [by preset]")
     ] = None,
@@ -53,7 +58,8 @@ def export(
 
     FILE is written only if ONNX's checker accepts it and ONNX Runtime's outputs differ from the model's by no more than
     the bound. portable: packed codes and a table, exact in every runtime; fast-cpu: ONNX Runtime's integer products;
-    fp4: FLOAT4E2M1 where weights have its values (s4r2), for the runtimes that take it.
+    fp4: FLOAT4E2M1 where weights have its values (s4r2), for the runtimes that take it. Weights in s4r2 with block
+    scales are also written as compressed-tensors (a directory with MXFP4 or NVFP4 linear layers) or gguf (MXFP4).
 
     Example: dybit export dybit.demo:minilm -o minilm.onnx --weights 4 --calibration dybit.demo:minilm_batches
     """
@@ -71,8 +77,11 @@ def export(
     }
     import dybit.onnx
 
-    if preset not in dybit.onnx.PRESETS:
-        raise DyBitError(f"--preset must be one of {', '.join(dybit.onnx.PRESETS)}, not {preset!r}")
+    presets = (*dybit.onnx.PRESETS, *_WRITERS)
+    if preset not in presets:
+        raise DyBitError(f"--preset must be one of {', '.join(presets)}, not {preset!r}")
+    if preset in dybit.onnx.PRESETS and calibration is None:
+        raise DyBitError(f"--preset {preset} needs --calibration, inputs to trace the model and to check the file with")
     checkpoint = (Path(target) / "dybit.json").is_file()
     source = _source(target, model, {**fields, "recipe": recipe}) if checkpoint else target
     if not checkpoint and model is not None:
@@ -81,14 +90,20 @@ def export(
     if plan is not None:
         needs_calibration(plan, calibration)
     network = sources.load_model(source, "--model" if checkpoint else "MODEL")
-    data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=source,
-                                tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
+    data = None
+    if calibration is not None:
+        data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=source,
+                                    tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
     fp32 = float_bytes(network.state_dict())
     with progress("quantizing") as bar:
         if plan is None:
             dybit.load(target, network)
         else:
             dybit.quantize_(network, plan, calibration=data, progress=Watch(network, bar, measure=False))
+        if data is None or preset in _WRITERS:
+            _WRITERS[preset](network, output)
+            out().print(f"saved to {output}", soft_wrap=True)
+            return
         bar.start("exporting and checking")
         done = dybit.onnx.export(network.eval(), output, data, preset=preset, bound=bound)
     console = out()
@@ -107,27 +122,28 @@ def export(
 
 @guarded
 def import_(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="An .onnx model with integer weights.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="An .onnx or .gguf file, or a directory of compressed-tensors.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the checkpoint.")],
     model: Annotated[
         str | None,
         typer.Option(help="The architecture, as MODEL in dybit quantize, to load the weights into and check."),
     ] = None,
 ) -> None:
-    """Import the weights of an integer ONNX model, value for value (needs the extra dybit[onnx]).
+    """Import the weights of an integer ONNX model, or MXFP4 and NVFP4 ones, value for value.
 
-    Weights in DequantizeLinear (INT2 to INT8) and MatMulNBits become codes of the same values: max_run=1 is an integer.
-    How the file rounds inputs is not imported. With --model, DIR is a checkpoint of that model; without, of its weights
-    by their names in the file.
+    From .onnx, weights in DequantizeLinear (INT2 to INT8) and MatMulNBits: max_run=1 is an integer. From a directory in
+    compressed-tensors' layout, MXFP4 and NVFP4, and from .gguf MXFP4: max_run=2 with 4 bits is E2M1. How inputs are
+    rounded is not imported. With --model, DIR is a checkpoint of that model; without, of the weights by their names.
 
     Example: dybit import model-int8.onnx -o model-int8 --model yours:net
     """
-    import dybit.onnx
     from dybit import checkpoint
 
     check_target(output)
     network = sources.load_model(model, "--model") if model is not None else None
-    found = dybit.onnx.read(file)
+    found = _read(file)
     tensors = dict(found.tensors)
     if network is not None:
         wanted = network.state_dict()
@@ -146,7 +162,7 @@ def import_(
         part = folder / "checked"
         checkpoint.write(part, tensors, entries, recipe=found.recipe)
         if network is not None:
-            dybit.load(part, network)
+            checkpoint.load(part, network)
         for item in part.iterdir():
             item.rename(folder / item.name)
         part.rmdir()
@@ -155,6 +171,39 @@ def import_(
     if found.inputs:
         note(f"note: the file rounds {found.inputs} activations, which were left out")
     note(f"next: dybit info {output}")
+
+
+def _read(file: str) -> Imported:
+    from dybit import interchange
+    from dybit import onnx as dybit_onnx
+
+    if Path(file).is_dir():
+        return interchange.read_compressed(file)
+    return interchange.read_gguf(file) if file.endswith(".gguf") else dybit_onnx.read(file)
+
+
+def _to_compressed(model: nn.Module, path: Path) -> None:
+    from dybit.interchange import save_compressed
+
+    save_compressed(model, path)
+
+
+def _to_gguf(model: nn.Module, path: Path) -> None:
+    """Under the names of the model itself: those of llama.cpp's architectures are its own."""
+    from dybit.interchange import write_gguf
+    from dybit.model import quantized_layers
+
+    weights = {
+        f"{name}.{key}".lstrip("."): layer.quantized_tensor(key)
+        for name, layer in quantized_layers(model).items()
+        for key in layer.weight_specs
+    }
+    stored = {key + suffix for key, weight in weights.items() for suffix in weight.spec.buffers()}
+    others = {key: tensor for key, tensor in model.state_dict().items() if key not in stored}
+    write_gguf(path, weights, {key: tensor for key, tensor in others.items() if tensor.is_floating_point()})
+
+
+_WRITERS = {"compressed-tensors": _to_compressed, "gguf": _to_gguf}
 
 
 def _source(target: str, model: str | None, fields: dict[str, Any]) -> str:

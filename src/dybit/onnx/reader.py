@@ -8,22 +8,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from dybit import rivals
 from dybit.codec import Family
 from dybit.errors import CheckpointError, DyBitError
+from dybit.interchange.imported import Imported
 from dybit.onnx.graph import Array
 from dybit.onnx.weights import MICROSOFT
 from dybit.ops import pack
-from dybit.recipe import Recipe
 from dybit.scale import Granularity
 from dybit.tensor import QuantizedTensor, TensorSpec
 
@@ -32,31 +29,6 @@ _UNSIGNED = {"uint2": 2, "uint4": 4, "uint8": 8}
 # What tools append to the name of a weight when they quantize it.
 _SUFFIX = re.compile(r"([._](quantized|quant|int8|int8_t|4bit|8bit|(DQ_)?Q[248]G?))+$")
 _OPERATORS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm", "DynamicQuantizeMatMul")
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What :func:`read` found.
-
-    Attributes:
-        weights: The quantized weights by qualified name, such as ``encoder.0.weight``.
-        tensors: The other initializers of at least one dimension, by name.
-        inputs: How many activations the file quantizes, which were left out.
-    """
-
-    weights: dict[str, QuantizedTensor] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    inputs: int = 0
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe that asks for the same formats, layer by layer; everything else in floating point."""
-        rules: dict[str, dict[str, Any]] = {}
-        for name, weight in self.weights.items():
-            spec = weight.spec
-            shared = {"group_size": spec.group_size} if spec.group_size else {"granularity": spec.granularity}
-            rules[name.rpartition(".")[0]] = {"weights": spec.family, **shared}
-        return Recipe(weights=None, embeddings=None, rules=rules)
 
 
 def read(path: str | os.PathLike[str]) -> Imported:
