@@ -86,7 +86,10 @@ def test_fp4_says_what_cannot_run_it():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("theirs:net", "--preset", "small"), "--preset must be one of portable, fast-cpu, fp4, not 'small'"),
+        (
+            ("theirs:net", "--preset", "small"),
+            "--preset must be one of portable, fast-cpu, fp4, compressed-tensors, gguf, not 'small'",
+        ),
         (("theirs:net", "--model", "theirs:net"), "goes with a checkpoint, and 'theirs:net' is none"),
         (("theirs:net", "--weights", "4", "--preset", "fp4"), "needs a weight of E2M1 values"),
         (("saved2", "--model", "theirs:net", "--weights", "3"), "--weights does not go with 'saved2'"),

@@ -59,7 +59,7 @@ def to_blocks(weight: QuantizedTensor, name: str) -> Blocks:
     if unit is None or kind is None or len(spec.shape) != 2 or spec.transposed or spec.columns % (spec.group_size or 1):
         raise DyBitError(
             f"{name!r} is {spec.family} of shape {spec.shape}, {spec.scale} scales, group_size={spec.group_size}; "
-            "MXFP4 is s4r2, scale='pow2', group_size=32, and NVFP4 s4r2, scale='e4m3', group_size=16, dividing the columns"
+            "MXFP4 is s4r2, scale='pow2', group_size=32, NVFP4 s4r2, scale='e4m3', group_size=16, dividing the columns"
         )
     packed = weight.packed.reshape(spec.rows, spec.columns // 2)
     if kind == "mxfp4":
