@@ -17,7 +17,14 @@ from dybit.cli.quantize import check_target, float_bytes, needs_calibration
 from dybit.errors import DyBitError
 
 if TYPE_CHECKING:
-    pass
+    from torch import nn
+
+    from dybit.interchange import Imported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dybit.interchange import Imported
 
 
 @guarded
