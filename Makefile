@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Threads of OpenMP that wait by spinning take the cores from those that work, on a machine that is busy.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format bench sanitize rtl verilate synth clean
+.PHONY: help demo test lint format bench sanitize rtl verilate synth docs dist clean
 
 help:
 	@echo "make demo    set up $(VENV) and quantize two real networks (about 3 minutes after downloads)"
@@ -15,6 +15,8 @@ help:
 	@echo "make format  mend formatting and imports"
 	@echo "make rtl     write the accelerator's Verilog; verilate, synth: check and measure it (see docs/accelerator.md)"
 	@echo "make bench   time the kernels against FP32, INT8 and ONNX Runtime (about 5 minutes)"
+	@echo "make docs    build the documentation into docs/_build, warnings being errors"
+	@echo "make dist    build the source archive and this platform's wheel into dist/, and check them"
 	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
 	@echo "make clean   remove $(VENV) and everything that was made"
 
@@ -48,6 +50,17 @@ bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxruntime
 	$(BIN)/python benchmarks/linear.py --json linear.json
 
+docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -q docs docs/_build
+	@echo "docs/_build/index.html"
+
+dist: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # A build of its own beside the installed one, loaded first. Leaks are not looked for: Python and torch keep memory.
 sanitize: $(VENV)/installed
 	$(BIN)/pip install --quiet "cmake>=3.18" ninja "nanobind>=3.1,<4"
@@ -67,4 +80,4 @@ $(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ LAYERS = [
     | {"trace"},
     {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}
     | {"replay", "shapes", "rundir"},
-    {"demo", "report", "cli", "integrations", "__main__"},
+    {"demo", "report", "cli", "integrations", "onnx", "interchange", "__main__"},
 ]
 BESIDE = {"accelerator", "rtl"}  # know layer 1 and no torch
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

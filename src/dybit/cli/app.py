@@ -20,6 +20,7 @@ from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
 from dybit.cli.demo import demo
 from dybit.cli.doctor import doctor
 from dybit.cli.evaluate import evaluate
+from dybit.cli.export import export, import_
 from dybit.cli.info import info
 from dybit.cli.quantize import quantize
 from dybit.cli.search import search
@@ -40,6 +41,8 @@ app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
 app.command("bench")(bench)
 app.command("search")(search)
+app.command("export")(export)
+app.command("import")(import_)
 app.command("info")(info)
 app.command("doctor")(doctor)
 app.command("simulate")(simulate)

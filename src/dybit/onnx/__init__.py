@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 from dybit.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from dybit.onnx.reader import read as read
     from dybit.onnx.writer import PRESETS as PRESETS
     from dybit.onnx.writer import Exported as Exported
     from dybit.onnx.writer import export as export
-    from dybit.onnx.reader import Imported as Imported
-    from dybit.onnx.reader import read as read
 
-_HOMES = {"PRESETS": "writer", "Exported": "writer", "Imported": "reader", "export": "writer", "read": "reader"}
+_HOMES = {"PRESETS": "writer", "Exported": "writer", "export": "writer", "read": "reader"}
 _NEEDED = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
 __all__ = sorted(_HOMES)
 

@@ -24,14 +24,16 @@ from dybit.layers import Quantized, _QuantizedEmbedding, _QuantizedLinear, origi
 from dybit.model import quantized_layers
 
 DOMAIN = "dybit"
+PREFIX = "model."  # of the names of parameters in a captured graph
+Axes = tuple[dict[int, str], ...]
 WEIGHT, LINEAR, EMBEDDING, ROUND = "Weight", "Linear", "Embedding", "Round"
 
 
 def capture(model: nn.Module, batches: Sequence[Any], opset: int) -> ir.Model:
     """Traces a quantized model, in evaluation mode.
 
-    The first dimension of every input is dynamic, and every other one that differs between batches; none is where the
-    model does not allow that.
+    The first dimension of every input is dynamic, the second one of integers (the length of a text), and every other
+    that differs between batches; if the model does not allow that, the length is not, or none is.
 
     Args:
         model: Of which some layers are quantized; on the CPU. It is left as it was.
@@ -42,24 +44,25 @@ def capture(model: nn.Module, batches: Sequence[Any], opset: int) -> ir.Model:
         DyBitError: torch cannot export the model; the message says why.
     """
     failed: DyBitError | None = None
-    for batch, dynamic in ((widened(batches[0]), True), (batches[0], False)):
+    whole = widened(batches[0])
+    calls = [_tensors(batch) for batch in batches]
+    with evaluating(model):
+        outputs = _output_names(run_batch(model, batches[0], "the first batch"))
+    for batch, axes in ((whole, _axes(calls, texts=True)), (whole, _axes(calls, texts=False)), (batches[0], None)):
         with _placeholders(model), _quiet():
             try:
-                return _trace(model, batch, batches if dynamic else batches[:1], dynamic, opset)
+                return _trace(model, batch, axes, outputs, opset)
             except DyBitError as error:
                 failed = failed or error
     assert failed is not None
     raise failed
 
 
-def _trace(model: nn.Module, batch: Any, batches: Sequence[Any], dynamic: bool, opset: int) -> ir.Model:  # noqa: ANN401
-    root = _Flat(model, batch)
-    axes = _dynamic_axes([root.tensors(x) for x in batches]) if dynamic else None
-    outputs = _output_names(run_batch(model, batch))
+def _trace(model: nn.Module, batch: Any, axes: Axes | None, outputs: list[str], opset: int) -> ir.Model:  # noqa: ANN401
     try:
         program = torch.onnx.export(
-            root,
-            root.tensors(batch),
+            _Flat(model, batch),
+            tuple(x.clone() for x in _tensors(batch)),  # torch marks tensors as dynamic, also for the next attempt
             input_names=_input_names(model, batch),
             output_names=outputs,
             dynamic_shapes=(axes,) if axes else None,
@@ -83,10 +86,6 @@ class _Flat(nn.Module):
         self.model = model
         self._leaves, self._spec = pytree.tree_flatten(arguments(batch))
         self.eval()
-
-    def tensors(self, batch: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-        """The tensors of a batch, in the order of this module's arguments."""
-        return tuple(x for x in pytree.tree_leaves(arguments(batch)) if isinstance(x, Tensor))
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Calls the model."""
@@ -138,8 +137,18 @@ def _names(tree: Any, fallback: str) -> list[str]:  # noqa: ANN401
     return names if len(set(names)) == len(names) else [f"{fallback}_{i}" for i in range(len(names))]
 
 
-def _dynamic_axes(calls: Sequence[tuple[Tensor, ...]]) -> tuple[dict[int, str], ...]:
-    """The names of the dynamic dimensions of every input; equal ones have one name."""
+def _tensors(batch: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    """The tensors of a batch, in order."""
+    return tuple(x for x in pytree.tree_leaves(arguments(batch)) if isinstance(x, Tensor))
+
+
+def _axes(calls: Sequence[tuple[Tensor, ...]], texts: bool) -> Axes:
+    """The names of the dynamic dimensions of every input; equal ones have one name.
+
+    Args:
+        calls: The inputs of every batch.
+        texts: Whether the second dimension of integers is one.
+    """
     alike = [call for call in calls if [x.ndim for x in call] == [x.ndim for x in calls[0]]]
     names: dict[tuple[int, ...], str] = {}
     result = []
@@ -147,7 +156,8 @@ def _dynamic_axes(calls: Sequence[tuple[Tensor, ...]]) -> tuple[dict[int, str], 
         axes = {}
         for dim in range(parts[0].ndim):
             seen = (min(dim, 1), *(x.shape[dim] for x in parts))
-            if dim == 0 or len(set(seen[1:])) > 1:
+            text = texts and dim == 1 and not parts[0].is_floating_point() and parts[0].shape[1] > 1
+            if dim == 0 or text or len(set(seen[1:])) > 1:
                 word = "length" if dim else "batch"
                 count = sum(name.startswith(word) for name in names.values())
                 axes[dim] = names.setdefault(seen, f"{word}_{count}" if count else word)
@@ -157,19 +167,29 @@ def _dynamic_axes(calls: Sequence[tuple[Tensor, ...]]) -> tuple[dict[int, str], 
 
 @contextmanager
 def _placeholders(model: nn.Module) -> Iterator[None]:
-    """Makes the quantized layers of a model in evaluation mode speak placeholders."""
+    """Makes the quantized layers of a model speak placeholders, in evaluation mode."""
     layers = quantized_layers(model)
     before = {name: type(layer) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.__class__ = _speaking(type(layer), name, tuple(layer.weight_specs))
+        with evaluating(model):
+            yield
+    finally:
+        for name, layer in layers.items():
+            layer.__class__ = before[name]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, without gradients."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        for name, layer in layers.items():
-            layer.__class__ = _speaking(type(layer), name, tuple(layer.weight_specs))
-        yield
+        with torch.no_grad():
+            yield
     finally:
-        for name, layer in layers.items():
-            layer.__class__ = before[name]
         for module in training:
             module.training = True
 

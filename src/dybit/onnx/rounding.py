@@ -59,7 +59,7 @@ def is_integer(layer: Quantized) -> bool:
 
 
 def integer_round(build: Builder, x: ir.Value, layer: Quantized) -> ir.Value:
-    """Rounds static inputs to integers, by QuantizeLinear and DequantizeLinear, which runtimes fuse with what follows."""
+    """Rounds static inputs by QuantizeLinear and DequantizeLinear, which runtimes fuse with what follows."""
     spec = layer.input_spec
     assert spec is not None
     found = _integer_range(_book(spec.format))
@@ -87,7 +87,7 @@ def _integer_range(book: Codebook) -> tuple[float, int, int] | None:
     whole = len(levels) == high - low + 1 and not book.tie_losers
     # QuantizeLinear takes ties to the even integer.
     even = whole and bool((book.ties_up == (levels[1:] % 2 == 0)).all())
-    return (unit, low, high) if even and (0 <= low and high <= 255 or -128 <= low and high <= 127) else None
+    return (unit, low, high) if even and ((low >= 0 and high <= 255) or (low >= -128 and high <= 127)) else None
 
 
 def _book(format: str) -> Codebook:
@@ -111,8 +111,10 @@ def _scaled_round(build: Builder, x: ir.Value, scale: ir.Value, format: str) -> 
 
 
 def _nearest(build: Builder, x: ir.Value, format: str) -> ir.Value:
-    """The nearest value of a format, ties as everywhere: a table over cells of a grid, or a comparison with all
-    thresholds where the midpoints lie on none."""
+    """The nearest value of a format, ties as everywhere.
+
+    By a table over the cells of a grid, or by comparing with all thresholds where these lie on none.
+    """
     book = _book(format)
     unit, limit = grid(book.midpoints)
     levels = build.constant(book.levels)

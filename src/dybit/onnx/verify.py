@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from dybit.calibrate import run_batch
 from dybit.errors import DyBitError
-from dybit.onnx.capture import arguments, widened
+from dybit.onnx.capture import arguments, evaluating, widened
 from dybit.onnx.graph import Array
 
 
@@ -83,15 +83,8 @@ def _inputs(batch: Any) -> list[Array]:  # noqa: ANN401
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Array]:  # noqa: ANN401
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            result = run_batch(model, batch)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        result = run_batch(model, batch)
     return [_array(x) for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
 

@@ -62,16 +62,16 @@ def export(
     """Writes a quantized model as ONNX and checks that a runtime computes what the model does.
 
     ``portable``: codes of 2, 4 or 8 bits, which a Gather looks up in a table and a Mul scales: exact, small, and folded
-    by ONNX Runtime when it loads the file; inputs are rounded by a table too. ``fast-cpu``: weights that are integers of
-    8 bits at some scale become ONNX Runtime's MatMulNBits, which rounds inputs to 8 bits as it goes, or int8 between
+    by ONNX Runtime when it loads the file; inputs are rounded by a table too. ``fast-cpu``: weights that are integers
+    of 8 bits at some scale become ONNX Runtime's MatMulNBits, which rounds inputs to 8 bits as it goes, or int8 between
     QuantizeLinear and DequantizeLinear where the model's own inputs are integers; all else as ``portable``. ``fp4``:
     weights of E2M1 values (``s4r2``, ``e2m1``, ``mxfp4``, ``nvfp4``) become FLOAT4E2M1; all else as ``portable``.
 
     Args:
         model: A model that :func:`dybit.quantize_` or :func:`dybit.load` returned, on the CPU. It is left as it was.
         path: The file, written when all went well.
-        batches: Inputs as for calibration. The model is traced and compared on the first one; dimensions that differ
-            between them become dynamic, as the first one always does.
+        batches: Inputs as for calibration. The model is traced and compared on the first batch. Dynamic are the first
+            dimension, those that differ between batches, and the length of texts, as far as the model allows.
         preset: One of the three.
         bound: The largest difference of outputs from the model's that is accepted, as a share of the largest magnitude
             of an output. None means 1e-4, or 5e-2 where inputs are rounded: a sum that differs in its last bit may
@@ -108,14 +108,16 @@ def export(
     limit = bound if bound is not None else _ROUNDED if writer.rounds else _EXACT
     if not check.difference <= limit:
         raise DyBitError(
-            f"{check.runtime} differs from the model by {check.difference:.2g} of the largest output, which is over the "
-            f"bound of {limit:.2g} for preset {preset!r}; {str(path)!r} was not written"
+            f"{check.runtime} differs from the model by {check.difference:.2g} of the largest output, over the bound "
+            f"of {limit:.2g} for preset {preset!r}; {str(path)!r} was not written"
         )
     _write(target, data)
-    inputs = tuple(
-        f"{v.name} [{', '.join(str(getattr(n, 'value', n)) for n in v.shape or ())}]" for v in captured.graph.inputs
-    )
+    inputs = tuple(_described(value) for value in captured.graph.inputs)
     return Exported(target, preset, len(data), inputs, dict(writer.stored), check)
+
+
+def _described(value: ir.Value) -> str:
+    return f"{value.name} [{', '.join(str(getattr(n, 'value', n)) for n in value.shape or ())}]"
 
 
 def _check_arguments(
@@ -268,6 +270,10 @@ def _finish(model: ir.Model, version: int, uses_microsoft: bool) -> None:
     model.ir_version = version
     model.producer_name, model.producer_version = "dybit", None
     model.metadata_props.clear()
+    for name in [name for name in model.graph.initializers if name.startswith(capture.PREFIX)]:
+        value = model.graph.initializers.pop(name)
+        value.name = name.removeprefix(capture.PREFIX)
+        model.graph.initializers.add(value)
     for graph in (model.graph, *model.graph.subgraphs()):
         graph.metadata_props.clear()
         for node in graph:
