@@ -176,17 +176,23 @@ def _conv(
         )
     layout = _layout(x)
     if packed is not None:
-        spatial = tuple(range(2, x.ndim))
-        given = x.detach().permute(0, *spatial, 1).float().contiguous()
-        size = _output_size(x.shape, stored.spec.shape, *geometry)
-        y = torch.empty(x.shape[0], *size, stored.spec.rows)
+        to_last = (0, *range(2, x.ndim), 1)
+        given = x.detach().permute(to_last).float().contiguous()
+        shape = (x.shape[0], stored.spec.rows, *_output_size(x.shape, stored.spec.shape, *geometry))
+        out = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+        last = out.permute(to_last)
+        direct = out.dtype == torch.float32 and last.is_contiguous()
+        y = last if direct else torch.empty(last.shape)
         floating = None if bias is None else bias.detach().float().contiguous()
         if y.numel() == 0 or packed.run(given, y, floating, input_scale, input_offset, reach):
-            return y.permute(0, -1, *(i - 1 for i in spatial)).to(x.dtype).contiguous(memory_format=layout)
+            if not direct:
+                last.copy_(y)
+            return out
     rounded = _round(x, input_scale, input_offset, input_format, reach)
     bias = None if bias is None else bias.to(x.dtype)
     y = _convolve(rounded, stored.dequantize(x.dtype), bias, *geometry, groups)
-    return y.contiguous(memory_format=layout)
+    out = torch.empty_like(y, memory_format=layout)
+    return y if y.stride() == out.stride() else out.copy_(y)
 
 
 def _round(x: Tensor, scale: Tensor | None, offset: Tensor | None, input_format: str, reach: float) -> Tensor:
