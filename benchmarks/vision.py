@@ -72,7 +72,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     recipe = Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax")
     results = []
-    print(f"{kernels.isa()}\n\n| model | batch | threads | FP32 ms | dybit ms | times faster |\n|---|---|---|---|---|---|")
+    print(
+        f"{kernels.isa()}\n\n| model | batch | threads | FP32 ms | dybit ms | times faster |\n|---|---|---|---|---|---|"
+    )
     for name, make in MODELS.items():
         exact = make()
         fold_(exact, find_pairs(exact))
@@ -98,7 +100,9 @@ def main() -> None:
                             times[key].append((clock() - begin) * 1e3)
                 ratio = np.percentile([a / b for a, b in zip(times["fp32"], times["dybit"], strict=True)], [25, 50, 75])
                 median = {key: statistics.median(value) for key, value in times.items()}
-                results.append({"model": name, "batch": batch, "threads": threads, "ms": median, "ratio": ratio.tolist()})
+                results.append(
+                    {"model": name, "batch": batch, "threads": threads, "ms": median, "ratio": ratio.tolist()}
+                )
                 print(
                     f"| {name} | {batch} | {threads} | {median['fp32']:.1f} | {median['dybit']:.1f} "
                     f"| {ratio[1]:.2f}× ({ratio[0]:.2f} to {ratio[2]:.2f}) |",

@@ -82,7 +82,9 @@ def test_what_the_kernels_leave_to_torch():
         assert codes.fake_quantize(x, factor, None, book) is None
     assert codes.fake_quantize(x, torch.ones(1), torch.rand(6), book) is None
     assert codes.fake_quantize(x[:0], torch.ones(1), None, book) is None
-    assert torch.equal(ops.fake_quantize(x, torch.full((6,), 0.5), None, "s4"), ops.fake_quantize(x, torch.tensor(0.5), None, "s4"))
+    assert torch.equal(
+        ops.fake_quantize(x, torch.full((6,), 0.5), None, "s4"), ops.fake_quantize(x, torch.tensor(0.5), None, "s4")
+    )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -176,7 +178,9 @@ def test_the_coarse_search_finds_the_least_sum(shape, weighted):
     whole = compiled.search_all([(x, h)], 1)
     pooled = sums.sum(0, keepdim=True)
     for book, (first, last) in enumerate(owners):
-        torch.testing.assert_close(pooled[0, whole[0, book, 0].long()], pooled[0, first:last].min(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            pooled[0, whole[0, book, 0].long()], pooled[0, first:last].min(), rtol=1e-5, atol=1e-9
+        )
 
 
 def test_threads_give_the_same_bits():

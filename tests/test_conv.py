@@ -82,7 +82,9 @@ def test_integers_are_exact(bits, signed, seed):
     padding = [int(n) for n in rng.integers(0, 3, 4)]
     size = [int(dilation[i] * (kernel[i] - 1) + 1 + rng.integers(0, 7)) for i in range(2)]
     codes = fmt.level_codes[rng.integers(0, len(fmt.levels), (out, per_group, *kernel))]
-    x_codes = x_fmt.level_codes[rng.integers(0, len(x_fmt.levels), (int(rng.integers(1, 3)), per_group * groups, *size))]
+    x_codes = x_fmt.level_codes[
+        rng.integers(0, len(x_fmt.levels), (int(rng.integers(1, 3)), per_group * groups, *size))
+    ]
     if rng.integers(3) == 0:  # the largest of all: what overflows a wrong accumulator
         codes[:], x_codes[:] = np.abs(fmt.significands).argmax(), np.abs(x_fmt.significands).argmax()
     spec = TensorSpec(fmt.name, codes.shape)

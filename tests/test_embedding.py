@@ -23,7 +23,12 @@ def test_rows_are_those_of_the_table(family, granularity, choice, size, scale, k
     spec = TensorSpec(family, (13, 40), granularity, size, scale, choice)
     weight = quantize(torch.randn(13, 40), spec, method="absmax")
     table = weight.dequantize()
-    for index in (torch.randint(0, 13, (3, 5)), torch.tensor(7), torch.zeros(0, dtype=torch.long), torch.arange(13).int()):
+    for index in (
+        torch.randint(0, 13, (3, 5)),
+        torch.tensor(7),
+        torch.zeros(0, dtype=torch.long),
+        torch.arange(13).int(),
+    ):
         assert torch.equal(embedding(index, weight), table[index.long()])
 
 

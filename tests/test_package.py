@@ -28,7 +28,14 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 PRIVATE = {"layers": {"model", "calibrate", "checkpoint"}, "calibrate": {"model", "recipe", "checkpoint"}}
 PRIVATE |= {"attention": set(LEVEL) - {"attention"}, "fold": set(LEVEL) - {"fold"}, "errors": set(LEVEL)}
 PRIVATE |= {"codec": {"format", "rivals", "packing"}, "packing": {"format", "codec", "rivals"}, "format": {"rivals"}}
-PRIVATE |= {"scale": {"tensor"}, "tensor": {"layers"}, "model": {"checkpoint"}, "ops": {"scale", "tensor"}, "codes": {"ops", "scale", "tensor"}, "extension": set(LEVEL) - {"errors", "_kernels"}}
+PRIVATE |= {
+    "scale": {"tensor"},
+    "tensor": {"layers"},
+    "model": {"checkpoint"},
+    "ops": {"scale", "tensor"},
+    "codes": {"ops", "scale", "tensor"},
+    "extension": set(LEVEL) - {"errors", "_kernels"},
+}
 
 
 def modules():

@@ -226,9 +226,7 @@ class Coarse:
         first = np.array([start for start, _ in owners] + [owners[-1][1]], dtype=np.int32)
         self._books = len(owners)
         self._half = table.shape[0] // 2
-        self._table = compiled.CoarseTable(
-            table.data_ptr(), self._half, table.shape[1], first.ctypes.data, self._books
-        )
+        self._table = compiled.CoarseTable(table.data_ptr(), self._half, table.shape[1], first.ctypes.data, self._books)
 
     def search(self, x: Tensor, weights: Tensor | None, best: int) -> Tensor:
         """The pairs of the least error of every row and codebook: int32 of shape (units, books, best)."""

@@ -100,9 +100,7 @@ def _pack(
     permuted = spec.groups == 1 and math.prod(spec.shape[2:]) > 1
     rows = spec.rows // groups
     parts = [kernels.PackedWeight(_rows(weight, g * rows, rows, permuted), inputs) for g in range(groups)]
-    made = compiled.Conv(
-        [part.compiled for part in parts], extents, spec.shape[1] * groups, groups, not permuted
-    )
+    made = compiled.Conv([part.compiled for part in parts], extents, spec.shape[1] * groups, groups, not permuted)
     return _Packed(made, inputs, parts)
 
 
@@ -166,13 +164,15 @@ def _conv(
     reach: float,
 ) -> Tensor:
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
-    _check(x, bias, stored, groups)
+    _check(x, bias, stored, groups, input_format)
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
     packed = None
     if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu" and x.numel():
         key = (input_format, *geometry, groups, input_offset is not None)
         packed = _cache.get(
-            stored, key, lambda: _pack(stored, _extents(stored, *geometry), groups, input_format, input_offset is not None)
+            stored,
+            key,
+            lambda: _pack(stored, _extents(stored, *geometry), groups, input_format, input_offset is not None),
         )
     layout = _layout(x)
     if packed is not None:
@@ -241,8 +241,10 @@ def _layout(x: Tensor) -> torch.memory_format:
     return layout
 
 
-def _check(x: Tensor, bias: Tensor | None, weight: QuantizedTensor, groups: int) -> None:
+def _check(x: Tensor, bias: Tensor | None, weight: QuantizedTensor, groups: int, input_format: str) -> None:
     shape = weight.spec.shape
+    if len(rivals.family(input_format).books) != 1:
+        raise DyBitError(f"input_format must be a single format, not the family {input_format!r}")
     if not x.is_floating_point():
         raise DyBitError(f"x must be floating point, not {x.dtype}")
     if x.ndim != len(shape) or x.shape[1] != shape[1] * groups:
@@ -331,8 +333,6 @@ def conv(
     Raises:
         DyBitError: ``x`` or ``bias`` has another shape or is not floating point, or ``input_format`` is not one format.
     """
-    if len(rivals.family(input_format).books) != 1:
-        raise DyBitError(f"input_format must be a single format, not the family {input_format!r}")
     single = x.ndim == len(weight.spec.shape) - 1
     y = _operator(
         x[None] if single else x,

@@ -22,7 +22,20 @@ from dybit.ops import pack
 from dybit.scale import Granularity
 from dybit.tensor import QuantizedTensor, TensorSpec
 
-__all__ = ["FALLBACK", "InputFormat", "PackedWeight", "available", "input_format", "isa", "max_significand", "pack_choices", "rows_of", "significands", "supports", "use"]
+__all__ = [
+    "FALLBACK",
+    "InputFormat",
+    "PackedWeight",
+    "available",
+    "input_format",
+    "isa",
+    "max_significand",
+    "pack_choices",
+    "rows_of",
+    "significands",
+    "supports",
+    "use",
+]
 _MAX_BOOKS = 32
 _MAX_SIGNIFICAND = 32767
 
