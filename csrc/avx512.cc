@@ -208,35 +208,41 @@ void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* pane
   }
 }
 
-// The sums of one input row and the four blocks of a unit. Named and not an array: GCC would keep an array in memory.
+// The sums of one input row and the blocks of a unit. Named and not an array: GCC would keep an array in memory.
 struct Four {
   __m512i a, b, c, d;
 };
 
-template <Product kP>
+// Of the first kBlocks blocks.
+template <Product kP, int kBlocks>
 DYBIT_INLINE inline Four multiply_add(Four sum, Four w, const uint8_t* x) {
   int32_t word;
   std::memcpy(&word, x, 4);
   const __m512i xs = _mm512_set1_epi32(word);
-  return {multiply_add<kP>(sum.a, w.a, xs), multiply_add<kP>(sum.b, w.b, xs), multiply_add<kP>(sum.c, w.c, xs),
-          multiply_add<kP>(sum.d, w.d, xs)};
+  sum.a = multiply_add<kP>(sum.a, w.a, xs);
+  if constexpr (kBlocks > 1) sum.b = multiply_add<kP>(sum.b, w.b, xs);
+  if constexpr (kBlocks > 2) sum.c = multiply_add<kP>(sum.c, w.c, xs);
+  if constexpr (kBlocks > 3) sum.d = multiply_add<kP>(sum.d, w.d, xs);
+  return sum;
 }
 
-// kM input rows times a panel. y holds the totals between panels.
-template <Product kP, int kM>
+// kM input rows times kBlocks blocks of a panel. y holds the totals between panels.
+template <Product kP, int kM, int kBlocks>
 void tile(const Job& job, const uint8_t* panel, int block0, int first, int last, int m0) {
   const Weight& w = job.w;
   constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
-  const int blocks = std::min(kUnit, w.blocks - block0);
-  alignas(64) float total[kM][kUnit][kBlockRows];
-  const bool ends = last == w.segment_count;
-  for (int m = 0; m < kM; ++m)
-    for (int j = 0; j < kUnit; ++j) {
-      const int rows = std::min(kBlockRows, w.rows - (block0 + j) * kBlockRows);
-      const __mmask16 mask = first && j < blocks ? __mmask16((1 << rows) - 1) : 0;
-      const float* y = job.out.data + (m0 + m) * job.out.stride + (block0 + j) * kBlockRows;
-      _mm512_store_ps(total[m][j], _mm512_maskz_loadu_ps(mask, y));
-    }
+  alignas(64) float total[kM][kBlocks][kBlockRows];
+  const bool begins = first == 0, ends = last == w.segment_count;
+  auto mask = [&](int j) DYBIT_INLINE {
+    const int rows = w.rows - (block0 + j) * kBlockRows;
+    return rows >= kBlockRows ? __mmask16(0xffff) : __mmask16((1 << rows) - 1);
+  };
+  auto place = [&](int m, int j) DYBIT_INLINE {
+    return job.out.data + (m0 + m) * job.out.stride + (block0 + j) * kBlockRows;
+  };
+  if (!begins)
+    for (int m = 0; m < kM; ++m)
+      for (int j = 0; j < kBlocks; ++j) _mm512_store_ps(total[m][j], _mm512_maskz_loadu_ps(mask(j), place(m, j)));
   const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
   for (int s = first; s < last; ++s) {
     auto start = [&](int m) DYBIT_INLINE {
@@ -247,47 +253,50 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
     Four sum0 = start(0), sum1 = start(1), sum2 = start(2), sum3 = start(3), sum4 = start(4), sum5 = start(5);
     const int words = w.segments[s].chunks * kChunk * kSize / 4;
     for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
-      const Four weights{_mm512_load_si512(panel), _mm512_load_si512(panel + 64), _mm512_load_si512(panel + 128),
-                         _mm512_load_si512(panel + 192)};
-      sum0 = multiply_add<kP>(sum0, weights, x);
-      if constexpr (kM > 1) sum1 = multiply_add<kP>(sum1, weights, x + job.x_stride);
-      if constexpr (kM > 2) sum2 = multiply_add<kP>(sum2, weights, x + 2 * job.x_stride);
-      if constexpr (kM > 3) sum3 = multiply_add<kP>(sum3, weights, x + 3 * job.x_stride);
-      if constexpr (kM > 4) sum4 = multiply_add<kP>(sum4, weights, x + 4 * job.x_stride);
-      if constexpr (kM > 5) sum5 = multiply_add<kP>(sum5, weights, x + 5 * job.x_stride);
+      Four weights{_mm512_load_si512(panel), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+      if constexpr (kBlocks > 1) weights.b = _mm512_load_si512(panel + 64);
+      if constexpr (kBlocks > 2) weights.c = _mm512_load_si512(panel + 128);
+      if constexpr (kBlocks > 3) weights.d = _mm512_load_si512(panel + 192);
+      sum0 = multiply_add<kP, kBlocks>(sum0, weights, x);
+      if constexpr (kM > 1) sum1 = multiply_add<kP, kBlocks>(sum1, weights, x + job.x_stride);
+      if constexpr (kM > 2) sum2 = multiply_add<kP, kBlocks>(sum2, weights, x + 2 * job.x_stride);
+      if constexpr (kM > 3) sum3 = multiply_add<kP, kBlocks>(sum3, weights, x + 3 * job.x_stride);
+      if constexpr (kM > 4) sum4 = multiply_add<kP, kBlocks>(sum4, weights, x + 4 * job.x_stride);
+      if constexpr (kM > 5) sum5 = multiply_add<kP, kBlocks>(sum5, weights, x + 5 * job.x_stride);
     }
     const Four sums[6] = {sum0, sum1, sum2, sum3, sum4, sum5};
-    for (int m = 0; m < kM; ++m) {
-      const __m512i parts[kUnit] = {sums[m].a, sums[m].b, sums[m].c, sums[m].d};
-      for (int j = 0; j < blocks; ++j) {
-        const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
-        _mm512_store_ps(total[m][j], add_segment(job, parts[j], _mm512_load_ps(total[m][j]), scale, m0 + m, s));
-      }
-    }
+    const bool final = ends && s + 1 == last;
+    unroll<kBlocks>([&](auto j) DYBIT_INLINE {
+      const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
+      const __m512 bias = _mm512_loadu_ps(job.out.bias + (block0 + j) * kBlockRows);
+      unroll<kM>([&](auto m) DYBIT_INLINE {
+        const __m512i part = j == 0 ? sums[m].a : j == 1 ? sums[m].b : j == 2 ? sums[m].c : sums[m].d;
+        const __m512 before = s ? _mm512_load_ps(total[m][j]) : _mm512_setzero_ps();
+        const __m512 after = add_segment(job, part, before, scale, m0 + m, s);
+        if (final)
+          _mm512_mask_storeu_ps(place(m, j), mask(j),
+                                _mm512_fmadd_ps(after, _mm512_set1_ps(job.in.row_scales[m0 + m]), bias));
+        else
+          _mm512_store_ps(total[m][j], after);
+      });
+    });
   }
-  for (int m = 0; m < kM; ++m)
-    for (int j = 0; j < blocks; ++j) {
-      const __m512 sum = _mm512_load_ps(total[m][j]);
-      if (ends) {
-        store_result(job, sum, m0 + m, block0 + j);
-      } else {
-        const int rows = std::min(kBlockRows, w.rows - (block0 + j) * kBlockRows);
-        _mm512_mask_storeu_ps(job.out.data + (m0 + m) * job.out.stride + (block0 + j) * kBlockRows,
-                              __mmask16((1 << rows) - 1), sum);
-      }
-    }
+  if (!ends)
+    for (int m = 0; m < kM; ++m)
+      for (int j = 0; j < kBlocks; ++j) _mm512_mask_storeu_ps(place(m, j), mask(j), _mm512_load_ps(total[m][j]));
 }
 
-template <Product kP>
+template <Product kP, int kBlocks>
 void tiles(const Job& job, const uint8_t* panel, int block0, int first, int last) {
   int m = 0;
-  for (; m + kTileRows <= job.in.rows; m += kTileRows) tile<kP, kTileRows>(job, panel, block0, first, last, m);
+  for (; m + kTileRows <= job.in.rows; m += kTileRows)
+    tile<kP, kTileRows, kBlocks>(job, panel, block0, first, last, m);
   switch (job.in.rows - m) {
-    case 5: tile<kP, 5>(job, panel, block0, first, last, m); break;
-    case 4: tile<kP, 4>(job, panel, block0, first, last, m); break;
-    case 3: tile<kP, 3>(job, panel, block0, first, last, m); break;
-    case 2: tile<kP, 2>(job, panel, block0, first, last, m); break;
-    case 1: tile<kP, 1>(job, panel, block0, first, last, m); break;
+    case 5: tile<kP, 5, kBlocks>(job, panel, block0, first, last, m); break;
+    case 4: tile<kP, 4, kBlocks>(job, panel, block0, first, last, m); break;
+    case 3: tile<kP, 3, kBlocks>(job, panel, block0, first, last, m); break;
+    case 2: tile<kP, 2, kBlocks>(job, panel, block0, first, last, m); break;
+    case 1: tile<kP, 1, kBlocks>(job, panel, block0, first, last, m); break;
     default: break;
   }
 }
@@ -318,7 +327,12 @@ void run(const Job& job, int first_block, int last_block) {
       for (last = first; last < job.w.segment_count && chunks + job.w.segments[last].chunks <= most; ++last)
         chunks += job.w.segments[last].chunks;
       unpack_panel<kStorage, kP>(job, block, first, last, panel);
-      tiles<kP>(job, panel, block, first, last);
+      switch (std::min(kUnit, last_block - block)) {
+        case 1: tiles<kP, 1>(job, panel, block, first, last); break;
+        case 2: tiles<kP, 2>(job, panel, block, first, last); break;
+        case 3: tiles<kP, 3>(job, panel, block, first, last); break;
+        default: tiles<kP, 4>(job, panel, block, first, last);
+      }
     }
 }
 

@@ -1,11 +1,21 @@
 """Shared set-up: seeds, threads, a deterministic hypothesis profile, and a header that says what the tests ran on."""
 
+import importlib.util
+import os
 import random
+import sys
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if "DYBIT_KERNELS" in os.environ:  # another build of the extension, as `make sanitize` makes it
+    _file = next(Path(os.environ["DYBIT_KERNELS"]).glob("_kernels*.so"))
+    _spec = importlib.util.spec_from_file_location("dybit._kernels", _file)
+    sys.modules["dybit._kernels"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["dybit._kernels"])
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 on a busy machine
 hypothesis.settings.register_profile("derandomized", derandomize=True, deadline=None)

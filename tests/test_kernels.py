@@ -1,10 +1,5 @@
 """The compiled kernels against the NumPy oracle: integer sums exact, every instruction set the same bits."""
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,12 +10,6 @@ from dybit import kernels, packing, rivals
 from dybit.errors import DyBitError
 from dybit.format import Format, variants
 from dybit.tensor import QuantizedTensor, TensorSpec
-
-if "DYBIT_KERNELS" in os.environ:  # another build of the extension, as `make sanitize` makes it
-    _file = next(Path(os.environ["DYBIT_KERNELS"]).glob("_kernels*.so"))
-    _spec = importlib.util.spec_from_file_location("dybit._kernels", _file)
-    sys.modules["dybit._kernels"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["dybit._kernels"])
 
 ISAS = [name for name in kernels.available() if name != kernels.FALLBACK]
 needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels")

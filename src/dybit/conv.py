@@ -164,7 +164,7 @@ def _conv(
     reach: float,
 ) -> Tensor:
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
-    _check(x, bias, stored, groups)
+    _check(x, bias, stored, groups, input_format)
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
     packed = None
     if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu" and x.numel():
@@ -176,17 +176,23 @@ def _conv(
         )
     layout = _layout(x)
     if packed is not None:
-        spatial = tuple(range(2, x.ndim))
-        given = x.detach().permute(0, *spatial, 1).float().contiguous()
-        size = _output_size(x.shape, stored.spec.shape, *geometry)
-        y = torch.empty(x.shape[0], *size, stored.spec.rows)
+        to_last = (0, *range(2, x.ndim), 1)
+        given = x.detach().permute(to_last).float().contiguous()
+        shape = (x.shape[0], stored.spec.rows, *_output_size(x.shape, stored.spec.shape, *geometry))
+        out = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+        last = out.permute(to_last)
+        direct = out.dtype == torch.float32 and last.is_contiguous()
+        y = last if direct else torch.empty(last.shape)
         floating = None if bias is None else bias.detach().float().contiguous()
         if y.numel() == 0 or packed.run(given, y, floating, input_scale, input_offset, reach):
-            return y.permute(0, -1, *(i - 1 for i in spatial)).to(x.dtype).contiguous(memory_format=layout)
+            if not direct:
+                last.copy_(y)
+            return out
     rounded = _round(x, input_scale, input_offset, input_format, reach)
     bias = None if bias is None else bias.to(x.dtype)
     y = _convolve(rounded, stored.dequantize(x.dtype), bias, *geometry, groups)
-    return y.contiguous(memory_format=layout)
+    out = torch.empty_like(y, memory_format=layout)
+    return y if y.stride() == out.stride() else out.copy_(y)
 
 
 def _round(x: Tensor, scale: Tensor | None, offset: Tensor | None, input_format: str, reach: float) -> Tensor:
@@ -235,8 +241,10 @@ def _layout(x: Tensor) -> torch.memory_format:
     return layout
 
 
-def _check(x: Tensor, bias: Tensor | None, weight: QuantizedTensor, groups: int) -> None:
+def _check(x: Tensor, bias: Tensor | None, weight: QuantizedTensor, groups: int, input_format: str) -> None:
     shape = weight.spec.shape
+    if len(rivals.family(input_format).books) != 1:
+        raise DyBitError(f"input_format must be a single format, not the family {input_format!r}")
     if not x.is_floating_point():
         raise DyBitError(f"x must be floating point, not {x.dtype}")
     if x.ndim != len(shape) or x.shape[1] != shape[1] * groups:
@@ -325,8 +333,6 @@ def conv(
     Raises:
         DyBitError: ``x`` or ``bias`` has another shape or is not floating point, or ``input_format`` is not one format.
     """
-    if len(rivals.family(input_format).books) != 1:
-        raise DyBitError(f"input_format must be a single format, not the family {input_format!r}")
     single = x.ndim == len(weight.spec.shape) - 1
     y = _operator(
         x[None] if single else x,

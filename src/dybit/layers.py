@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from dybit import rivals
 from dybit.attention import attend
 from dybit.conv import conv
+from dybit.embedding import embedding
 from dybit.errors import DyBitError
 from dybit.linear import linear
-from dybit.ops import dequantize, fake_quantize, fake_quantize_dynamic
+from dybit.ops import fake_quantize, fake_quantize_dynamic
 from dybit.tensor import QuantizedTensor, TensorSpec
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -224,18 +225,7 @@ class _QuantizedEmbedding(Quantized):
 
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
-        weight = self.quantized_tensor()
-        spec, index = weight.spec, input.reshape(-1)
-        rows = dequantize(
-            weight.packed.reshape(spec.rows, spec.row_bytes).index_select(0, index),
-            weight.scales(index),
-            weight.choices(index),
-            spec.family,
-            spec.columns,
-            spec.bits,
-            spec.group_size or 0,
-        )
-        return cast(Tensor, rows.to(self.float_dtype).view(*input.shape, spec.columns))
+        return embedding(input, self.quantized_tensor()).to(self.float_dtype)
 
 
 class _QuantizedAttention(Quantized):

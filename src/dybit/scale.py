@@ -341,12 +341,15 @@ def _coarse_table(
     owners = []
     for book in books:
         first = len(scales)
-        table = lookup(book, device)
-        for scale in _coarse_scales(book):
-            columns.append((x - table.round(x / scale) * scale).square_().mean(1))
-            scales.append(scale)
+        scales += _coarse_scales(book)
         owners.append((first, len(scales)))
-    whole = torch.stack(columns, dim=1).contiguous()
+        tried = torch.tensor(scales[first:], device=device)[:, None, None]
+        many = x.expand(len(tried), *x.shape)
+        rounded = codes.fake_quantize(many, tried, None, book)
+        if rounded is None:
+            rounded = lookup(book, device).round(many / tried) * tried
+        columns.append((x - rounded).square_().mean(2).T)
+    whole = torch.cat(columns, dim=1).contiguous()
     return whole, torch.tensor(scales, device=device), owners, codes.coarse(whole, owners) if compiled else None
 
 
