@@ -112,17 +112,17 @@ def compare(
     setting = Setting(granularity, group_size, scale, method)  # type: ignore[arg-type]
     matrices, name = _weights(weights, gaussian, laplace, tensors)
     with progress("comparing") as bar:
-        results = measure(matrices, families, setting, width[0], bar.update)
+        ranked = measure(matrices, families, setting, width[0], bar.update)
     count = sum(matrix.numel() for matrix in matrices)
     unit = f"group of {group_size}" if group_size else "output channel" if granularity == "channel" else "tensor"
     tensors_word = "tensor" if len(matrices) == 1 else "tensors"
     title = f"{width[0]}-bit formats on {name}"
     subtitle = f"{len(matrices)} {tensors_word}, {count:,} weights; one {scale} scale per {unit}, chosen by {method}"
-    _print(results, title, subtitle)
+    _print(ranked, title, subtitle)
     if csv_file:
-        _write_csv(csv_file, results)
+        _write_csv(csv_file, ranked)
     if output:
-        draw(output, matrices, results, setting, title, subtitle)
+        draw(output, matrices, ranked, setting, title, subtitle)
     for path in (csv_file, output):
         if path:
             note(f"wrote {path}")
