@@ -87,7 +87,7 @@ def test_a_matrix_wider_than_the_blocks_of_columns():
     weight, hessian = matrix(3, 150), correlated(150)
     found = gptq(weight, TensorSpec("dybit4", (3, 150)), hessian, settings=ONCE)
     order = np.argsort(-hessian[0].diagonal().numpy(), kind="stable")
-    assert np.array_equal(numpy_codes(found), textbook(weight.numpy(), hessian[0].numpy(), order, found, 0.01))
+    assert np.array_equal(numpy_codes(found), textbook(weight.numpy(), hessian[0].numpy(), order, found, 0.03))
 
 
 def test_parts_have_hessians_of_their_own():
@@ -100,7 +100,7 @@ def test_parts_have_hessians_of_their_own():
         rows = slice(2 * part, 2 * part + 2)
         alone = QuantizedTensor(TensorSpec("dybit4", (2, 12)), found.packed[rows], found.scale[rows], choices[part])
         assert np.array_equal(
-            textbook(weight[rows].numpy(), hessian[part].numpy(), range(12), alone, 0.01), codes[rows]
+            textbook(weight[rows].numpy(), hessian[part].numpy(), range(12), alone, 0.03), codes[rows]
         )
 
 

@@ -14,7 +14,8 @@ import typer
 from rich.text import Text
 
 from dybit import rivals
-from dybit.cli import sources
+from dybit.cli import grid as grids
+from dybit.cli import options, sources
 from dybit.cli.console import grid, guarded, note, out, progress
 from dybit.codec import SCALE_BITS, Family
 from dybit.errors import DyBitError
@@ -36,11 +37,14 @@ _COLUMNS = (">#", "format", ">SQNR dB", ">bits/weight", ">code", ">scale", ">cho
 def compare(
     weights: Annotated[
         str | None,
-        typer.Argument(metavar="[WEIGHTS]", help="A .safetensors file, or module:function returning an nn.Module."),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A .safetensors file, or module:function returning an nn.Module (as MODEL elsewhere).",
+        ),
     ] = None,
     gaussian: Annotated[bool, typer.Option("--gaussian", help="Gaussian samples instead of weights.")] = False,
     laplace: Annotated[bool, typer.Option("--laplace", help="Laplacian samples instead of weights.")] = False,
-    bits: Annotated[int, typer.Option(help="Width of the codes, 2 to 8 bits.")] = 4,
+    bits: Annotated[str, typer.Option(help="Width of the codes, 2 to 8 bits; with --data several, as 2,3,4.")] = "4",
     formats: Annotated[
         str | None, typer.Option(help="Names separated by commas; default: all that are known at this width.")
     ] = None,
@@ -51,8 +55,28 @@ def compare(
     tensors: Annotated[str, typer.Option(metavar="GLOB", help="Which tensors, by name.")] = "*",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Picture (.png, .svg) or page (.html).")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="The table as CSV.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Run the whole MODEL on inputs: module:function, or .npy/.safetensors."),
+    ] = None,
+    algorithm: options.Algorithms = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Data to calibrate on; default: DATA's calibration split.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON lines: what is there is not run again, what is run is added."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run the grid; each loads the model.")] = 1,
+    keep_embeddings: options.KeepEmbeddings = False,
+    batches: options.Batches = None,
+    tokenizer: options.Tokenizer = None,
+    batch_size: options.BatchSize = 16,
 ) -> None:
     """Rank formats by their signal-to-quantization-noise ratio (SQNR, in dB, higher is better) on weights.
+
+    With --data, run the model instead: every format at every width with every algorithm, compared with FP32. There {}
+    in a format stands for the width: --bits 3,4 --formats "int{},nf{},dybit{}spare" --algorithm rtn+gptq.
 
     All floating-point tensors of two or more dimensions are pooled. Formats that prescribe a group size or a type of
     scale (mxfp4, nvfp4) use theirs; compare the column of bits per weight.
@@ -65,26 +89,84 @@ def compare(
         raise DyBitError(f"--scale must be one of {', '.join(SCALE_BITS)}, not {scale!r}")
     if group_size is not None and (per_tensor or group_size < 1):
         raise DyBitError(f"--group-size {group_size} must be at least 1 and without --per-tensor")
-    families = _families(bits, formats)
     for path in (output, csv_file):
         _check_output(path, page=path is output)
+    if data is not None:
+        words = (weights, data, calibration, tokenizer)
+        cells = _grid_cells(words, bits, formats, algorithm, (group_size, scale), keep_embeddings, batches, batch_size)
+        if gaussian or laplace or per_tensor or tensors != "*" or method != "mse":
+            raise DyBitError("--gaussian, --laplace, --per-tensor, --tensors and --method do not go with --data")
+        _run_grid(cells, results, workers, output, csv_file)
+        return
+    needing = {"algorithm": algorithm, "calibration": calibration, "results": results}
+    given = [name for name, value in needing.items() if value is not None]
+    if given:
+        raise DyBitError(f"--{given[0]} needs --data")
+    width = grids.widths(bits)
+    if len(width) > 1:
+        raise DyBitError(f"--bits {bits} needs --data; one width without")
+    families = _families(width[0], formats)
     granularity: Any = "group" if group_size else "tensor" if per_tensor else "channel"
     from dybit.ranking import Setting, measure
 
     setting = Setting(granularity, group_size, scale, method)  # type: ignore[arg-type]
     matrices, name = _weights(weights, gaussian, laplace, tensors)
     with progress("comparing") as bar:
-        results = measure(matrices, families, setting, bits, bar.update)
+        ranked = measure(matrices, families, setting, width[0], bar.update)
     count = sum(matrix.numel() for matrix in matrices)
     unit = f"group of {group_size}" if group_size else "output channel" if granularity == "channel" else "tensor"
     tensors_word = "tensor" if len(matrices) == 1 else "tensors"
-    title = f"{bits}-bit formats on {name}"
+    title = f"{width[0]}-bit formats on {name}"
     subtitle = f"{len(matrices)} {tensors_word}, {count:,} weights; one {scale} scale per {unit}, chosen by {method}"
-    _print(results, title, subtitle)
+    _print(ranked, title, subtitle)
     if csv_file:
-        _write_csv(csv_file, results)
+        _write_csv(csv_file, ranked)
     if output:
-        draw(output, matrices, results, setting, title, subtitle)
+        draw(output, matrices, ranked, setting, title, subtitle)
+    for path in (csv_file, output):
+        if path:
+            note(f"wrote {path}")
+
+
+def _grid_cells(
+    words: tuple[str | None, str, str | None, str | None],
+    bits: str,
+    formats: str | None,
+    algorithms: Sequence[str] | None,
+    scales: tuple[int | None, str],
+    keep_embeddings: bool,
+    batches: int | None,
+    batch_size: int,
+) -> list[grids.Cell]:
+    """Every configuration of the grid, checked."""
+    model, data, calibration, tokenizer = words
+    if model is None:
+        raise DyBitError(f"--data {data!r} needs a MODEL")
+    if calibration is None and sources.takes_split(data):
+        calibration = data
+    chains = [word for given in algorithms or ["rtn"] for word in given.split("+")]
+    for chain in chains:
+        options.chain(chain, calibration is not None)
+    more = (*scales, keep_embeddings, batches, tokenizer, batch_size)
+    return [
+        grids.Cell(model, data, calibration, name, chain, *more)
+        for name in grids.formats(formats, grids.widths(bits))
+        for chain in (chains if name != "fp32" else ["rtn"])
+    ]
+
+
+def _run_grid(
+    cells: list[grids.Cell], results: Path | None, workers: int, output: Path | None, csv_file: Path | None
+) -> None:
+    found = grids.run(cells, results, workers)
+    first = cells[0]
+    unit = f"groups of {first.group_size}" if first.group_size else "one scale per output channel"
+    title = f"{first.model} on {first.data}, {unit}, {first.scale} scales"
+    grids.show(found, title)
+    if csv_file:
+        grids.write_csv(csv_file, found)
+    if output:
+        grids.write_page(output, found, title)
     for path in (csv_file, output):
         if path:
             note(f"wrote {path}")

@@ -104,14 +104,7 @@ def evaluate(
     calibration: Annotated[
         str | None, typer.Option(metavar="DATA", help="Data to calibrate on, as in dybit quantize.")
     ] = None,
-    algorithm: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Post-training algorithms, as in dybit quantize; several chains, one row each, separated by +, or "
-            "by giving the option again. [rtn]",
-        ),
-    ] = None,
+    algorithm: options.Algorithms = None,
     tokenizer: options.Tokenizer = None,
     split: Annotated[str, typer.Option(help="Which split to ask the DATA function for.")] = "evaluation",
     batches: options.Batches = None,
@@ -282,7 +275,7 @@ def quantized_copy(
     original: nn.Module,
     recipe: Recipe,
     data: list[Any] | None,
-    bar: Bar,
+    bar: Bar | None,
     name: str,
     chain: str | Sequence[str] | None = None,
 ) -> tuple[nn.Module, float]:
@@ -292,14 +285,15 @@ def quantized_copy(
         original: The floating-point model, which is not changed.
         recipe: What to do.
         data: Calibration batches, or None; dropped where the recipe has no use for them.
-        bar: Where to show the progress.
+        bar: Where to show the progress, or None.
         name: What the recipe is called.
         chain: The algorithms, or None for the default.
     """
     import dybit
 
     model = copy.deepcopy(original)
-    bar.start(f"quantizing {name}")
+    if bar is not None:
+        bar.start(f"quantizing {name}")
     start = time.perf_counter()
     dybit.quantize_(model, recipe, calibration=data, algorithm=chain, progress=Watch(model, bar, measure=False))
     return model, time.perf_counter() - start

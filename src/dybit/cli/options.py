@@ -41,6 +41,14 @@ Algorithm = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="Post-training algorithms, separated by commas: rtn, gptq, … or auto. [rtn]"),
 ]
+Algorithms = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Post-training algorithms, as in dybit quantize; several chains, one row each, separated by +, or by "
+        "giving the option again. [rtn]",
+    ),
+]
 Workdir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where gptq keeps finished layers, to go on after an interruption.")
 ]

@@ -41,7 +41,7 @@ class Settings:
         passes: Rounds of coordinate descent afterwards.
     """
 
-    damping: float = 0.01
+    damping: float = 0.03
     sort: bool = True
     passes: int = 2
 
