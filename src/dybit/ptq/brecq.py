@@ -24,7 +24,7 @@ from dybit.ptq.reconstruct import round_layer_, store_
 from dybit.ptq.statistics import has_row_scales, stretch_
 
 _STEPS = 200
-_RATE = 0.01  # of choices, which go from 0 (down) to 1 (up)
+_RATE = 0.003  # of choices, which go from 0 (down) to 1 (up)
 _FINE_RATE = 0.001  # of gains and biases, relative to the spread of the outputs
 _MARGIN = 0.1  # how far from a half a choice starts at least, so that it is not undone by the first steps
 _SEED = 0x0DB17
