@@ -17,7 +17,7 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 # Layers of docs/design.md, from the ground up; a module imports from its own layer and from those below.
 LAYERS = [
     {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
-    {"scale", "tensor", "ops", "kernels", "_kernels", "linear"},
+    {"scale", "tensor", "ranking", "ops", "kernels", "_kernels", "linear"},
     {"layers", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
     {"sensitivity", "cost", "search"},
     {"demo", "report", "cli", "integrations", "__main__"},
