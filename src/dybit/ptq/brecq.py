@@ -168,7 +168,7 @@ def _learn(
             output = output_tensor(block.forward(*calls[index].args, **calls[index].kwargs))
             loss = (output.float() - targets[index]).square().mean() / power
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
