@@ -1,11 +1,12 @@
 """Post-training algorithms on EfficientNet-Lite0, format by format: how often the quantized network agrees with FP32.
 
-    python benchmarks/ptq_vision.py [--weights 4,int4,nf4] [--activations 8] [--algorithms rtn,statistics,adaround]
-                                    [--crops 240] [--calibration-crops 64] [--seed 0] [--output result.json]
+    python benchmarks/ptq_vision.py [--weights 4,int4,nf4] [--activations 8] [--group-size 32]
+                                    [--algorithms rtn,statistics,adaround] [--crops 240] [--calibration-crops 64]
+                                    [--seed 0] [--output result.json]
 
-An algorithm is a chain such as adaround+bias. Calibration and evaluation share no picture. The standard error is that of
-crops drawn independently; there are eleven pictures only, so it is optimistic. All formats get the same calibration, the
-same search of scales and the same algorithm.
+An algorithm is a chain such as adaround+bias. Calibration and evaluation share no picture. The standard error is that
+of crops drawn independently; there are eleven pictures only, so it is optimistic. All formats get the same calibration,
+the same search of scales and the same algorithm.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="4", help="widths or names of formats, separated by commas")
     parser.add_argument("--activations", help="width or format; default: floating point")
+    parser.add_argument("--group-size", type=int, help="weights that share a scale; default: an output channel's")
     parser.add_argument("--algorithms", default="rtn,bias,statistics,adaround", help="chains, separated by commas")
     parser.add_argument("--crops", type=int, default=240, help="to judge by")
     parser.add_argument("--calibration-crops", type=int, default=64)
@@ -48,7 +50,7 @@ def main() -> None:
     with Reference(model, evaluation, "logits") as reference:
         for weights in arguments.weights.split(","):
             for chain in arguments.algorithms.split(","):
-                recipe = Recipe(weights=_width(weights), activations=activations)
+                recipe = Recipe(_width(weights), activations, group_size=arguments.group_size)
                 start, cpu = time.perf_counter(), time.process_time()
                 quantized = quantize_(copy.deepcopy(model), recipe, calibration, algorithm=chain.split("+"))
                 row = {

@@ -157,13 +157,10 @@ def test_blocks_make_no_difference(columns):
     assert torch.allclose(start + (flipped * step) @ second, gradient, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["dybit4spare", "dybit2midrise", "nf4", "int4full", "e2m1"])
+@pytest.mark.parametrize("family", ["dybit4spare", "dybit2mid", "nf4", "e2m1"])
 def test_candidates_enclose_the_weight(family):
     matrix = torch.randn(6, 20)
-    try:
-        weight = quantize(matrix, TensorSpec(family, (6, 20)))
-    except DyBitError:
-        pytest.skip("no such family")
+    weight = quantize(matrix, TensorSpec(family, (6, 20)))
     found = Candidates.of(matrix, weight)
     assert torch.allclose(found.now * found.scale, weight.dequantize(), atol=1e-6)
     low, high = torch.minimum(found.now, found.other), torch.maximum(found.now, found.other)

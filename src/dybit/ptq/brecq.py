@@ -24,7 +24,7 @@ from dybit.ptq.reconstruct import round_layer_, store_
 from dybit.ptq.statistics import has_row_scales, stretch_
 
 _STEPS = 200
-_RATE = 0.01  # of choices, which go from 0 (down) to 1 (up)
+_RATE = 0.003  # of choices, which go from 0 (down) to 1 (up)
 _FINE_RATE = 0.001  # of gains and biases, relative to the spread of the outputs
 _MARGIN = 0.1  # how far from a half a choice starts at least, so that it is not undone by the first steps
 _SEED = 0x0DB17
@@ -168,7 +168,7 @@ def _learn(
             output = output_tensor(block.forward(*calls[index].args, **calls[index].kwargs))
             loss = (output.float() - targets[index]).square().mean() / power
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():

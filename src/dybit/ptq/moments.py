@@ -126,8 +126,8 @@ class Product:
         """The patches: float32 of shape (patches, groups, columns)."""
         sample, place = chosen
         index = self.starts[place][:, None] + self.offsets
-        taken = self.x[sample[:, None], :, index]  # (patches, kernel, channels)
-        taken = taken.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1)
+        read = self.x[sample[:, None], :, index]  # (patches, kernel, channels)
+        taken: Tensor = read.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1)
         return taken.flatten(2).float()
 
 
@@ -149,14 +149,14 @@ class _Take(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        names = None
+        names: tuple[str, ...] = ()
         if func in _CONVOLUTIONS:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         elif func in _TRANSPOSED:
             names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
         elif func is functional.linear:
             names = ("input", "weight", "bias")
-        if names is not None:
+        if names:
             raise _Taken(func, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
         return func(*args, **(kwargs or {}))
 
@@ -221,7 +221,8 @@ def _spread(
     """The input of a transposed convolution with zeros between its elements, and the padding that it then needs."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    places: list[Any] = [slice(None, None, s) for s in stride]
+    spread[(..., *places)] = x
     return spread, [(r - p, r - p + e) for r, p, e in zip(reach, padding, extra, strict=True)]
 
 

@@ -62,8 +62,8 @@ def _correct(
         layer = layers[name]
         wanted_mean, wanted_variance = _moments(name, reference.get_submodule(name), originals)
         mean, variance = _moments(name, layer, calls)
-        bias = layer._parameters.get("bias")
-        bias = torch.zeros_like(mean) if bias is None else bias.detach().double()
+        old = layer._parameters.get("bias")
+        bias = torch.zeros_like(mean) if old is None else old.detach().double()
         gain = torch.ones_like(mean)
         if stretch and has_row_scales(layer):
             gain = stretch_(layer, _gain(wanted_variance, variance))
