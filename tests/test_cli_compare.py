@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 from dybit import rivals
-from dybit.cli import compare
 from test_cli import invoke
 
 
@@ -40,30 +39,6 @@ def test_formats_are_ranked_and_pooled(weights, tmp_path):
     assert set(named) == {"int4", "nf4", "dybit4spare", "mxfp4", "lloyd4"}
     assert named["lloyd4"]["kind"] == "bound" and named["dybit4spare"]["kind"] == "dybit"
     assert named["mxfp4"]["granularity"] == "group" and named["mxfp4"]["scale"] == "pow2"
-
-
-def test_sqnr_and_bits_of_a_format(weights):
-    matrix = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    setting = compare.Setting("group", 16, "bf16", "mse")
-    found = {item.family.name: item for item in compare.measure([matrix], [rivals.family("dybit4")], setting, 4)}
-    one = found["dybit4"]
-    assert one.scale_bits == 1.0 and one.choice_bits == 4 / 16 and one.bits == 5.25
-
-    from dybit.tensor import TensorSpec, quantize
-
-    values = quantize(matrix, TensorSpec("dybit4", (8, 64), "group", 16, "bf16", "group")).dequantize()
-    expected = 10 * math.log10(float(matrix.square().sum() / (values - matrix).square().sum()))
-    assert one.sqnr == pytest.approx(expected, abs=0.01)
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
-def test_lloyd_max_is_above_every_single_table(granularity):
-    matrix = torch.randn(64, 512, generator=torch.Generator().manual_seed(2)) ** 3  # heavy tails
-    size = 64 if granularity == "group" else None
-    setting = compare.Setting(granularity, size, "fp32", "mse")
-    families = [rivals.family(name) for name in ("nf4", "int4", "s4", "s4r2mid", "e2m1", "pot4")]
-    results = compare.measure([matrix], families, setting, 4)
-    assert results[0].kind == "bound"
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.svg", "p.html"])

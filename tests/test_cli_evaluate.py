@@ -162,3 +162,28 @@ def test_real_minilm(tmp_path):
     row = re.search(r"^q .*", text, re.MULTILINE)
     assert row is not None and float(row[0].split()[4]) > 25
     assert torch.is_grad_enabled()
+
+
+def test_chains_of_algorithms_are_rows(place):
+    words = ("evaluate", "yours:net", "--data", "yours:data", "--formats", "fp32,dybit3", "--algorithm")
+    for more in (["rtn+gptq"], ["rtn", "--algorithm", "gptq"]):
+        result = invoke(*words, *more)
+        assert result.exit_code == 0, result.stderr
+        rows = re.findall(r"^(fp32|dybit3)( rtn| gptq)? +[\d.]+ k?B +[\d.]+ +([\d.∞]+)", result.stdout, re.MULTILINE)
+        assert [row[:2] for row in rows] == [("fp32", ""), ("dybit3", " rtn"), ("dybit3", " gptq")]
+        assert float(rows[2][2]) > float(rows[1][2])
+        assert "calibrating on the calibration split" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data", "yours:data", "--algorithm", "gptw"), "--algorithm 'gptw': .*unknown; did you mean 'gptq'"),
+        (("--data", "yours:plain", "--algorithm", "gptq"), "--algorithm 'gptq': algorithm 'gptq' needs calibration"),
+        (("--data", "yours:data", "--algorithm", "rtn,gptq"), "2 ways of rounding"),
+        (("--data", "yours:data", "--algorithm", "rtn+"), "--algorithm '': it names no algorithm"),
+    ],
+)
+def test_bad_chains(words, message):
+    result = invoke("evaluate", "yours:net", *words)
+    assert result.exit_code == 2 and re.search(message, result.stderr)

@@ -304,3 +304,30 @@ def test_a_transformers_directory_with_text(tmp_path):
     (tmp_path / "m" / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
     result = invoke("quantize", model, "-o", str(tmp_path / "q2"))
     assert result.exit_code == 2 and "NoSuchModel" in result.stderr.splitlines()[-1]
+
+
+def test_algorithms_and_their_directory(place, tmp_path):
+    words = ["quantize", "mine:net", "--calibration", "mine:data", "--weights", "3", "--algorithm", "gptq"]
+    kept = tmp_path / "kept"
+    for name in ("one", "two"):
+        result = invoke(*words, "-o", str(tmp_path / name), "--workdir", str(kept))
+        assert result.exit_code == 0, result.stderr
+        assert len(list(kept.glob("*.safetensors"))) == 2
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    result = invoke(*words[:-2], "-o", str(tmp_path / "rtn"))
+    assert result.exit_code == 0 and (tmp_path / "rtn" / "model.safetensors").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mine:net", "--algorithm", "gptq"), "--algorithm 'gptq': algorithm 'gptq' needs calibration"),
+        (("mine:net", "--algorithm", "obq"), "--algorithm 'obq': algorithm 'obq' is unknown"),
+        (("mine:net", "--workdir", "w"), "workdir='w' is for algorithm 'gptq', not for rtn"),
+    ],
+)
+def test_bad_algorithms(place, tmp_path, words, message):
+    result = invoke("quantize", *words, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -17,21 +17,9 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 # Layers of docs/design.md, from the ground up; a module imports from its own layer and from those below.
 LAYERS = [
     {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
-    {"hadamard", "scale", "tensor", "ops", "kernels", "_kernels", "linear"},
-    {
-        "layers",
-        "attach",
-        "attention",
-        "fold",
-        "calibrate",
-        "plan",
-        "ptq",
-        "qat",
-        "model",
-        "checkpoint",
-        "fidelity",
-        "trace",
-    },
+    {"hadamard", "scale", "tensor", "ranking", "ops", "kernels", "_kernels", "linear"},
+    {"layers", "attach", "attention", "fold", "calibrate", "plan"}
+    | {"ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
     {"sensitivity", "cost", "search"},
     {"demo", "report", "cli", "integrations", "__main__"},
 ]

@@ -220,8 +220,10 @@ def _draw(path: Path, model: nn.Module, title: str) -> None:
     total = sum(matrix.numel() for matrix in matrices)
     every = max(1, round(total / _PICTURED_WEIGHTS))  # channels have scales of their own: some of them will do
     matrices = [matrix[::every] for matrix in matrices]
-    setting = compare.Setting("channel", None, "fp32", "mse")
-    results = compare.measure(matrices, [rivals.family(name) for name in _PICTURED], setting, bits=4)
+    from dybit.ranking import Setting, measure
+
+    setting = Setting("channel", None, "fp32", "mse")
+    results = measure(matrices, [rivals.family(name) for name in _PICTURED], setting, bits=4)
     share = "all" if every == 1 else f"1 in {every}"
     subtitle = f"{share} output channels of {len(matrices)} layers; one scale a channel; marks at its typical value"
     compare.draw(path, matrices, results, setting, f"4-bit levels on the weights of {title.split(' (')[0]}", subtitle)

@@ -54,6 +54,26 @@ class Line:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Row:
+    """A model to be judged.
+
+    Attributes:
+        name: What it is called.
+        recipe: How it is quantized; None for the original.
+        chain: By which algorithms; None for the default.
+    """
+
+    name: str
+    recipe: Recipe | None
+    chain: str | tuple[str, ...] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether an algorithm was named that calibration is for."""
+        return self.recipe is not None and self.chain is not None and self.chain != ("rtn",)
+
+
 @guarded
 def evaluate(
     target: Annotated[
@@ -84,6 +104,7 @@ def evaluate(
     calibration: Annotated[
         str | None, typer.Option(metavar="DATA", help="Data to calibrate on, as in dybit quantize.")
     ] = None,
+    algorithm: options.Algorithms = None,
     tokenizer: options.Tokenizer = None,
     split: Annotated[str, typer.Option(help="Which split to ask the DATA function for.")] = "evaluation",
     batches: options.Batches = None,
@@ -115,9 +136,11 @@ def evaluate(
         "activation_mode": activation_mode,
     }
     checkpoint = (Path(target) / "dybit.json").is_file()
-    plans: list[tuple[str, Recipe | None]] = []
+    chains = [word for given in algorithm or [] for word in given.split("+")]
+    plans: list[Row] = []
     if checkpoint:
-        given = [name for name, value in {**fields, "formats": formats, "recipe": recipe}.items() if value is not None]
+        others = {"formats": formats, "recipe": recipe, "algorithm": algorithm}
+        given = [name for name, value in {**fields, **others}.items() if value is not None]
         if given:
             raise DyBitError(f"--{given[0].replace('_', '-')} does not go with {target!r}, which is quantized already")
         if model is None:
@@ -125,10 +148,11 @@ def evaluate(
     else:
         if model is not None:
             raise DyBitError(f"--model {model!r} goes with a checkpoint, and {target!r} is none")
-        plans = _plans(formats, recipe or [], fields)
+        recipes = _plans(formats, recipe or [], fields)
+        plans = _rows(recipes, chains, calibration is not None or (bool(chains) and sources.takes_split(data)))
     spec = data if data is not None else str(text)
     source = model if checkpoint and model else target
-    if calibration is None and any(_static(plan) for _, plan in plans):
+    if calibration is None and any(_static(row.recipe) or row.calibrated for row in plans):
         if not sources.takes_split(data):
             raise DyBitError(f"--activations {fields['activations']} are static and need --calibration")
         calibration = data
@@ -182,6 +206,18 @@ def _plans(formats: str | None, recipes: Sequence[Path], fields: dict[str, Any])
     return plans
 
 
+def _rows(plans: Sequence[tuple[str, Recipe | None]], chains: Sequence[str], calibrated: bool) -> list[Row]:
+    """Every recipe with every chain of algorithms; the original once."""
+    read = [(word, options.chain(word, calibrated)) for word in chains] or [("", None)]
+    rows = []
+    for name, recipe in plans:
+        if recipe is None:
+            rows.append(Row(name, None))
+        else:
+            rows.extend(Row(f"{name} {word}".strip(), recipe, chain) for word, chain in read)
+    return rows
+
+
 def short_name(recipe: Recipe) -> str:
     """A recipe in a word: ``W4A8``, ``W4``, ``nf4 A8``."""
     weights = f"W{recipe.weights}" if isinstance(recipe.weights, int) else str(recipe.weights or "W32")
@@ -209,18 +245,19 @@ def _judge_checkpoint(path: str, original: nn.Module, inputs: list[Any], kind: K
 
 
 def _judge_plans(
-    original: nn.Module, inputs: list[Any], plans: Sequence[tuple[str, Recipe | None]], data: list[Any] | None,
+    original: nn.Module, inputs: list[Any], plans: Sequence[Row], data: list[Any] | None,
     kind: Kind | None,
 ) -> tuple[list[Line], Kind]:  # fmt: skip
     from dybit.fidelity import Reference
 
     lines = []
     with progress("running the original", len(inputs)) as bar, Reference(original, inputs, kind, bar.update) as kept:
-        for name, recipe in plans:
+        for row in plans:
+            name, recipe = row.name, row.recipe
             if recipe is None:
                 lines.append(Line(name, kept.fidelity, float_bytes(original.state_dict()), 0.0))
                 continue
-            model, seconds = quantized_copy(original, recipe, data, bar, name)
+            model, seconds = quantized_copy(original, recipe, data, bar, name, row.chain)
             stored = stored_bytes(model)
             if recipe.activations is None:  # the same results, bit for bit, without unpacking for every batch
                 from dybit.model import dequantize_
@@ -235,7 +272,12 @@ def _judge_plans(
 
 
 def quantized_copy(
-    original: nn.Module, recipe: Recipe, data: list[Any] | None, bar: Bar, name: str
+    original: nn.Module,
+    recipe: Recipe,
+    data: list[Any] | None,
+    bar: Bar | None,
+    name: str,
+    chain: str | Sequence[str] | None = None,
 ) -> tuple[nn.Module, float]:
     """Quantizes a copy of a model: the copy, and the seconds that it took.
 
@@ -243,15 +285,17 @@ def quantized_copy(
         original: The floating-point model, which is not changed.
         recipe: What to do.
         data: Calibration batches, or None; dropped where the recipe has no use for them.
-        bar: Where to show the progress.
+        bar: Where to show the progress, or None.
         name: What the recipe is called.
+        chain: The algorithms, or None for the default.
     """
     import dybit
 
     model = copy.deepcopy(original)
-    bar.start(f"quantizing {name}")
+    if bar is not None:
+        bar.start(f"quantizing {name}")
     start = time.perf_counter()
-    dybit.quantize_(model, recipe, calibration=data, progress=Watch(model, bar, measure=False))
+    dybit.quantize_(model, recipe, calibration=data, algorithm=chain, progress=Watch(model, bar, measure=False))
     return model, time.perf_counter() - start
 
 

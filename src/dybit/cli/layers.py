@@ -99,13 +99,18 @@ class Watch:
             self._bar.update(done, total, text)
         if self._measure:
             self._finish()
-            if done < total and not text.startswith("calibrating: "):
+            if done < total:
                 self._begin(text)
 
     def _begin(self, name: str) -> None:
-        from dybit.layers import weight_names
+        from dybit.layers import Quantized, weight_names
 
-        module = self._model.get_submodule(name)
+        try:
+            module = self._model.get_submodule(name)
+        except AttributeError:  # a line about something else, such as calibration
+            return
+        if isinstance(module, Quantized):
+            return
         self._pending = name, {key: getattr(module, key) for key in weight_names(module)}
 
     def _finish(self) -> None:

@@ -37,11 +37,46 @@ Criterion = Annotated[str | None, typer.Option(help="What mse weighs errors by: 
 ActivationMode = Annotated[
     str | None, typer.Option(help="Scales of inputs: static (from calibration) or dynamic (every token). [static]")
 ]
+Algorithm = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Post-training algorithms, separated by commas: rtn, gptq, … or auto. [rtn]"),
+]
+Algorithms = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Post-training algorithms, as in dybit quantize; several chains, one row each, separated by +, or by "
+        "giving the option again. [rtn]",
+    ),
+]
+Workdir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where gptq keeps finished layers, to go on after an interruption.")
+]
 Tokenizer = Annotated[
     str | None, typer.Option(help="For text: a transformers directory, a tokenizer.json, or module:function.")
 ]
 Batches = Annotated[int | None, typer.Option(min=1, help="Use only so many batches of the data.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in a batch, for .npy and .safetensors data.")]
+
+
+def chain(word: str | None, calibrated: bool) -> str | tuple[str, ...] | None:
+    """Reads a chain of algorithms, checked: names separated by commas, or ``"auto"``.
+
+    Raises:
+        DyBitError: It is no chain, or needs calibration.
+    """
+    if word is None or word == "auto":
+        return word
+    from dybit import ptq
+
+    names = tuple(name.strip() for name in word.split(",") if name.strip())
+    try:
+        if not names:
+            raise DyBitError("it names no algorithm")
+        ptq.resolve(names, None, calibrated=calibrated)
+    except DyBitError as error:
+        raise DyBitError(f"--algorithm {word!r}: {error}") from None
+    return names
 
 
 def read_recipe(path: Path) -> Recipe:

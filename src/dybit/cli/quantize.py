@@ -51,6 +51,8 @@ def quantize(
         str | None,
         typer.Option(metavar="DATA", help="module:function, a text file, or .npy/.safetensors of inputs."),
     ] = None,
+    algorithm: options.Algorithm = None,
+    workdir: options.Workdir = None,
     tokenizer: options.Tokenizer = None,
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
@@ -63,6 +65,8 @@ def quantize(
     channels; names with "embed", "wte" or "wpe" count as embeddings), all others are copied.
 
     Example: dybit quantize dybit.demo:minilm -o minilm-w4a8 --activations 8 --calibration dybit.demo:minilm_batches
+
+    Example: dybit quantize dybit.demo:smollm2 -o smol --algorithm gptq --calibration dybit.demo:smollm2_batches
     """
     plan = options.make_recipe(
         recipe,
@@ -78,9 +82,12 @@ def quantize(
         activation_mode=activation_mode,
     )
     check_target(output)
+    chain = options.chain(algorithm, calibration is not None)
     if not sources.is_reference(model) and model.endswith(".safetensors"):
         if calibration is not None:
             raise DyBitError(f"--calibration {calibration!r} needs a model that can be run, not the file {model!r}")
+        if chain not in (None, "auto", ("rtn",)):
+            raise DyBitError(f"--algorithm {algorithm!r} needs a model that can be run, not the file {model!r}")
         rows, fp32 = _quantize_file(model, output, plan)
     else:
         needs_calibration(plan, calibration)
@@ -89,7 +96,7 @@ def quantize(
         if calibration is not None:
             data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=model,
                                         tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
-        rows, fp32 = _quantize_model(loaded, output, plan, data)
+        rows, fp32 = _quantize_model(loaded, output, plan, data, chain, workdir)
     print_layers(rows, None if every else _SHOWN_LAYERS)
     stored = sum(file.stat().st_size for file in output.iterdir())
     print_totals(fp32, stored)
@@ -139,14 +146,19 @@ def float_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _quantize_model(
-    model: nn.Module, output: Path, recipe: Recipe, data: list[object] | None
+    model: nn.Module,
+    output: Path,
+    recipe: Recipe,
+    data: list[object] | None,
+    chain: str | tuple[str, ...] | None,
+    workdir: Path | None,
 ) -> tuple[list[LayerRow], int]:
     import dybit
 
     fp32 = float_bytes(model.state_dict())
     with progress("quantizing") as bar:
         watch = Watch(model, bar)
-        dybit.quantize_(model, recipe, calibration=data, progress=watch)
+        dybit.quantize_(model, recipe, calibration=data, algorithm=chain, workdir=workdir, progress=watch)
     dybit.save(model, output, recipe)
     return watch.rows, fp32
 

@@ -74,12 +74,12 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def resolve(algorithm: str | Sequence[str] | None, model: nn.Module, *, calibrated: bool) -> tuple[str, ...]:
+def resolve(algorithm: str | Sequence[str] | None, model: nn.Module | None, *, calibrated: bool) -> tuple[str, ...]:
     """Returns the names of a chain, checked, with the rounding that it needs.
 
     Args:
         algorithm: A name, names, ``"auto"``, or None.
-        model: The floating-point model, for ``"auto"``.
+        model: The floating-point model; needed for ``"auto"`` only.
         calibrated: Whether there is calibration.
 
     Raises:
@@ -114,9 +114,9 @@ def resolve(algorithm: str | Sequence[str] | None, model: nn.Module, *, calibrat
     return (*names[:place], "rtn", *names[place:])
 
 
-def choose(model: nn.Module, *, calibrated: bool) -> tuple[str, ...]:
+def choose(model: nn.Module | None, *, calibrated: bool) -> tuple[str, ...]:
     """The chain that ``"auto"`` means: what measured best for the kind of model (docs/accuracy.md)."""
-    if not calibrated:
+    if not calibrated or model is None:
         return ("rtn",)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if any(isinstance(module, norms) for module in model.modules()):

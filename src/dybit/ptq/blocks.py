@@ -105,7 +105,9 @@ class Recording:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Has transformers' models keep no cache of keys and values, which would make a block depend on earlier calls."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")}
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")
+    }
     before = {key: config.use_cache for key, config in configs.items()}
     try:
         for config in configs.values():

@@ -67,7 +67,7 @@ def _refit(elements: Elements, hessian: Tensor, gradient: Tensor, unit: int, sta
     weight = (level * torch.bmm(hessian[:, start:stop, start:stop], level)).sum(1)
     if spec.granularity == "tensor":
         pull, weight = pull.sum().expand(1, 1), weight.sum().expand(1, 1)
-    old = table[:, unit].view(pull.shape)
+    old = table[:, unit].reshape(pull.shape).clone()
     best = torch.where(weight > 0, old + pull / weight, old)
     best = torch.where(torch.isfinite(best) & (best * old > 0), best, old)
     new = old

@@ -95,11 +95,13 @@ class Elements:
 
     def columns(self, matrix: Tensor) -> Tensor:
         """(rows, columns) as (parts, columns, rows of a part)."""
-        return matrix.unflatten(0, (self.parts, -1)).transpose(1, 2).contiguous()
+        by_part: Tensor = matrix.unflatten(0, (self.parts, -1))
+        return by_part.transpose(1, 2).contiguous()
 
     def rows(self, columns: Tensor) -> Tensor:
         """The inverse of :meth:`columns`."""
-        return columns.transpose(1, 2).flatten(0, 1).contiguous()
+        rows: Tensor = columns.transpose(1, 2).flatten(0, 1)
+        return rows.contiguous()
 
     def round(self, column: int, target: Tensor) -> Tensor:
         """Rounds a column to a target, both of shape (parts, rows of a part); returns its new error."""

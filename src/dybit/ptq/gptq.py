@@ -27,7 +27,7 @@ from dybit.scale import Method, choose_scales
 from dybit.tensor import QuantizedTensor, TensorSpec, check_weight
 
 _BLOCK = 64  # columns brought up to date one by one; later ones by a matrix product a block
-_DAMPING_STEPS = 12
+_MAX_DAMPING = 100.0  # a share of the mean of the diagonal with which any second moments are positive definite
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings:
         passes: Rounds of coordinate descent afterwards.
     """
 
-    damping: float = 0.01
+    damping: float = 0.03
     sort: bool = True
     passes: int = 2
 
@@ -149,7 +149,7 @@ def factorize(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     mean = wide.diagonal(dim1=1, dim2=2).mean(1)
     mean = torch.where(mean > 0, mean, 1.0)  # inputs that are always zero
     share = torch.full_like(mean, damping)
-    for _ in range(_DAMPING_STEPS):
+    while bool((share <= _MAX_DAMPING).all()):
         damped = wide.clone()
         damped.diagonal(dim1=1, dim2=2).add_((share * mean)[:, None])
         # From the lower factor of the matrix in reverse order comes the upper one.
@@ -171,7 +171,7 @@ def _checked(hessian: Tensor, spec: TensorSpec) -> Tensor:
             f"hessian must have shape ({columns}, {columns}) or (parts, {columns}, {columns}) with parts dividing "
             f"{spec.rows} rows, not {tuple(hessian.shape)}"
         )
-    h = h.float()
     if not bool(torch.isfinite(h).all()) or bool((h.diagonal(dim1=1, dim2=2) < 0).any()):
         raise DyBitError("hessian holds NaN or infinity, or a negative second moment")
-    return h
+    # Products of second moments must stay in the range of float32.
+    return (h / h.diagonal(dim1=1, dim2=2).max().clamp(min=torch.finfo(h.dtype).tiny)).float()

@@ -10,10 +10,12 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from dybit.calibrate import check_finite, positions
 from dybit.layers import channel_groups, transposed
@@ -26,6 +28,7 @@ _CHUNK = 1 << 23  # elements of patches at once
 class _Moment:
     """A running mean of x xᵀ: float32 of shape (parts, columns, columns)."""
 
+    owner: tuple[str, int]
     mean: Tensor | None = None
     count: int = 0
     seen: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # inputs that are counted in
@@ -42,8 +45,8 @@ class _Moment:
             if self.mean is None:
                 self.mean = torch.zeros(rows.shape[0], rows.shape[2], rows.shape[2], device=rows.device)
             # A mean and not a sum, which could leave the range of float32.
-            self.mean.mul_(self.count / total)
-            self.mean.baddbmm_(rows.mT, rows, alpha=1 / total)
+            rows = rows / math.sqrt(total)
+            self.mean.mul_(self.count / total).baddbmm_(rows.mT, rows)
             self.count = total
 
 
@@ -71,10 +74,10 @@ class Hessians:
             if shared is not None and (mine is None or mine is shared):
                 self._moments[key] = shared
                 continue
-            if mine is not None and sum(other is mine for other in self._moments.values()) > 1:
-                # The inputs were the same until now.
-                mine = _Moment(None if mine.mean is None else mine.mean.clone(), mine.count)
-            mine = mine or _Moment()
+            if mine is not None and mine.owner != key:
+                # The inputs were the same until now, but for the call of the other that may have come just before.
+                mine = _Moment(key, None if mine.mean is None else mine.mean.clone(), mine.count)
+            mine = mine or _Moment(key)
             self._moments[key] = mine
             mine.add(x, design(name, module, x))
 
@@ -139,7 +142,7 @@ def design(name: str, module: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield _patches(module, part)
 
 
-def _patches(module: nn.Module, x: Tensor) -> Tensor:
+def _patches(module: _ConvNd, x: Tensor) -> Tensor:
     """Patches of images (n, channels, *size): (groups, n · positions, channels of a group · kernel)."""
     dims = len(module.kernel_size)
     flip = bool(transposed(module))
@@ -156,20 +159,22 @@ def _patches(module: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(groups, -1, channels * math.prod(module.kernel_size)) if n else x.reshape(groups, 0, -1)
 
 
-def _padded(module: nn.Module, x: Tensor) -> Tensor:
+def _padded(module: _ConvNd, x: Tensor) -> Tensor:
     amounts = module._reversed_padding_repeated_twice
     mode = module.padding_mode
     return functional.pad(x, amounts) if mode == "zeros" else functional.pad(x, amounts, mode=mode)
 
 
-def _spread(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _spread(module: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input of a transposed convolution as that of the ordinary one with the reversed kernel; its stride is 1."""
     dims = len(module.kernel_size)
     wide = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], module.stride, strict=True)]
     zeros = x.new_zeros(*x.shape[:2], *wide)
-    zeros[(..., *(slice(None, None, step) for step in module.stride))] = x
-    amounts = []
-    for k, d, p, extra in zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True):
+    index = (..., *(slice(None, None, step) for step in module.stride))
+    zeros[index] = x  # type: ignore[index]
+    amounts: list[int] = []
+    padding = cast(tuple[int, ...], module.padding)  # of transposed convolutions it is never a word
+    for k, d, p, extra in zip(module.kernel_size, module.dilation, padding, module.output_padding, strict=True):
         amounts = [d * (k - 1) - p, d * (k - 1) - p + extra, *amounts]
     return functional.pad(zeros, amounts), (1,) * dims
 
@@ -179,5 +184,5 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+def _is_convolution(module: nn.Module) -> TypeGuard[_ConvNd]:
+    return isinstance(module, _ConvNd)

@@ -52,7 +52,7 @@ def rtn_(
 
 def observe(
     model: nn.Module,
-    plans: list[Plan],
+    plans: Sequence[Plan],
     calibration: Iterable[Any] | None,
     progress: Callable[[str], None] | None,
 ) -> Mapping[str, InputStatistics]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ class _Run:
 
     def _quantize_block(self, index: int, part: Sequence[Plan], last: bool) -> None:
         hessians = Hessians()
-        if not self.store.has(
-            f"{plan.name}.{key}" for plan in part if _is_target(plan) for key in weight_names(plan.module)
+        if any(
+            self._kept(plan, name) is None for plan in part if _is_target(plan) for name in weight_names(plan.module)
         ):
             with self._gathering(part) as hessians:
                 self.recording.step(index, keep=False)
@@ -125,26 +126,24 @@ class _Run:
         for plan in part:
             self.report(self.done, len(self.plans), plan.name)
             self.done += 1
-
-            def choose(weight: Tensor, name: str, spec: TensorSpec, plan: Plan = plan) -> QuantizedTensor | None:
-                return self._choose(plan, weight, name, spec, hessians)
-
-            quantize_layer(plan, self.statistics.get(plan.name), self.ties, choose if _is_target(plan) else None)
+            choose = partial(self._choose, plan, hessians) if _is_target(plan) else None
+            quantize_layer(plan, self.statistics.get(plan.name), self.ties, choose)
 
     def _choose(
-        self, plan: Plan, weight: Tensor, name: str, spec: TensorSpec, hessians: Hessians
+        self, plan: Plan, hessians: Hessians, weight: Tensor, name: str, spec: TensorSpec
     ) -> QuantizedTensor | None:
-        key = f"{plan.name}.{name}"
-        kept = self.store.get(key, spec)
-        if kept is not None:
-            return kept
-        hessian = hessians.of(plan.name, name, spec)
+        kept = self._kept(plan, name)
+        hessian = None if kept else hessians.of(plan.name, name, spec)
         if hessian is None:
-            return None
+            return kept
         recipe = plan.recipe
-        result = gptq(weight, spec, hessian, method=recipe.method, percentile=recipe.percentile, settings=self.settings)
-        self.store.put(key, result)
-        return result
+        found = gptq(weight, spec, hessian, method=recipe.method, percentile=recipe.percentile, settings=self.settings)
+        self.store.put(f"{plan.name}.{name}", found)
+        return found
+
+    def _kept(self, plan: Plan, name: str) -> QuantizedTensor | None:
+        """A weight that an earlier run finished."""
+        return self.store.get(f"{plan.name}.{name}", weight_spec(getattr(plan.module, name), plan.recipe, plan.module))
 
     @contextmanager
     def _gathering(self, part: Sequence[Plan]) -> Iterator[Hessians]:

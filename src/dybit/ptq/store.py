@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ class Store:
             return None
         parts = ("packed", "_scale", "_choice", "_tensor_scale")
         return QuantizedTensor(spec, *(tensors.get(part) for part in parts))  # type: ignore[arg-type]
-
-    def has(self, names: Iterable[str]) -> bool:
-        """Whether files for all of some weights are there."""
-        paths = [self._path(name) for name in names]
-        return all(path is not None and path.is_file() for path in paths)
 
     def put(self, name: str, weight: QuantizedTensor) -> None:
         """Keeps a weight: its file is complete or not there.

@@ -74,7 +74,7 @@ def histogram(
     sample = np.asarray(weights, dtype=np.float64).ravel()
     if sample.size == 0 or not rows:
         raise DyBitError(f"a histogram needs weights and formats, not {sample.size} and {len(rows)} of them")
-    figure_class = _matplotlib("figure").Figure
+    figure_class = matplotlib("figure").Figure
     if reach is None:
         reach = 1.12 * max(float(np.quantile(np.abs(sample), 0.999)), 1e-30)
     bars, strip = 2.7, 0.5 + 0.27 * len(rows)
@@ -152,7 +152,7 @@ def check_path(path: Path) -> None:
         raise DyBitError(f"the picture's path must end in {' or '.join(SUFFIXES)}, not {str(path)!r}")
     if not path.parent.is_dir():
         raise DyBitError(f"the folder of {str(path)!r} does not exist")
-    _matplotlib("figure")
+    matplotlib("figure")
 
 
 def save(figure: Any, path: Path) -> None:  # noqa: ANN401
@@ -164,7 +164,7 @@ def save(figure: Any, path: Path) -> None:  # noqa: ANN401
 
 def to_svg(figure: Any) -> str:  # noqa: ANN401
     """A figure as an SVG element."""
-    with _matplotlib().rc_context({"svg.fonttype": "none", "svg.hashsalt": "dybit", "font.family": "sans-serif"}):
+    with matplotlib().rc_context({"svg.fonttype": "none", "svg.hashsalt": "dybit", "font.family": "sans-serif"}):
         text = _render(figure, "svg").decode()
     return text[text.index("<svg") :]
 
@@ -176,7 +176,12 @@ def _render(figure: Any, kind: str) -> bytes:  # noqa: ANN401
     return stream.getvalue()
 
 
-def _matplotlib(part: str = "") -> Any:  # noqa: ANN401
+def matplotlib(part: str = "") -> Any:  # noqa: ANN401
+    """The package matplotlib, or a part of it.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
     try:
         return importlib.import_module(f"matplotlib.{part}" if part else "matplotlib")
     except ImportError:
