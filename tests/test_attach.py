@@ -95,7 +95,7 @@ def test_checkpoints_carry_it(tmp_path):
 
 def test_checkpoints_that_do_not_fit(tmp_path):
     dybit.save(dybit.quantize_(attached(), dybit.Recipe(weights=8)), tmp_path / "out")
-    with pytest.raises(dybit.CheckpointError, match="'1' to attach to"):
+    with pytest.raises(dybit.CheckpointError, match="'0' to attach to"):
         dybit.load(tmp_path / "out", attached())
 
 

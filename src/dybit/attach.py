@@ -111,7 +111,7 @@ def check_attachments(data: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
     for name, entry in data.items():
         good = isinstance(entry, Mapping) and set(entry) == {"kind", "sizes"} and entry["kind"] in _KINDS
         ranks = list(_KINDS[entry["kind"]][2].values()) if good else []
-        sizes = entry["sizes"] if good else None
+        sizes: Any = entry["sizes"] if good else None
         shapes = isinstance(sizes, list) and all(
             isinstance(shape, list) and all(type(n) is int and 0 < n < 1 << 24 for n in shape) for shape in sizes
         )

@@ -10,6 +10,7 @@ give one, which mixes all elements equally; else it is a random orthogonal one.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def orthogonal_factor(size: int, generator: torch.Generator) -> Tensor:
     if odd > _LARGEST_FACTOR:
         raise DyBitError(f"size={size} has no rotation: its odd part {odd} is above {_LARGEST_FACTOR}")
     q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float().contiguous()
+    return cast(Tensor, q * r.diagonal().sign()).float().contiguous()
 
 
 def walsh(x: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def walsh(x: Tensor) -> Tensor:
         first, second = pairs[:, :, 0], pairs[:, :, 1]
         y = torch.stack((first + second, first - second), dim=2).view(-1, size)
         half *= 2
-    return (y * size**-0.5).view(x.shape)
+    return cast(Tensor, y * size**-0.5).view(x.shape)
 
 
 def rotate(x: Tensor, factor: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:

@@ -71,4 +71,4 @@ def outputs_first(module: nn.Module, parameter: Tensor) -> Tensor:
 def inputs_first(module: nn.Module) -> Tensor:
     """A view of a layer's weight: (groups, inputs of a group, outputs of a group, …)."""
     weight = outputs_first(module, cast(Tensor, module.weight))
-    return weight.unflatten(0, (channel_groups(module), -1)).transpose(1, 2)
+    return cast(Tensor, weight.unflatten(0, (channel_groups(module), -1))).transpose(1, 2)

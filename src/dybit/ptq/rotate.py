@@ -189,11 +189,10 @@ def _problem(layer: nn.Module) -> str | None:
             return f"has {part} of {', '.join(sorted(found))}"
         if any(True for _ in module.parameters(recurse=False)):
             return f"has parameters in {part}"
-    width = layer.get_submodule("self_attn.q_proj").weight.shape[1]
-    for name in _NORMS:
-        if not _commutes(layer.get_submodule(name), width):
-            return f"has {name}, which is no RMSNorm"
     attention: Any = layer.get_submodule("self_attn")
+    for name in _NORMS:
+        if not _commutes(layer.get_submodule(name), attention.q_proj.weight.shape[1]):
+            return f"has {name}, which is no RMSNorm"
     head = getattr(attention, "head_dim", None)
     if not isinstance(head, int) or attention.v_proj.out_features % head or attention.o_proj.in_features % head:
         return "has attention without heads of equal size"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.calibrate import InputStatistics, calibrate, run_batch
+from dybit.layers import channel_dim
 from dybit.plan import Plan, Ties
 from dybit.ptq.factors import by_input, input_range, inputs_first, move_limit_, scale_
 from dybit.ptq.neighbours import Link, evaluating, find_links
@@ -34,7 +35,9 @@ Progress = Callable[[int, int, str], None]
 _AWQ = (0.15, 0.3, 0.45, 0.6, 0.8)
 _SMOOTHQUANT = (0.35, 0.5, 0.65)
 _POSITIONS = 256  # inputs on which outputs are compared
-_ROWS = 128  # outputs of a linear layer that are compared
+_ROWS = 64  # outputs of a linear layer that are compared
+_SAMPLED = 1 << 14  # elements of the input from which its scale is chosen
+_LEAST_SAMPLES = 8  # positions
 _IMAGES = 2  # inputs of a convolution
 _RANGE = 1e3  # between the largest and the smallest factor, at most
 
@@ -100,7 +103,10 @@ def _images(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> di
     kept: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[..., None]:
-        return lambda _, args: kept.setdefault(name, args[0][:_IMAGES].detach().clone()) and None
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept.setdefault(name, args[0][:_IMAGES].detach().clone())
+
+        return keep
 
     handles = [module.register_forward_pre_hook(keeper(name)) for name, module in layers.items()]
     try:
@@ -128,18 +134,18 @@ class _Judge:
         self.weights = input_range(model, link)
         self.power = torch.zeros_like(self.weights)
         self.largest = torch.zeros_like(self.weights)
-        self.trials = []
+        self.trials: list[_Trial] = []
         for name, index in link.readers.items():
             seen = statistics.get(name)
             if seen is None or not seen.seen:
                 continue
             used = index >= 0
-            rows = seen.positions()
+            largest = seen.positions().abs().amax(0).to(self.power)
             self.power.scatter_reduce_(0, index[used], seen.second_moment()[used], "amax")
-            self.largest.scatter_reduce_(0, index[used], rows.abs().amax(0).to(self.power)[used], "amax")
-            module = model.get_submodule(name)
-            inputs = images[name] if name in images else rows[:_POSITIONS]
-            self.trials.append(_Trial(module, recipes[name], replace(seen, samples=[rows[:_POSITIONS]]), index, inputs))
+            self.largest.scatter_reduce_(0, index[used], largest[used], "amax")
+            trial = _Trial(model.get_submodule(name), recipes[name], seen, index, images.get(name))
+            if not any(other.join(trial) for other in self.trials):
+                self.trials.append(trial)
 
     def best(self) -> Tensor | None:
         """The factors with the smallest error: of shape (channels,); None where no factors are best."""
@@ -160,45 +166,60 @@ class _Judge:
 
 
 class _Trial:
-    """A reader of channels: how far its quantized output is from its own, relative to it, with given factors."""
+    """A reader of channels, or several alike: how far quantized outputs are from their own with given factors."""
 
     def __init__(
-        self, module: nn.Module, recipe: LayerRecipe, seen: InputStatistics, index: Tensor, inputs: Tensor
+        self, module: nn.Module, recipe: LayerRecipe, seen: InputStatistics, index: Tensor, images: Tensor | None
     ) -> None:
-        self.layer = _part(module, recipe)
-        self.recipe, self.seen, self.index, self.inputs = recipe, seen, index, inputs
-        self.channel = -1 if _by_position(module) else 1
-        with torch.no_grad():
-            self.reference = self.layer(self._like_weight(inputs))
-        self.energy = float(self.reference.double().var()) * self.reference.numel()
+        rows = seen.positions()
+        self.recipe, self.index = recipe, index
+        self.whole = type(module) is not nn.Linear or recipe.scale_granularity == "tensor"
+        self.layer = copy.deepcopy(module) if self.whole else _linear(_spaced(cast(Tensor, module.weight)))
+        self.seen = replace(seen, samples=[rows[: max(_LEAST_SAMPLES, _SAMPLED // rows.shape[1])]])
+        self.inputs = (rows[:_POSITIONS] if images is None else images).to(cast(Tensor, self.layer.weight))
+        self.parts = [self.layer(self.inputs).detach()]
+        self.energies = [_energy(self.parts[0])]
 
-    def _like_weight(self, x: Tensor) -> Tensor:
-        return x.to(cast(Tensor, self.layer.weight))
+    def join(self, other: _Trial) -> bool:
+        """Takes another reader of the same input into this one, so that inputs are rounded once; whether it could."""
+        if self.whole or other.whole or self.recipe != other.recipe or not torch.equal(self.index, other.index):
+            return False
+        self.layer = _linear(torch.cat([cast(Tensor, self.layer.weight), cast(Tensor, other.layer.weight)]))
+        self.parts += other.parts
+        self.energies += other.energies
+        return True
 
+    @torch.no_grad()
     def error(self, factor: Tensor | None) -> float:
-        """The squared error of the quantized output over the energy of the floating-point one."""
-        layer, seen, x = copy.deepcopy(self.layer), self.seen, self._like_weight(self.inputs)
-        with torch.no_grad():
-            if factor is not None:
-                factor = by_input(factor, self.index)
-                columns = inputs_first(layer)
-                columns.mul_(factor.view(*columns.shape[:2], *(1,) * (columns.ndim - 2)).to(columns.dtype))
-                x = x / factor.view(-1, *(1,) * (x.ndim - 2 if self.channel == 1 else 0)).to(x.dtype)
-                seen = _divided(seen, factor)
-            quantize_layer(Plan("", layer, self.recipe), seen, Ties([]))
-            error = (layer(x).double() - self.reference.double()).square().sum()
-        return float(error) / self.energy if self.energy else 0.0
+        """The squared error of the quantized outputs over the energy of the others, summed over readers."""
+        layer, seen, x = copy.deepcopy(self.layer), self.seen, self.inputs
+        if factor is not None:
+            factor = by_input(factor, self.index)
+            columns = inputs_first(layer)
+            columns.mul_(factor.view(*columns.shape[:2], *(1,) * (columns.ndim - 2)).to(columns.dtype))
+            x = x / factor.view(-1, *(1,) * (x.ndim - 1 - channel_dim(layer, x))).to(x.dtype)
+            seen = _divided(seen, factor)
+        quantize_layer(Plan("", layer, self.recipe), seen, Ties([]))
+        sizes = [1] if self.whole else [part.shape[-1] for part in self.parts]
+        outputs = [layer(x)] if self.whole else layer(x).split(sizes, -1)
+        pairs = zip(outputs, self.parts, self.energies, strict=True)
+        return sum(float((y.double() - part.double()).square().sum()) / energy for y, part, energy in pairs if energy)
 
 
-def _part(module: nn.Module, recipe: LayerRecipe) -> nn.Module:
-    """A layer like a module, with evenly spaced outputs of a linear one: enough to compare factors by."""
-    if type(module) is not nn.Linear or recipe.scale_granularity == "tensor":
-        return copy.deepcopy(module)
-    step = max(1, module.out_features // _ROWS)
-    weight = module.weight.detach()[::step][:_ROWS]
-    part = nn.Linear(module.in_features, weight.shape[0], bias=False, device="meta")
-    part.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return part
+def _energy(output: Tensor) -> float:
+    """The squares of what is not a mere constant, which a bias could be."""
+    return float(output.double().var(correction=0)) * output.numel()
+
+
+def _spaced(weight: Tensor) -> Tensor:
+    """Evenly spaced outputs of a linear layer: enough to compare factors by."""
+    return weight.detach()[:: max(1, weight.shape[0] // _ROWS)][:_ROWS].clone()
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def _divided(seen: InputStatistics, factor: Tensor) -> InputStatistics:
