@@ -142,10 +142,11 @@ class WeightQuantizer(_Quantizer):
 
     def lookup(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rounds some rows of the matrix, (count, columns); ``index`` of shape (count,) says which."""
-        tables = [self.log_scale, self.scales(), self.scale, self.choice]
-        if self.scale.shape[0] > 1:
-            tables = [None if table is None else table.index_select(0, index) for table in tables]
-        return round_weight(rows, *tables, Layout(self.spec, rows=True))  # type: ignore[arg-type]
+        log_scale, scale, chosen, choice = self.log_scale, self.scales(), self.scale, self.choice
+        if chosen.shape[0] > 1:
+            log_scale, scale, chosen = (table.index_select(0, index) for table in (log_scale, scale, chosen))  # type: ignore[assignment]
+            choice = None if choice is None else choice.index_select(0, index)
+        return round_weight(rows, log_scale, scale, chosen, choice, Layout(self.spec, rows=True))
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
@@ -211,6 +212,7 @@ class InputQuantizer(_Quantizer):
     scale: Tensor
     offset: Tensor
     choice: Tensor
+    shift: nn.Parameter | None
 
     def __init__(self, recipe: LayerRecipe, schedule: Schedule, learned: bool = True) -> None:
         super().__init__(schedule)

@@ -71,8 +71,8 @@ class FamilyTable:
             index += choice.to(torch.int32) * self._size
             return self._values.index_select(0, index.reshape(-1)).view(x.shape)
         result = torch.empty_like(x)
-        for index, book in enumerate(self.books):
-            rows = (choice == index).view(-1).nonzero().view(-1)
+        for place, book in enumerate(self.books):
+            rows = (choice == place).view(-1).nonzero().view(-1)
             if len(rows):
                 result[rows] = lookup(book, x.device).round(x[rows])
         return result
@@ -115,9 +115,8 @@ class Layout:
         if self.spec.granularity == "tensor":
             return matrix.reshape(1, -1)
         if self._grouped:
-            return functional.pad(matrix, (0, -self.spec.columns % cast(int, self.spec.group_size))).view(
-                -1, self.spec.group_size
-            )
+            padded = functional.pad(matrix, (0, self._filled - self.spec.columns))
+            return padded.view(-1, cast(int, self.spec.group_size))
         return matrix
 
     def join(self, units: Tensor, like: Tensor) -> Tensor:
@@ -196,7 +195,8 @@ def round_weight(
     Returns:
         Of the shape and type of ``weight``, contiguous.
     """
-    return cast(Tensor, _RoundWeight.apply(weight, log_scale, scale, chosen, choice, layout))
+    rounded = _RoundWeight.apply(weight, log_scale, scale, chosen, choice, layout)  # type: ignore[no-untyped-call]
+    return cast(Tensor, rounded)
 
 
 class _RoundInput(torch.autograd.Function):
@@ -267,4 +267,5 @@ def round_input(
     Returns:
         Of the shape and type of ``x``.
     """
-    return cast(Tensor, _RoundInput.apply(x, log_scale, shift, scale, chosen, offset, format))
+    rounded = _RoundInput.apply(x, log_scale, shift, scale, chosen, offset, format)  # type: ignore[no-untyped-call]
+    return cast(Tensor, rounded)
