@@ -120,7 +120,7 @@ def prepare_layer_(
         input_spec: How dynamic inputs are rounded, or None.
         static_input: What rounds static inputs, or None.
     """
-    module.__class__ = _prepared_class(type(module), tuple(weights))
+    module.__class__ = _prepared_class(type(module), tuple(weights))  # type: ignore[arg-type]
     layer = cast(Prepared, module)
     layer.prepared_weights, layer.refreshed_weights, layer.input_spec = tuple(weights), refreshed, input_spec
     for name, quantizer in weights.items():
@@ -175,5 +175,5 @@ def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 
 def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     """An empty layer in training of a class; its state follows."""
-    prepared = _prepared_class(cls, names)
+    prepared = _prepared_class(cls, names)  # type: ignore[arg-type]
     return prepared.__new__(prepared)

@@ -21,7 +21,7 @@ from dybit.calibrate import InputStatistics, choose_input
 from dybit.codec import Family
 from dybit.errors import DyBitError
 from dybit.layers import InputSpec
-from dybit.qat.rounding import round_input, round_units, spacing
+from dybit.qat.rounding import Layout, round_input, round_weight, spacing
 from dybit.recipe import LayerRecipe
 from dybit.scale import Scales, choose_scales, nearest_scale
 from dybit.tensor import QuantizedTensor, check_weight, encode_matrix
@@ -138,31 +138,15 @@ class WeightQuantizer(_Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Rounds a weight of shape ``spec.shape`` to the values of its codes."""
-        tables = self.log_scale, self.scales(), self.scale, self.choice
-        matrix = self.round_rows(self.spec.to_matrix(weight).float(), *tables)
-        return self.spec.from_matrix(matrix).to(weight.dtype)
+        return round_weight(weight, self.log_scale, self.scales(), self.scale, self.choice, Layout(self.spec))
 
     def lookup(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rounds some rows of the matrix, (count, columns); ``index`` of shape (count,) says which."""
-        tables = [self.log_scale, self.scales(), self.scale, self.choice]
-        if self.scale.shape[0] > 1:
-            tables = [None if table is None else table.index_select(0, index) for table in tables]
-        return self.round_rows(rows.float(), *tables).to(rows.dtype)  # type: ignore[arg-type]
-
-    def round_rows(
-        self, matrix: Tensor, log_scale: Tensor, scale: Tensor, chosen: Tensor, choice: Tensor | None
-    ) -> Tensor:
-        """Rounds a float32 matrix (rows, columns) with scales of as many rows, or one."""
-        size, columns = self.spec.group_size, matrix.shape[1]
-        if self.spec.granularity == "tensor":
-            units = matrix.reshape(1, -1)
-        elif size and columns > size:
-            units = nn.functional.pad(matrix, (0, -columns % size)).view(-1, size)
-        else:
-            units = matrix
-        by_unit = [None if table is None else table.reshape(-1, 1) for table in (log_scale, scale, chosen, choice)]
-        rounded = round_units(units, *by_unit, self.spec.family)  # type: ignore[arg-type]  # only choice may be None
-        return rounded.view(matrix.shape[0], -1)[:, :columns]
+        log_scale, scale, chosen, choice = self.log_scale, self.scales(), self.scale, self.choice
+        if chosen.shape[0] > 1:
+            log_scale, scale, chosen = (table.index_select(0, index) for table in (log_scale, scale, chosen))  # type: ignore[assignment]
+            choice = None if choice is None else choice.index_select(0, index)
+        return round_weight(rows, log_scale, scale, chosen, choice, Layout(self.spec, rows=True))
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
@@ -184,9 +168,10 @@ class WeightQuantizer(_Quantizer):
         )
         assert chosen.choice is not None
         changed = chosen.choice != self.choice
-        # The learned factor stays as it is: distributed training copies buffers from process to process, only.
-        self.scale.copy_(torch.where(changed, chosen.scale / self.log_scale.exp(), self.scale))
-        self.choice.copy_(chosen.choice)
+        # The learned factor stays as it is: distributed training copies buffers from process to process, only. They are
+        # replaced and not written to, since a backward pass may still need the old ones.
+        self.scale = torch.where(changed, chosen.scale / self.log_scale.exp(), self.scale)
+        self.choice = chosen.choice
 
     def export(self, weight: Tensor) -> QuantizedTensor:
         """The weight as packed codes, which stand for what :meth:`forward` returns.
@@ -194,11 +179,12 @@ class WeightQuantizer(_Quantizer):
         Raises:
             DyBitError: The weight or a scale is not finite.
         """
+        weight = weight.detach()
         check_weight(weight, self.spec.shape)
         scale = self.scales()
         check_scale(scale)
         factor = 1.0 if self.tensor_scale is None else float(self.tensor_scale)
-        return encode_matrix(self.spec.to_matrix(weight.detach()), self.spec, Scales(scale, self.choice, factor, 0.0))
+        return encode_matrix(self.spec.to_matrix(weight), self.spec, Scales(scale, self.choice, factor, 0.0))
 
     def extra_repr(self) -> str:
         """The family and what shares a scale."""
@@ -226,6 +212,7 @@ class InputQuantizer(_Quantizer):
     scale: Tensor
     offset: Tensor
     choice: Tensor
+    shift: nn.Parameter | None
 
     def __init__(self, recipe: LayerRecipe, schedule: Schedule, learned: bool = True) -> None:
         super().__init__(schedule)
@@ -254,10 +241,10 @@ class InputQuantizer(_Quantizer):
 
     def set_(self, spec: InputSpec, scale: Tensor, offset: Tensor | None) -> None:
         """Sets format, scale and offset; what is learned afterwards changes them by a factor and by steps."""
-        self.choice.fill_(self.candidates.index((spec.format, spec.offset)))
-        self.scale.copy_(scale / self.log_scale.detach().exp())
+        self.choice = torch.full_like(self.choice, self.candidates.index((spec.format, spec.offset)))
+        self.scale = scale.to(self.scale.device) / self.log_scale.detach().exp()
         if offset is not None:
-            self.offset.copy_(offset - self._moved())
+            self.offset = offset.to(self.offset.device) - self._moved()
 
     def export(self) -> tuple[InputSpec, Tensor, Tensor | None]:
         """The format, the scale in use and the offset in use, float32 of shape (1,) or None.

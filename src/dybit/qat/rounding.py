@@ -19,16 +19,19 @@ same change, and no running away as s becomes small.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dybit import rivals
 from dybit.codec import Codebook
 from dybit.ops import fake_quantize, grid, lookup
+from dybit.tensor import TensorSpec
 
 
 class FamilyTable:
@@ -68,8 +71,8 @@ class FamilyTable:
             index += choice.to(torch.int32) * self._size
             return self._values.index_select(0, index.reshape(-1)).view(x.shape)
         result = torch.empty_like(x)
-        for index, book in enumerate(self.books):
-            rows = (choice == index).view(-1).nonzero().view(-1)
+        for place, book in enumerate(self.books):
+            rows = (choice == place).view(-1).nonzero().view(-1)
             if len(rows):
                 result[rows] = lookup(book, x.device).round(x[rows])
         return result
@@ -92,63 +95,108 @@ def learning_factor(book: Codebook) -> float:
     return 1 / (step**2 * math.sqrt(np.abs(book.levels).max() / step))
 
 
-class _RoundUnits(torch.autograd.Function):
-    """See :func:`round_units`."""
+@dataclass(frozen=True)
+class Layout:
+    """How a weight, or some rows of its matrix, falls into the units that share a scale.
+
+    All views are taken within one autograd function: on small layers, a node for each would cost more than rounding.
+
+    Args:
+        spec: How the weight is stored.
+        rows: Whether it is rows of the matrix, (count, columns).
+    """
+
+    spec: TensorSpec
+    rows: bool = False
+
+    def split(self, x: Tensor) -> Tensor:
+        """The units: float32 of shape (units, length), the last groups of rows filled up with zeros."""
+        matrix = (x if self.rows else self.spec.to_matrix(x)).float()
+        if self.spec.granularity == "tensor":
+            return matrix.reshape(1, -1)
+        if self._grouped:
+            padded = functional.pad(matrix, (0, self._filled - self.spec.columns))
+            return padded.view(-1, cast(int, self.spec.group_size))
+        return matrix
+
+    def join(self, units: Tensor, like: Tensor) -> Tensor:
+        """The inverse, in the shape and type of ``like``."""
+        matrix = units.view(-1, self.spec.columns) if not self._grouped else units.view(-1, self._filled)
+        if self._grouped and self._filled > self.spec.columns:
+            matrix = matrix[:, : self.spec.columns].contiguous()
+        return (matrix if self.rows else self.spec.from_matrix(matrix)).to(like.dtype)
+
+    @property
+    def _grouped(self) -> bool:
+        return self.spec.group_size is not None and self.spec.columns > self.spec.group_size
+
+    @property
+    def _filled(self) -> int:
+        return self.spec.groups * (self.spec.group_size or 0)
+
+
+class _RoundWeight(torch.autograd.Function):
+    """See :func:`round_weight`."""
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
-        x: Tensor,
+        weight: Tensor,
         log_scale: Tensor,
         scale: Tensor,
         chosen: Tensor,
         choice: Tensor | None,
-        family: str,
+        layout: Layout,
     ) -> Tensor:
+        family, x, scale = layout.spec.family, layout.split(weight), scale.view(-1, 1)
         if choice is None:
             rounded = cast(Tensor, fake_quantize(x, scale, None, family))
         else:
             ratio = x / scale
             unknown = torch.isnan(ratio)
-            value = family_table(family, x.device).round(ratio.masked_fill_(unknown, 0.0), choice)
+            value = family_table(family, x.device).round(ratio.masked_fill_(unknown, 0.0), choice.view(-1, 1))
             rounded = value.mul_(scale).masked_fill_(unknown, math.nan)
-        ctx.save_for_backward(x, rounded, scale, chosen, choice)
-        ctx.family = family
-        return rounded
+        ctx.save_for_backward(weight, rounded, scale, chosen, choice)
+        ctx.layout = layout
+        return layout.join(rounded, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, rounded, scale, chosen, choice = ctx.saved_tensors
-        limits = family_table(ctx.family, x.device).limits
+        weight, rounded, scale, chosen, choice = ctx.saved_tensors
+        layout = ctx.layout
+        limits = family_table(layout.spec.family, weight.device).limits
         limits = limits if choice is None else limits.index_select(0, choice.view(-1).to(torch.int32))
         low, high, factor = limits.split(1, dim=1)
+        x, grad = layout.split(weight), layout.split(grad)
         ratio = x / scale
         x_grad = grad * (ratio >= low).logical_and_(ratio <= high)
         log_grad = None
         if ctx.needs_input_grad[1]:
             slope = (grad * rounded).addcmul_(x_grad, x, value=-1).sum(1, keepdim=True)  # s · ∂L/∂s
-            log_grad = slope.mul_(factor).div_(chosen.square()).div_(math.sqrt(x.shape[1]))
-        return x_grad, log_grad, None, None, None, None
+            constant = factor / (chosen.view(-1, 1).square() * math.sqrt(x.shape[1]))
+            log_grad = slope.mul_(constant).view(chosen.shape)
+        return layout.join(x_grad, weight), log_grad, None, None, None, None
 
 
-def round_units(
-    x: Tensor, log_scale: Tensor, scale: Tensor, chosen: Tensor, choice: Tensor | None, family: str
+def round_weight(
+    weight: Tensor, log_scale: Tensor, scale: Tensor, chosen: Tensor, choice: Tensor | None, layout: Layout
 ) -> Tensor:
-    """Rounds units that each have a scale and a codebook; NaN stays NaN.
+    """Rounds a weight with a scale and a codebook for every unit; NaN stays NaN.
 
     Args:
-        x: float32 of shape (units, length); its gradient is straight-through.
-        log_scale: What is learned, of shape (units, 1): it only receives the gradient described above.
-        scale: The scales in use, float32 of shape (units, 1), none of them zero.
+        weight: Floating point, as the layout says; its gradient is straight-through.
+        log_scale: What is learned, a number a unit: it only receives the gradient described above.
+        scale: The scales in use, float32 of the same shape, none of them zero.
         chosen: Those that were chosen from data, the same.
-        choice: The codebook of every unit, uint8 of shape (units, 1); None for a family of one.
-        family: Name of the family.
+        choice: The codebook of every unit, uint8 of the same shape; None for a family of one.
+        layout: How units lie in the weight.
 
     Returns:
-        float32 of the shape of ``x``.
+        Of the shape and type of ``weight``, contiguous.
     """
-    return cast(Tensor, _RoundUnits.apply(x, log_scale, scale, chosen, choice, family))
+    rounded = _RoundWeight.apply(weight, log_scale, scale, chosen, choice, layout)  # type: ignore[no-untyped-call]
+    return cast(Tensor, rounded)
 
 
 class _RoundInput(torch.autograd.Function):
@@ -219,4 +267,5 @@ def round_input(
     Returns:
         Of the shape and type of ``x``.
     """
-    return cast(Tensor, _RoundInput.apply(x, log_scale, shift, scale, chosen, offset, format))
+    rounded = _RoundInput.apply(x, log_scale, shift, scale, chosen, offset, format)  # type: ignore[no-untyped-call]
+    return cast(Tensor, rounded)
