@@ -239,9 +239,9 @@ def _distribute(
                 if result is None:
                     submit(task, payload)
                     continue
-                for cell, error in zip(task, result, strict=True):
+                for cell, value in zip(task, result, strict=True):
                     known += 1
-                    yield cell, error
+                    yield cell, value
     except DyBitError:
         raise
     except Exception as error:  # of the executor: BrokenExecutor, or whatever another library raises
