@@ -107,9 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     limits = (MaxDrop(1e9, score),) if score else (loosest,)
     trial = Trial(model, subject, problem, limits, evaluation, progress)
     rows = []
-    print(
-        head := f"| equal to | {options.cost} × | uniform | greedy, RMSE | greedy | search |\n|---|---|---|---|---|---|"
-    )
+    print(f"| equal to | {options.cost} × | uniform | greedy, RMSE | greedy | search |\n" + "|---" * 6 + "|")
     for index, candidate in enumerate(problem.candidates):
         if options.against and candidate.name not in options.against.split(","):
             continue
@@ -128,7 +126,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows.append({"equal_to": candidate.name, "solve_seconds": solving, **{k: row(p) for k, p in points.items()}})
         cells = [cell(points.get(name)) for name in choices]
         print(f"| {candidate.name} | {problem.main.base / limit:.2f} | {' | '.join(cells)} |", flush=True)
-    assert head
     return {"model": options.model, "unit": trial.judge.unit, "score": score and score(model), **timing, "rows": rows}
 
 

@@ -113,11 +113,12 @@ class Trial:
         constraints: Sequence[Constraint],
         evaluation: Iterable[Any] | None,
         progress: Progress | None,
+        quantize: Callable[[nn.Module, Recipe, list[Any]], object] = quantize_,
     ) -> None:
         self.original, self.subject, self.problem, self.constraints = model, subject, problem, constraints
         self.judge = subject.judge if evaluation is None else Judge(subject.model, list(evaluation))
         self.history: list[Point] = []
-        self._progress = progress
+        self._progress, self._quantize = progress, quantize
         self._drop = self._evaluator()
 
     def _evaluator(self) -> Callable[[nn.Module], float] | None:
@@ -148,7 +149,7 @@ class Trial:
         recipe = self.subject.mixed(self.problem.layers(choice))
         quantized = copy.deepcopy(self.original).eval()
         if any(not self.problem.candidates[index].kept for index in choice.values()):
-            quantize_(quantized, recipe, self.subject.batches)
+            self._quantize(quantized, recipe, self.subject.batches)
         made = point(
             self.problem,
             choice,
