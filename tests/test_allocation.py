@@ -184,6 +184,17 @@ def test_limits_of_loss_minimise_the_first_cost():
         search(net(), batches(), constraint=MaxError(1e-12), cost=AcceleratorCost(SMALL))
 
 
+def test_recipes_can_be_tried_in_another_way():
+    calls = []
+
+    def quantize(model, recipe, data):
+        calls.append((recipe, len(data)))
+        quantize_(model, Recipe(weights=8), data)
+
+    result = search(mlp(), mlp_batches(), constraint=MaxSize(200), candidates=[8, 2], quantize=quantize)
+    assert calls == [(result.recipe, 2)]
+
+
 def test_the_recipe_brings_what_candidates_do_not_say():
     recipe = Recipe(group_size=4, activation_mode="dynamic", rules={"head": None})
     result = search(net(), batches(), constraint=MaxSize(2600), recipe=recipe, candidates=["8/8", "4/8"])

@@ -93,6 +93,19 @@ def test_threads_give_the_same(tmp_path, estimate):
     assert len(cells(tmp_path / "a")) == len(cells(tmp_path / "b")) == 30
 
 
+def test_a_worker_is_sent_the_model_once(tmp_path):
+    class Counting(ThreadPoolExecutor):
+        sent = 0
+
+        def submit(self, function, token, task, payload, parent):
+            self.sent += payload is not None
+            return super().submit(function, token, task, payload, parent)
+
+    with Counting(1) as executor:
+        measure(Subject(net(), batches()), SOME, cache=tmp_path, executor=executor)
+    assert 1 <= executor.sent <= 2
+
+
 def test_processes_give_the_same(tmp_path):
     subject = Subject(mlp(), mlp_batches())
     expected = measure(subject, SOME, cache=tmp_path / "a")

@@ -6,7 +6,7 @@ Must not know any machine that it searches for: costs come as tables (:mod:`dybi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from dybit.candidate import Candidate, as_candidates
 from dybit.constraint import Constraint, MaxSize, Speedup, as_constraints
 from dybit.cost import Cost, CpuCost, ShapeCost, SizeCost, cost_table
 from dybit.errors import DyBitError
+from dybit.model import quantize_
 from dybit.problem import Choice, Problem
 from dybit.recipe import Recipe
 from dybit.sensitivity import Estimate, check_arguments, measure
@@ -76,6 +77,7 @@ def search(
     executor: Executor | None = None,
     workers: int = 1,
     cache: str | os.PathLike[str] | None = None,
+    quantize: Callable[[nn.Module, Recipe, list[Any]], object] = quantize_,
     progress: Progress | None = None,
 ) -> Result:
     """Finds a recipe of mixed precision.
@@ -103,6 +105,8 @@ def search(
         executor: Where to measure sensitivities; None for ``workers`` processes.
         workers: Processes; 1 works in this one.
         cache: Directory of sensitivities; None for the user's cache directory.
+        quantize: How recipes are tried on a copy of the model, in place; it is given the copy, the recipe and the
+            calibration batches. ``functools.partial(quantize_, ...)`` for other arguments.
         progress: Called with (done, total, text).
 
     Returns:
@@ -142,7 +146,7 @@ def search(
         progress=_staged(progress, "sensitivity"),
     )
     problem = replace(problem, errors=errors)
-    trial = Trial(model, subject, problem, constraints, evaluation, progress)
+    trial = Trial(model, subject, problem, constraints, evaluation, progress, quantize)
     found = trial.refine(rounds)
     front: list[Point] = []
     if pareto:

@@ -195,7 +195,7 @@ class _FisherPasses:
                 for batch, reference in zip(subject.batches, subject.judge.outputs, strict=True):
                     for _ in range(_DRAWS):
                         result = output_tensor(run_batch(model, batch))
-                        self._surprise(result.float(), generator).backward()  # type: ignore[no-untyped-call]
+                        self._surprise(result.float(), generator).backward()
                         for key, parameter in parameters.items():
                             if parameter.grad is not None:
                                 sums[key] += parameter.grad.square()

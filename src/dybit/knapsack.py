@@ -52,7 +52,7 @@ def solve(objective: Array, costs: Sequence[Array], limits: Sequence[float]) -> 
     """
     objective = np.asarray(objective, dtype=np.float64)
     costs = [np.asarray(cost, dtype=np.float64) for cost in costs]
-    allowed = np.isfinite(objective) & np.all([np.isfinite(cost) for cost in costs] or [True], axis=0)
+    allowed = np.all([np.isfinite(table) for table in (objective, *costs)], axis=0)
     if not allowed.any(axis=1).all():
         raise InfeasibleError("an item has no option at all")
     kinds, members = _kinds([objective, *costs])
@@ -121,7 +121,8 @@ def _program(
         raise InfeasibleError("no choice keeps the limits")
     if not result.success:
         raise DyBitError(f"the solver gave up: {result.message}")
-    return np.round(result.x).astype(np.int64).reshape(kinds, options)
+    amounts: NDArray[np.int64] = np.round(result.x).astype(np.int64).reshape(kinds, options)
+    return amounts
 
 
 @contextmanager

@@ -93,7 +93,7 @@ class Problem:
         wanted = self.candidates[index]
         same = [i for i, c in enumerate(self.candidates) if c.weights == self.embedding_weights]
         table = next((i for i in same if self.candidates[i].activations == wanted.activations), (*same, index)[0])
-        heads = {name for group in self.groups if self.embeddings & set(group) for name in group}
+        heads = {name for group in self.groups if not set(group).isdisjoint(self.embeddings) for name in group}
         return {name: table if name in heads and not wanted.kept else index for group in self.groups for name in group}
 
     def cheapest(self, name: str) -> Choice:

@@ -99,7 +99,7 @@ class Replay:
         kept = [outputs for name, outputs in self._kept.items() if self._left[name] < start]
         try:
             for module, outputs in zip(stubbed, kept, strict=True):
-                module.forward = _replaying(outputs)  # type: ignore[method-assign]
+                module.forward = _replaying(outputs)
             yield
         finally:
             for module in stubbed:

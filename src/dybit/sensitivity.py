@@ -13,11 +13,12 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -170,16 +171,16 @@ def _run(
     else:
         # Not forked: a child of a process whose threads hold locks may hang.
         context = multiprocessing.get_context("spawn")
-        with _quiet_exit(ProcessPoolExecutor(min(workers, len(cells)), mp_context=context)) as pool:
+        pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context, initializer=_leave_interrupts)
+        try:
             yield from _distribute(subject, estimate, cells, pool, folder)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _quiet_exit(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _leave_interrupts() -> None:
+    """In a worker: Ctrl-C is for the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _evaluate(subject: Subject, estimate: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, float]]:
@@ -203,6 +204,8 @@ def _distribute(
     """Sends tasks to an executor: a few cells of one layer each.
 
     A worker that does not know the subject yet says so, and is sent it once, whatever kind of executor it belongs to.
+    Only about as many tasks are under way as workers have shown that they know it, or else the first worker would
+    turn all of them down before anything reaches it.
     """
     tasks: list[list[Cell]] = []
     for cell in cells:
@@ -218,6 +221,8 @@ def _distribute(
         raise DyBitError(f"the model cannot be sent to workers, use workers=1: {error}") from error
     token = hashlib.sha256(payload).hexdigest()
     waiting: dict[Future[Any], list[Cell]] = {}
+    ready: set[str] = set()
+    tasks.reverse()
     known = 0
 
     def failed(error: BaseException) -> DyBitError:
@@ -230,18 +235,19 @@ def _distribute(
         waiting[executor.submit(_work, token, task, data, os.getpid())] = task
 
     try:
-        for task in tasks:
-            submit(task, None)
-        while waiting:
+        while waiting or tasks:
+            while tasks and len(waiting) < 2 * len(ready) + 2:
+                submit(tasks.pop(), None)
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 task = waiting.pop(future)
-                result = future.result()
+                worker, result = future.result()
                 if result is None:
                     submit(task, payload)
                     continue
-                for cell, error in zip(task, result, strict=True):
+                ready.add(worker)
+                for cell, value in zip(task, result, strict=True):
                     known += 1
-                    yield cell, error
+                    yield cell, value
     except DyBitError:
         raise
     except Exception as error:  # of the executor: BrokenExecutor, or whatever another library raises
@@ -254,13 +260,14 @@ def _distribute(
 _worker = threading.local()  # of every thread: it changes its copy of the model
 
 
-def _work(token: str, cells: list[Cell], payload: bytes | None, parent: int) -> list[float] | None:
-    """Runs in a worker: the errors of some cells, or None if it needs the subject first."""
+def _work(token: str, cells: list[Cell], payload: bytes | None, parent: int) -> tuple[str, list[float] | None]:
+    """Runs in a worker: who it is, and the errors of some cells, or None if it needs the subject first."""
+    name = f"{platform.node()} {os.getpid()} {threading.get_ident()}"
     if getattr(_worker, "token", None) != token:
         if payload is None:
-            return None
+            return name, None
         if os.getpid() != parent:
             torch.set_num_threads(1)  # as many workers as cores: more threads would get in each other's way
         subject, estimate, every = pickle.loads(payload)
         _worker.token, _worker.estimator, _worker.twins = token, ESTIMATORS[estimate](subject, every), Twins(subject)
-    return [_one(_worker.estimator, _worker.twins, name, candidate) for name, candidate in cells]
+    return name, [_one(_worker.estimator, _worker.twins, layer, candidate) for layer, candidate in cells]

@@ -222,12 +222,12 @@ class Subject:
             for name, twin in twins.items():
                 module = self.model.get_submodule(name)
                 before.append((module, module.__class__, module.__dict__))
-                module.__class__ = twin.__class__  # type: ignore[assignment]
+                module.__class__ = twin.__class__
                 module.__dict__ = dict(twin.__dict__)
             yield self.model
         finally:
             for module, cls, state in reversed(before):
-                module.__class__, module.__dict__ = cls, state  # type: ignore[assignment]
+                module.__class__, module.__dict__ = cls, state
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
@@ -253,7 +253,7 @@ class Subject:
             places = input_places(module, args, kwargs)
             inputs[name] = LayerInput(_detached(args), {key: _detached((x,))[0] for key, x in kwargs.items()})
             if places and name not in self.embeddings:
-                x = args[places[0]] if isinstance(places[0], int) else kwargs[places[0]]
+                x: Tensor = args[places[0]] if isinstance(places[0], int) else kwargs[places[0]]
                 for known, version, names in shared:
                     if known() is x and version == x._version:
                         names.append(name)
@@ -287,8 +287,9 @@ class Subject:
         """
         # Torch's attention multiplies by its out_proj itself, and rounds the input of either only if it rounds both.
         attention = [(name, f"{name}.out_proj") for name, module in self.layers.items() if is_attention(module)]
-        known = [pair for pair in attention if pair[1] in self.layers]
-        return agree(list(self.layers), known + (self._record[1] if shared_inputs else []), patterns)
+        known: list[tuple[str, ...]] = [pair for pair in attention if pair[1] in self.layers]
+        known += self._record[1] if shared_inputs else []
+        return agree(list(self.layers), known, patterns)
 
 
 def agree(

@@ -113,11 +113,12 @@ class Trial:
         constraints: Sequence[Constraint],
         evaluation: Iterable[Any] | None,
         progress: Progress | None,
+        quantize: Callable[[nn.Module, Recipe, list[Any]], object] = quantize_,
     ) -> None:
         self.original, self.subject, self.problem, self.constraints = model, subject, problem, constraints
         self.judge = subject.judge if evaluation is None else Judge(subject.model, list(evaluation))
         self.history: list[Point] = []
-        self._progress = progress
+        self._progress, self._quantize = progress, quantize
         self._drop = self._evaluator()
 
     def _evaluator(self) -> Callable[[nn.Module], float] | None:
@@ -148,7 +149,7 @@ class Trial:
         recipe = self.subject.mixed(self.problem.layers(choice))
         quantized = copy.deepcopy(self.original).eval()
         if any(not self.problem.candidates[index].kept for index in choice.values()):
-            quantize_(quantized, recipe, self.subject.batches)
+            self._quantize(quantized, recipe, self.subject.batches)
         made = point(
             self.problem,
             choice,
@@ -201,13 +202,14 @@ class Trial:
 
     def _within_loss(self, limits: dict[str, float], rounds: int) -> Point:
         """Bisects the limit of the estimated error for the cheapest recipe that loses as little as is asked."""
-        limit = next(c.error if isinstance(c, MaxError) else c.points for c in self.constraints if _is_loss(c))
+        asked = _loss(self.constraints)
+        limit = asked.error if isinstance(asked, MaxError) else asked.points
         exact = self.problem.most_exact(limits)
         high = self.problem.error(self.problem.cheapest(self.problem.main.name))
         low = min(self.problem.error(exact), high)
         best: Point | None = None
         # Points lost are in another unit than estimates: the cheapest recipe comes first, then bisection.
-        guess = min(max(limit, low), high) if isinstance(_loss(self.constraints), MaxError) else high
+        guess = min(max(limit, low), high) if isinstance(asked, MaxError) else high
         for index in range(rounds):
             try:
                 choice = self.problem.solve(limits, guess * (1 + 1e-9))
@@ -255,14 +257,10 @@ def _score(evaluate: Callable[[Any], float], model: nn.Module) -> float:
     return value
 
 
-def _is_loss(constraint: Constraint) -> bool:
-    return isinstance(constraint, MaxError | MaxDrop)
-
-
 def limits_loss(constraints: Sequence[Constraint]) -> bool:
     """Whether a loss is limited, so that the cost is minimised."""
-    return any(_is_loss(one) for one in constraints)
+    return any(isinstance(one, MaxError | MaxDrop) for one in constraints)
 
 
-def _loss(constraints: Sequence[Constraint]) -> Constraint:
-    return next(one for one in constraints if _is_loss(one))
+def _loss(constraints: Sequence[Constraint]) -> MaxError | MaxDrop:
+    return next(one for one in constraints if isinstance(one, MaxError | MaxDrop))

@@ -132,7 +132,8 @@ def search(
             result = dybit.search(
                 loaded, data, constraint=limits, cost=cost, candidates=every, recipe=base,
                 sensitivity=sensitivity, groups=group or (), evaluation=held, pareto=front,  # type: ignore[arg-type]
-                baselines=baselines, workers=workers, progress=bar.update,
+                baselines=baselines, workers=workers,
+                progress=lambda done, total, text: bar.update(done, total or None, text),
             )  # fmt: skip
     _print(result, model or str(workload))
     if output is not None:
