@@ -18,7 +18,7 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 LAYERS = [
     {"format", "codec", "packing", "rivals", "recipe", "workload", "networks", "errors"},
     {"scale", "tensor", "ops", "kernels", "_kernels", "linear"},
-    {"layers", "attention", "fold", "calibrate", "ptq", "qat", "model", "checkpoint", "fidelity", "trace"},
+    {"layers", "attention", "fold", "calibrate", "ptq", "qat", "model", "checkpoint", "stream", "fidelity", "trace"},
     {"sensitivity", "cost", "search"},
     {"demo", "report", "cli", "integrations", "__main__"},
 ]
