@@ -71,8 +71,8 @@ def quantize(
     dybit.load(DIR, model) loads it into the same architecture; dybit evaluate compares it with the original.
 
     A .safetensors file (or .safetensors.index.json) is quantized piece by piece, however large; after an interruption,
-    the same command goes on. In a transformers directory, DIR becomes one that from_pretrained loads. Elsewhere, tensors
-    of 2 to 5 dimensions named *.weight are quantized (weights only; first dimension = output channels; names with
+    the same command goes on. In a transformers directory, DIR becomes one that from_pretrained loads. Elsewhere,
+    tensors of 2 to 5 dimensions named *.weight are quantized (weights only; first dimension = output channels; names with
     "embed", "wte" or "wpe" count as embeddings), all others are copied.
 
     Example: dybit quantize dybit.demo:minilm -o minilm-w4a8 --activations 8 --calibration dybit.demo:minilm_batches
@@ -169,7 +169,7 @@ def _quantize_model(
 
 
 def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tuple[list[LayerRow], int]:
-    """Quantizes the weights in safetensors files piece by piece; ``config.json`` beside them says what they belong to."""
+    """Quantizes the weights in safetensors files piece by piece, as ``config.json`` beside them or their names say."""
     from dybit import stream
 
     if recipe.criterion == "activation":
@@ -230,7 +230,7 @@ def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe)
         job = Job(spec, how.method if how else recipe.method, how.percentile if how else recipe.percentile)
         plan.add(layer, kind, key, source[key], job, found.inputs[layer])
     for name, key in found.tied.items():
-        layer, _, weight = name.rpartition(".")
+        layer = name.rpartition(".")[0]
         plan.add(layer, "", name, source[key], plan.jobs[key], found.inputs[layer])
         del plan.jobs[name]
         plan.shared |= {name + suffix: key + suffix for suffix in plan.jobs[key].spec.buffers()}
