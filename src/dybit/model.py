@@ -326,14 +326,14 @@ class _Ties:
 def _quantize_weight(
     weight: Tensor, name: str, recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None
 ) -> QuantizedTensor:
-    spec = weight_spec(recipe, module, tuple(weight.shape))
+    spec = weight_spec(recipe, tuple(weight.shape), transposed(module))
     weighted = seen is not None and seen.seen and recipe.criterion != "weight"
     importance = _importance(seen, name, spec, module) if weighted and seen else None
     return quantize(weight, spec, method=recipe.method, percentile=recipe.percentile, importance=importance)
 
 
-def weight_spec(recipe: LayerRecipe, module: nn.Module, shape: tuple[int, ...]) -> TensorSpec:
-    """How a recipe stores a weight of some shape of a module."""
+def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0) -> TensorSpec:
+    """How a recipe that quantizes weights stores one of some shape; see :class:`dybit.tensor.TensorSpec`."""
     family = recipe.weight_family
     assert family is not None
     return TensorSpec(
@@ -343,7 +343,7 @@ def weight_spec(recipe: LayerRecipe, module: nn.Module, shape: tuple[int, ...]) 
         recipe.group_size,
         recipe.scale_type,
         recipe.variant_granularity or recipe.scale_granularity,
-        transposed(module),
+        transposed,
     )
 
 

@@ -359,8 +359,8 @@ def _layout(source: Mapping[str, Stored], jobs: Mapping[str, Job]) -> tuple[byte
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, offset = {}, 0
     for key in order:
-        dtype, shape, nbytes = tensors[key]
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        name, shape, nbytes = tensors[key]
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         places[key] = offset, nbytes
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -399,7 +399,10 @@ def _read(descriptor: int, stored: Stored, start: int, length: int) -> bytearray
 
 
 def _put(descriptor: int, data: bytearray | Tensor, offset: int) -> None:
-    view = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy() if isinstance(data, Tensor) else data)
+    if isinstance(data, Tensor):
+        view = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
+    else:
+        view = memoryview(data)
     done = 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)

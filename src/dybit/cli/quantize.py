@@ -72,8 +72,8 @@ def quantize(
 
     A .safetensors file (or .safetensors.index.json) is quantized piece by piece, however large; after an interruption,
     the same command goes on. In a transformers directory, DIR becomes one that from_pretrained loads. Elsewhere,
-    tensors of 2 to 5 dimensions named *.weight are quantized (weights only; first dimension = output channels; names with
-    "embed", "wte" or "wpe" count as embeddings), all others are copied.
+    tensors of 2 to 5 dimensions named *.weight are quantized (weights only; first dimension = output channels; names
+    with "embed", "wte" or "wpe" count as embeddings), all others are copied.
 
     Example: dybit quantize dybit.demo:minilm -o minilm-w4a8 --activations 8 --calibration dybit.demo:minilm_batches
     """
@@ -244,8 +244,8 @@ def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe)
 
 def _plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> _FilePlan:
     """The plan for files that say nothing about the layers that their tensors belong to."""
+    from dybit.model import weight_spec
     from dybit.stream import FLOATS, Job
-    from dybit.tensor import TensorSpec
 
     if recipe.activations is not None:
         raise DyBitError(f"--activations {recipe.activations} need a model that can be run, not the file {path!r}")
@@ -260,17 +260,11 @@ def _plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> _Fil
     plan = _FilePlan()
     for layer, keys in layers.items():
         how = recipe.layer(layer, embedding=bool(_EMBEDDING.search(layer)))
-        family = how.weight_family if how else None
-        for key in keys if how is not None and family is not None else ():
-            spec = TensorSpec(
-                family.name,
-                source[key].shape,
-                how.scale_granularity,
-                how.group_size,
-                how.scale_type,
-                how.variant_granularity or how.scale_granularity,
-            )
-            plan.add(layer, "weight", key, source[key], Job(spec, how.method, how.percentile), None)
+        if how is None or how.weight_family is None:
+            continue
+        for key in keys:
+            job = Job(weight_spec(how, source[key].shape), how.method, how.percentile)
+            plan.add(layer, "weight", key, source[key], job, None)
     return plan
 
 

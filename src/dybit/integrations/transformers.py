@@ -32,6 +32,10 @@ from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensor import QuantizedTensor, TensorSpec, quantize
 
 try:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"found {transformers.__version__}")
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -63,8 +67,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         CheckpointError: ``format_version`` is not known.
 
     Example:
-        >>> DyBitConfig(weights=4, group_size=64).recipe
-        Recipe(weights=4, activations=None, granularity=None, group_size=64, ...)
+        >>> DyBitConfig(weights=4, group_size=64).to_dict()["recipe"]
+        {'version': 1, 'weights': 4, 'group_size': 64}
     """
 
     def __init__(
@@ -230,7 +234,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             shapes = {name: tuple(getattr(plan.module, name).shape) for name in names}
             self._layers[plan.name] = _Layer(
                 plan.module,
-                {name: weight_spec(plan.recipe, plan.module, shape) for name, shape in shapes.items()},
+                {name: weight_spec(plan.recipe, shape, transposed(plan.module)) for name, shape in shapes.items()},
                 layer_input(plan.recipe, plan.module)[0],
                 getattr(plan.module, weight_names(plan.module)[0]).dtype,
                 plan.recipe,
@@ -286,8 +290,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in self._layers.values():
             if len(layer.codes) < len(layer.specs):
                 continue  # a head that the file did not have, initialized at random: it is there to be trained
-            static = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
-            swap_(layer.module, layer.codes, layer.input, *static, layer.dtype)
+            scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
+            swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
         bypass_fast_path_(model, quantized_layers(model).values())
         model._dybit_recipe = self.quantization_config.recipe
         _describe_(self.quantization_config, model)
@@ -386,8 +390,6 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
         CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
         DyBitError: As :func:`dybit.model.plan_layers`.
     """
-    import transformers
-
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -428,7 +430,7 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
 def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | None, InputSpec | None]]:
     """Name, weight fields and input of every layer that ``config.json`` names."""
     try:
-        for group in config.layers:
+        for group in config.layers or ():
             weights, stored = group["weights"], group["input"]
             input_spec = None if stored is None else InputSpec.from_dict(stored)
             if weights is not None and set(weights) != set(_WEIGHT_FIELDS):
@@ -464,14 +466,18 @@ def _await_(layer: _Layer, own: list[str]) -> None:
     if layer.input is not None and layer.input.mode == "static":
         for key in ("input_scale", *(["input_offset"] if layer.input.offset else [])):
             module._buffers[key] = torch.empty(1, device="meta")
-    members = {weight: property(lambda _, tensor=tensor: tensor) for weight, tensor in shown.items()}
+
+    def show(tensor: Tensor) -> property:
+        return property(lambda _: tensor)
+
+    members = {weight: show(tensor) for weight, tensor in shown.items()}
     module.__class__ = type(type(module).__name__, (type(module),), members)
 
 
 def _arrived_(name: str, layer: _Layer) -> dict[str, QuantizedTensor]:
     """What the loader put into a layer that :func:`_await_` prepared, checked; the layer is as it was before."""
     module = layer.module
-    module.__class__ = type(module).__mro__[1]  # type: ignore[assignment]
+    module.__class__ = type(module).__mro__[1]
     for key in ("input_scale", "input_offset"):
         if key in module._buffers:
             _check_part(f"{name}.{key}", module._buffers[key], (1,), torch.float32)
