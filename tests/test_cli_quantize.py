@@ -284,6 +284,62 @@ def test_info_of_no_checkpoint(tmp_path):
     assert "not valid JSON" in invoke("info", str(tmp_path / "q")).stderr
 
 
+@pytest.mark.parametrize(
+    "words", [(), ("--activations", "8", "--activation-mode", "dynamic")], ids=["weights", "inputs"]
+)
+@pytest.mark.parametrize("shards", ["5GB", "8KB"])
+def test_files_of_a_transformers_directory(tmp_path, shards, words):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "m", max_shard_size=shards)
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    (tmp_path / "m" / "pytorch_model.bin").write_text("not to be copied")
+    file = tmp_path / "m" / f"model.safetensors{'.index.json' if shards == '8KB' else ''}"
+    shown = good("quantize", str(file), "-o", str(tmp_path / "q"), "--group-size", "16", *words)
+    assert "model.layers.0.mlp.up_proj" in shown
+    names = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "dybit.json"}
+    assert {path.name for path in (tmp_path / "q").iterdir()} == names
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    fields = {"activations": 8, "activation_mode": "dynamic"} if words else {}
+    dybit.quantize_(model, dybit.Recipe(weights=4, group_size=16, **fields))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(loaded(ids).logits, expected)
+        own = dybit.load(tmp_path / "q", transformers.LlamaForCausalLM(config))
+        assert torch.equal(own(ids).logits, expected)
+    assert own.lm_head._buffers["weight"] is own.model.embed_tokens._buffers["weight"]
+
+
+def test_directories_of_transformers_that_do_not_fit(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "m").mkdir()
+    save_file({"model.norm.weight": torch.ones(4), "x.weight": torch.ones(4, 4)}, tmp_path / "m" / "m.safetensors")
+    for config, message in (
+        ("{", "cannot be built by transformers"),
+        ('{"model_type": "nothing"}', "cannot be built by transformers"),
+        ('{"model_type": "llama", "architectures": ["NoSuchModel"]}', "cannot be built by transformers.*NoSuchModel"),
+        ('{"model_type": "bert", "quantization_config": {"quant_method": "dybit"}}', "is quantized already"),
+    ):
+        (tmp_path / "m" / "config.json").write_text(config)
+        result = invoke("quantize", str(tmp_path / "m" / "m.safetensors"), "-o", str(tmp_path / "q"))
+        assert result.exit_code == 2 and re.search(message, result.stderr.splitlines()[-1]), result.stderr
+    assert not (tmp_path / "q").exists()
+
+
+def test_pickles_are_refused(tmp_path):
+    for name in ("pytorch_model.bin", "model.pt", "model.ckpt"):
+        (tmp_path / name).write_bytes(b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")
+        result = invoke("quantize", str(tmp_path / name), "-o", str(tmp_path / "q"))
+        assert result.exit_code == 2 and "may be a pickle" in result.stderr and result.stderr.count("\n") == 1
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_transformers_directory_with_text(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")

@@ -6,7 +6,7 @@ from torch import nn
 
 from dybit.calibrate import observing
 from dybit.errors import DyBitError
-from dybit.layers import weight_names
+from dybit.layers import transposed, weight_names
 from dybit.ptq.hessian import Hessians, size
 from dybit.ptq.rounding import weight_spec
 from dybit.recipe import LayerRecipe
@@ -44,7 +44,7 @@ def test_energy_of_the_outputs(make, shape):
     module = make()
     if "Conv1D" in type(module).__name__:
         nn.init.zeros_(module.bias)
-    spec = weight_spec(module.weight, LayerRecipe(), module)
+    spec = weight_spec(LayerRecipe(), tuple(module.weight.shape), transposed(module))
     shape = (*shape[:-1], spec.columns) if not hasattr(module, "kernel_size") else shape
     hessians, outputs = gathered(module, [(torch.randn(shape),) for _ in range(3)])
     hessian = hessians.of("layer", "weight", spec)
@@ -58,7 +58,7 @@ def test_energy_of_the_outputs(make, shape):
 
 def test_chunks_of_patches_add_up(monkeypatch):
     module, calls = nn.Conv2d(3, 4, 3), [(torch.randn(5, 3, 6, 6),)]
-    spec = weight_spec(module.weight, LayerRecipe(), module)
+    spec = weight_spec(LayerRecipe(), tuple(module.weight.shape), transposed(module))
     whole = gathered(module, calls)[0].of("layer", "weight", spec)
     monkeypatch.setattr("dybit.ptq.hessian._CHUNK", 1)
     assert torch.allclose(gathered(module, calls)[0].of("layer", "weight", spec), whole, atol=1e-6)
@@ -74,7 +74,10 @@ def test_attention(same, widths):
     hessians, _ = gathered(module, [(q, k, v)])
     inputs = [x.flatten(0, 1) for x in (q, k, v)]
     expected = [x.T @ x / len(x) for x in inputs]
-    specs = {name: weight_spec(getattr(module, name), LayerRecipe(), module) for name in weight_names(module)}
+    specs = {
+        name: weight_spec(LayerRecipe(), tuple(getattr(module, name).shape), transposed(module))
+        for name in weight_names(module)
+    }
     found = [h for name, spec in specs.items() for h in hessians.of("layer", name, spec)]
     assert len(found) == (1 if same and not widths else 3)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=False))
@@ -104,7 +107,7 @@ def test_layers_that_shared_may_part():
     x, y, z = torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 3)
     for module, name, inputs in ((a, "a", x), (b, "b", x), (b, "b", y), (a, "a", z)):
         hessians.observe(name, module, [inputs])
-    spec = weight_spec(a.weight, LayerRecipe(), a)
+    spec = weight_spec(LayerRecipe(), tuple(a.weight.shape), transposed(a))
     for name, inputs in (("a", [x, z]), ("b", [x, y])):
         rows = torch.cat(inputs)
         assert torch.allclose(hessians.of(name, "weight", spec), (rows.T @ rows / 8)[None], atol=1e-6)
@@ -119,7 +122,7 @@ def test_changed_in_place_is_another_input():
 
 def test_what_does_not_fit_is_none():
     module = nn.Linear(4, 2)
-    spec = weight_spec(module.weight, LayerRecipe(), module)
+    spec = weight_spec(LayerRecipe(), tuple(module.weight.shape), transposed(module))
     hessians = Hessians()
     assert hessians.of("layer", "weight", spec) is None
     hessians.observe("layer", module, [torch.randn(0, 4)])
@@ -132,7 +135,7 @@ def test_large_inputs_stay_in_range():
     module, hessians = nn.Linear(4, 2), Hessians()
     for _ in range(3):
         hessians.observe("layer", module, [torch.full((1000, 4), 1e18)])
-    spec = weight_spec(module.weight, LayerRecipe(), module)
+    spec = weight_spec(LayerRecipe(), tuple(module.weight.shape), transposed(module))
     assert torch.isfinite(hessians.of("layer", "weight", spec)).all()
 
 

@@ -140,21 +140,37 @@ def write(
             safetensors.torch.save_file(dict(tensors), target, metadata={"format": "pt"})
         except SafetensorError as error:  # how safetensors reports a full disk
             raise DyBitError(f"path {str(path)!r} cannot be written: {error}") from None
-        manifest = {
-            "format": "dybit",
-            "version": FORMAT_VERSION,
-            "dybit_version": _version(),
-            "sha256": _checksum(target),
-            "recipe": recipe.to_dict() if recipe else None,
-            "layers": dict(layers),
-            "folded": folded or [],
-            "shared": dict(shared or {}),
-        }
-        if attached:
-            manifest["attached"] = dict(attached)
-        manifest["manifest_sha256"] = _digest(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        text = manifest_text(
+            target, layers, folded=folded or [], shared=shared or {}, recipe=recipe, attached=attached or {}
+        )
+        (folder / MANIFEST).write_text(text)
     return Path(path)
+
+
+def manifest_text(
+    tensors: Path,
+    layers: Mapping[str, Mapping[str, Any]],
+    *,
+    folded: list[tuple[str, str]],
+    shared: Mapping[str, str],
+    recipe: Recipe | None,
+    attached: Mapping[str, Any] | None = None,
+) -> str:
+    """The contents of ``dybit.json`` for a file of tensors; see :func:`write`."""
+    manifest = {
+        "format": "dybit",
+        "version": FORMAT_VERSION,
+        "dybit_version": _version(),
+        "sha256": _checksum(tensors),
+        "recipe": recipe.to_dict() if recipe else None,
+        "layers": dict(layers),
+        "folded": folded,
+        "shared": dict(shared),
+    }
+    if attached:
+        manifest["attached"] = dict(attached)
+    manifest["manifest_sha256"] = _digest(manifest)
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -259,24 +275,29 @@ def replacing(path: Path) -> Iterator[Path]:
         raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror}") from None
     try:
         yield folder
-        folder.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
-            try:
-                path.rename(old)
-                folder.rename(path)
-            except BaseException:
-                if old.exists():
-                    old.rename(path)
-                raise
-            finally:
-                shutil.rmtree(old.parent, ignore_errors=True)
-        else:
-            folder.rename(path)
+        put_in_place(folder, path)
     except OSError as error:
         raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Renames a complete directory to ``path``; a checkpoint that is there goes, or stays if that fails."""
+    folder.chmod(0o755)
+    if not path.exists():
+        folder.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
+    try:
+        path.rename(old)
+        folder.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _unique_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -80,8 +80,8 @@ def guarded(command: _C) -> _C:
             with warnings.catch_warnings():
                 _show_own_warnings()
                 command(*args, **kwargs)
-        except KeyboardInterrupt:
-            fail("interrupted; nothing half-written was left behind")
+        except KeyboardInterrupt as stop:
+            fail(str(stop) or "interrupted; nothing half-written was left behind")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise

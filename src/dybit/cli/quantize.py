@@ -5,25 +5,33 @@ Must not know how scales are chosen nor how a checkpoint is laid out.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress
-from dybit.cli.layers import LayerRow, Watch, print_layers, print_totals, row
-from dybit.errors import DyBitError
+from dybit.cli.layers import LayerRow, Watch, print_layers, print_totals
+from dybit.errors import CheckpointError, DyBitError, MissingExtraError
 from dybit.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dybit.layers import InputSpec
+    from dybit.stream import Job, Outcome, Stored
+
 _WEIGHT_NAMES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 # A file has no layers: that a table is one of embeddings can be told by its name only.
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|emb)([._]|$)")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf")
+_NOT_COPIED = ("config.json", "dybit.json", "journal")
+_MOST_COPIED = 100_000_000  # bytes
 _SHOWN_LAYERS = 40
 
 
@@ -32,7 +40,8 @@ def quantize(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A transformers directory, module:function returning an nn.Module, or a .safetensors."
+            metavar="MODEL",
+            help="A transformers directory, module:function returning an nn.Module, or .safetensors[.index.json].",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the checkpoint.")],
@@ -56,13 +65,17 @@ def quantize(
     tokenizer: options.Tokenizer = None,
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
+    workers: Annotated[int, typer.Option(min=0, help="Threads, for a .safetensors; 0: one a processor.")] = 0,
     every: Annotated[bool, typer.Option("--all", help=f"Show all layers, not the first {_SHOWN_LAYERS}.")] = False,
 ) -> None:
     """Quantize a model and save it: DIR gets model.safetensors and dybit.json, complete or not at all.
 
-    dybit.load(DIR, model) loads it into the same architecture; dybit evaluate compares it with the original. Of a plain
-    .safetensors file, tensors of 2 to 5 dimensions named *.weight are quantized (weights only; first dimension = output
-    channels; names with "embed", "wte" or "wpe" count as embeddings), all others are copied.
+    dybit.load(DIR, model) loads it into the same architecture; dybit evaluate compares it with the original.
+
+    A .safetensors file (or .safetensors.index.json) is quantized piece by piece, however large; after an interruption,
+    the same command goes on. In a transformers directory, DIR becomes one that from_pretrained loads. Elsewhere,
+    tensors of 2 to 5 dimensions named *.weight are quantized (weights only; first dimension = output channels; names
+    with "embed", "wte" or "wpe" count as embeddings), all others are copied.
 
     Example: dybit quantize dybit.demo:minilm -o minilm-w4a8 --activations 8 --calibration dybit.demo:minilm_batches
 
@@ -83,12 +96,16 @@ def quantize(
     )
     check_target(output)
     chain = options.chain(algorithm, calibration is not None)
-    if not sources.is_reference(model) and model.endswith(".safetensors"):
+    if not sources.is_reference(model) and model.endswith((".safetensors", ".safetensors.index.json")):
         if calibration is not None:
             raise DyBitError(f"--calibration {calibration!r} needs a model that can be run, not the file {model!r}")
         if chain not in (None, "auto", ("rtn",)):
             raise DyBitError(f"--algorithm {algorithm!r} needs a model that can be run, not the file {model!r}")
-        rows, fp32 = _quantize_file(model, output, plan)
+        rows, fp32 = _quantize_file(model, output, plan, workers)
+    elif not sources.is_reference(model) and Path(model).is_file():
+        pickled = Path(model).suffix in _PICKLES[:6]
+        what = "may be a pickle, which can run code when it is read" if pickled else "is none of these"
+        raise CheckpointError(f"MODEL must be a model or safetensors file, but {model!r} {what}")
     else:
         needs_calibration(plan, calibration)
         loaded = sources.load_model(model)
@@ -163,66 +180,110 @@ def _quantize_model(
     return watch.rows, fp32
 
 
-def _quantize_file(path: str, output: Path, recipe: Recipe) -> tuple[list[LayerRow], int]:
-    """Quantizes the weights in a safetensors file, which says nothing about the layers that they belong to."""
-    from dybit import checkpoint
-    from dybit.tensor import TensorSpec, check_weight
-    from dybit.tensor import quantize as quantize_tensor
+def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tuple[list[LayerRow], int]:
+    """Quantizes the weights in safetensors files piece by piece, as ``config.json`` beside them or their names say."""
+    from dybit import stream
+
+    if recipe.criterion == "activation":
+        raise DyBitError(f"--criterion activation needs a model that can be run, not the file {path!r}")
+    if not Path(path).is_file():
+        raise DyBitError(f"MODEL {path!r} does not exist")
+    source = stream.read_source(path)
+    plan = _plan_transformers(Path(path), source, recipe) or _plan_names(path, source, recipe)
+    if not plan.jobs:
+        raise DyBitError("the recipe keeps every tensor in floating point")
+    with progress("quantizing") as bar:
+        try:
+            outcomes = stream.quantize_files(
+                source, plan.jobs, output, plan.entries, shared=plan.shared, recipe=recipe, extra=plan.extra,
+                workers=workers, progress=bar.update,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped") from None
+    sizes = (4 * math.prod(t.shape) if t.dtype in stream.FLOATS else t.nbytes for t in source.values())
+    return [_file_row(key, plan.jobs[key], outcome) for key, outcome in outcomes.items()], sum(sizes)
+
+
+@dataclass
+class _FilePlan:
+    """What is to become of files of tensors; see :func:`dybit.stream.quantize_files`."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str | Path] = field(default_factory=dict)
+
+    def add(self, layer: str, kind: str, key: str, stored: Stored, job: Job, inputs: InputSpec | None) -> None:
+        """Adds a weight."""
+        self.jobs[key] = job
+        dtype = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[stored.dtype]
+        entry = {"kind": kind, "dtype": dtype, "weights": {}, "input": inputs.to_dict() if inputs else None}
+        weights = self.entries.setdefault(layer, entry)["weights"]
+        weights[key.rpartition(".")[2]] = job.spec.to_dict()
+
+
+def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe) -> _FilePlan | None:
+    """The plan where the file lies in a transformers directory; None where it does not, or without transformers."""
+    from dybit.stream import FLOATS, Job
+
+    if not (path.parent / "config.json").is_file():
+        return None
+    try:
+        from dybit.integrations.transformers import plan_files
+    except MissingExtraError as error:
+        note(f"note: {error}; the result will load with dybit.load only")
+        return None
+    found = plan_files(path.parent, [key for key, stored in source.items() if stored.dtype in FLOATS], recipe)
+    plan = _FilePlan()
+    for key, (layer, kind, spec) in found.weights.items():
+        how = recipe.layer(layer)
+        if source[key].shape != spec.shape:
+            raise CheckpointError(f"{path}: {key!r} has shape {source[key].shape}, config.json says {spec.shape}")
+        job = Job(spec, how.method if how else recipe.method, how.percentile if how else recipe.percentile)
+        plan.add(layer, kind, key, source[key], job, found.inputs[layer])
+    for name, key in found.tied.items():
+        layer = name.rpartition(".")[0]
+        plan.add(layer, "", name, source[key], plan.jobs[key], found.inputs[layer])
+        del plan.jobs[name]
+        plan.shared |= {name + suffix: key + suffix for suffix in plan.jobs[key].spec.buffers()}
+    plan.extra["config.json"] = found.config
+    for file in sorted(path.parent.iterdir()):  # the tokenizer and what else belongs to the model
+        weights = file.suffix in (".safetensors", *_PICKLES) or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in _NOT_COPIED and file.stat().st_size < _MOST_COPIED:
+            plan.extra[file.name] = file
+    return plan
+
+
+def _plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> _FilePlan:
+    """The plan for files that say nothing about the layers that their tensors belong to."""
+    from dybit.ptq.rounding import weight_spec
+    from dybit.stream import FLOATS, Job
 
     if recipe.activations is not None:
         raise DyBitError(f"--activations {recipe.activations} need a model that can be run, not the file {path!r}")
-    if recipe.criterion == "activation":
-        raise DyBitError(f"--criterion activation needs a model that can be run, not the file {path!r}")
-    tensors = sources.read_safetensors(path, "MODEL")
-    layers = _layers(tensors)
+    layers: dict[str, list[str]] = {}
+    for key, stored in source.items():
+        layer, _, name = key.rpartition(".")
+        if name in _WEIGHT_NAMES and stored.dtype in FLOATS and 2 <= len(stored.shape) <= 5 and stored.nbytes:
+            layers.setdefault(layer, []).append(key)
     if not layers:
         raise DyBitError(f"MODEL {path!r} has no floating-point tensor of 2 to 5 dimensions named *.weight")
     recipe.check_names(layers)
-    fp32 = float_bytes(tensors)
-    entries, rows = {}, []
-    with progress("quantizing", len(layers)) as bar:
-        for index, (layer, names) in enumerate(layers.items()):
-            bar.update(index, text=layer)
-            plan = recipe.layer(layer, embedding=bool(_EMBEDDING.search(layer)))
-            family = plan.weight_family if plan else None
-            if plan is None or family is None:
-                continue
-            specs = {}
-            for name in names:
-                key = f"{layer}.{name}".lstrip(".")
-                original = tensors.pop(key)
-                try:
-                    check_weight(original)
-                except DyBitError as error:
-                    raise DyBitError(f"MODEL {path!r}, tensor {key!r}: {error}") from None
-                spec = TensorSpec(
-                    family.name,
-                    tuple(original.shape),
-                    plan.scale_granularity,
-                    plan.group_size,
-                    plan.scale_type,
-                    plan.variant_granularity or plan.scale_granularity,
-                )
-                packed = quantize_tensor(original, spec, method=plan.method, percentile=plan.percentile)
-                tensors.update({key + suffix: buffer for suffix, buffer in packed.buffers().items()})
-                specs[name] = spec.to_dict()
-                rows.append(row(layer if name == "weight" else key, packed, original, None))
-            dtype = str(original.dtype).removeprefix("torch.")
-            entries[layer] = {"kind": "weight", "dtype": dtype, "weights": specs, "input": None}
-    if not entries:
-        raise DyBitError("the recipe keeps every tensor in floating point")
-    checkpoint.write(output, tensors, entries, recipe=recipe)
-    return rows, fp32
+    plan = _FilePlan()
+    for layer, keys in layers.items():
+        how = recipe.layer(layer, embedding=bool(_EMBEDDING.search(layer)))
+        if how is None or how.weight_family is None:
+            continue
+        for key in keys:
+            job = Job(weight_spec(how, source[key].shape), how.method, how.percentile)
+            plan.add(layer, "weight", key, source[key], job, None)
+    return plan
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The names of weights by layer, for the tensors that can be quantized."""
-    import torch
-
-    types = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    layers: dict[str, list[str]] = {}
-    for key, tensor in tensors.items():
-        layer, _, name = key.rpartition(".")
-        if name in _WEIGHT_NAMES and tensor.dtype in types and 2 <= tensor.ndim <= 5:
-            layers.setdefault(layer, []).append(name)
-    return layers
+def _file_row(key: str, job: Job, outcome: Outcome) -> LayerRow:
+    books = job.spec.formats.books
+    votes = sorted((outcome.votes or {0: 1}).items(), key=lambda item: -item[1])
+    shares = tuple((books[index].name, count / sum(n for _, n in votes)) for index, count in votes)
+    decibels = 10 * math.log10(outcome.signal / outcome.noise) if outcome.signal and outcome.noise else math.inf
+    name = key.removesuffix(".weight") or key
+    return LayerRow(name, job.spec, None, shares if outcome.whole else (), decibels if outcome.whole else None)

@@ -15,6 +15,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from dybit.errors import MissingExtraError
+
 # This module of transformers holds the registries; whoever imports it has loaded torch and is about to load a model.
 _REGISTRIES = "transformers.quantizers.auto"
 
@@ -27,7 +29,6 @@ class _AfterImport(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         if name != _REGISTRIES:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             self._loader, spec.loader = spec.loader, self
@@ -39,7 +40,10 @@ class _AfterImport(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
         self._loader.exec_module(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         _register()
 
 
@@ -55,5 +59,7 @@ def _register() -> None:
     """Imports the module that registers; a transformers that dybit does not fit must still work without dybit."""
     try:
         import_module("dybit.integrations.transformers")
+    except MissingExtraError:
+        pass  # an older transformers, which dybit has nothing to do with
     except Exception as error:
         logging.getLogger("dybit").warning("transformers cannot load checkpoints of dybit: %s", error)

@@ -8,8 +8,10 @@ initializes what a file lacks, a weight without values; it is swapped when all w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableSet
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,10 @@ from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensor import QuantizedTensor, TensorSpec, quantize
 
 try:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"found {transformers.__version__}")
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -55,8 +61,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         CheckpointError: ``format_version`` is not known.
 
     Example:
-        >>> DyBitConfig(weights=4, group_size=64).recipe
-        Recipe(weights=4, activations=None, granularity=None, group_size=64, ...)
+        >>> DyBitConfig(weights=4, group_size=64).to_dict()["recipe"]
+        {'version': 1, 'weights': 4, 'group_size': 64}
     """
 
     def __init__(
@@ -222,7 +228,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             shapes = {name: tuple(getattr(plan.module, name).shape) for name in names}
             self._layers[plan.name] = _Layer(
                 plan.module,
-                {name: weight_spec(plan.recipe, plan.module, shape) for name, shape in shapes.items()},
+                {name: weight_spec(plan.recipe, shape, transposed(plan.module)) for name, shape in shapes.items()},
                 layer_input(plan.recipe, plan.module)[0],
                 getattr(plan.module, weight_names(plan.module)[0]).dtype,
                 plan.recipe,
@@ -278,8 +284,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in self._layers.values():
             if len(layer.codes) < len(layer.specs):
                 continue  # a head that the file did not have, initialized at random: it is there to be trained
-            static = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
-            swap_(layer.module, layer.codes, layer.input, *static, layer.dtype)
+            scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
+            swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
         bypass_fast_path_(model, quantized_layers(model).values())
         model._dybit_recipe = self.quantization_config.recipe
         _describe_(self.quantization_config, model)
@@ -325,31 +331,100 @@ def attach_(model: Any) -> Any:  # noqa: ANN401
 
 def _describe_(config: DyBitConfig, model: nn.Module) -> None:
     """Writes down how the layers of a model are stored, those that are alike in one group."""
-    groups: list[dict[str, Any]] = []
     owners: dict[int, str] = {}
-    config.tied = {}
-    for name, layer in quantized_layers(model).items():
-        specs = [spec.to_dict() for spec in layer.weight_specs.values()]
-        how = {
-            "weights": {key: specs[0][key] for key in _WEIGHT_FIELDS} if specs else None,
-            "input": layer.input_spec.to_dict() if layer.input_spec else None,
-        }
-        group = next((g for g in groups if (g["weights"], g["input"]) == (how["weights"], how["input"])), None)
-        if group is None:
-            groups.append(group := {"modules": [], **how})
-        group["modules"].append(name)
+    config.tied, layers = {}, quantized_layers(model)
+    config.layers = _groups((name, layer.weight_specs, layer.input_spec) for name, layer in layers.items())
+    for name, layer in layers.items():
         for weight in layer.weight_specs:
             key = f"{name}.{weight}"
             source = owners.setdefault(id(layer._buffers[weight]), key)
             if source != key:
                 config.tied[key] = source
-    config.layers = groups
+
+
+def _groups(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = []
+    for name, specs, input_spec in layers:
+        fields = [spec.to_dict() for spec in specs.values()][:1]
+        weights = {key: fields[0][key] for key in _WEIGHT_FIELDS} if fields else None
+        inputs = input_spec.to_dict() if input_spec else None
+        group = next((g for g in groups if (g["weights"], g["input"]) == (weights, inputs)), None)
+        if group is None:
+            groups.append(group := {"modules": [], "weights": weights, "input": inputs})
+        group["modules"].append(name)
+    return groups
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """What is to become of a transformers checkpoint that is quantized without being loaded.
+
+    Attributes:
+        weights: From the keys in the file to the layer, its class and how the weight is stored.
+        inputs: How inputs are rounded, by layer.
+        tied: From names of weights that are not in the file to the keys that they are tied to.
+        config: The text of the new ``config.json``.
+    """
+
+    weights: dict[str, tuple[str, str, TensorSpec]]
+    inputs: dict[str, InputSpec | None]
+    tied: dict[str, str]
+    config: str
+
+
+def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
+    """Finds what a recipe makes of the checkpoint in a directory, by building its model without values.
+
+    Args:
+        folder: Where ``config.json`` is.
+        keys: The names of the tensors.
+        recipe: The recipe; its activations are kept or dynamic.
+
+    Raises:
+        CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
+        DyBitError: As :func:`dybit.model.plan_layers`.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        with torch.device("meta"):
+            model = architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
+    except Exception as error:  # anything can be in a file
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{folder / 'config.json'} cannot be built by transformers: {reason:.300}") from None
+    if text.get("quantization_config") is not None:
+        raise CheckpointError(f"{folder / 'config.json'} is quantized already")
+    quantizer = DyBitQuantizer(DyBitConfig(recipe), pre_quantized=False)
+    quantizer._plan(model)
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, str] = {}  # key in the file by the name in the model
+    for key in keys:
+        near = [key, prefix + key, key.removeprefix(prefix)]
+        name = next((n for n in near if quantizer.param_needs_quantization(model, n)), None)
+        if name is not None:
+            found[name] = key
+    tied = {}
+    for key in list(quantizer._ties):
+        sources = [other for other in [key, *quantizer._tied_to(key)] if other in found]
+        for other in [key, *quantizer._tied_to(key)] if len(sources) == 1 else []:
+            if other not in found:
+                tied[other] = sources[0]
+    names = {name.rpartition(".")[0] for name in [*found, *tied]}
+    layers = {n: layer for n, layer in quantizer._layers.items() if n in names or not layer.specs}
+    new = DyBitConfig(recipe, layers=_groups((n, layer.specs, layer.input) for n, layer in layers.items()), tied=tied)
+    weights = {}
+    for name, key in found.items():
+        module, weight = name.rpartition(".")[::2]
+        weights[key] = (module, type(layers[module].module).__name__, layers[module].specs[weight])
+    inputs = {name: layer.input for name, layer in layers.items()}
+    return FilePlan(weights, inputs, tied, json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n")
 
 
 def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | None, InputSpec | None]]:
     """Name, weight fields and input of every layer that ``config.json`` names."""
     try:
-        for group in config.layers:
+        for group in config.layers or ():
             weights, stored = group["weights"], group["input"]
             input_spec = None if stored is None else InputSpec.from_dict(stored)
             if weights is not None and set(weights) != set(_WEIGHT_FIELDS):
@@ -385,14 +460,18 @@ def _await_(layer: _Layer, own: list[str]) -> None:
     if layer.input is not None and layer.input.mode == "static":
         for key in ("input_scale", *(["input_offset"] if layer.input.offset else [])):
             module._buffers[key] = torch.empty(1, device="meta")
-    members = {weight: property(lambda _, tensor=tensor: tensor) for weight, tensor in shown.items()}
+
+    def show(tensor: Tensor) -> property:
+        return property(lambda _: tensor)
+
+    members = {weight: show(tensor) for weight, tensor in shown.items()}
     module.__class__ = type(type(module).__name__, (type(module),), members)
 
 
 def _arrived_(name: str, layer: _Layer) -> dict[str, QuantizedTensor]:
     """What the loader put into a layer that :func:`_await_` prepared, checked; the layer is as it was before."""
     module = layer.module
-    module.__class__ = type(module).__mro__[1]  # type: ignore[assignment]
+    module.__class__ = type(module).__mro__[1]
     for key in ("input_scale", "input_offset"):
         if key in module._buffers:
             _check_part(f"{name}.{key}", module._buffers[key], (1,), torch.float32)

@@ -104,7 +104,7 @@ def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose:
             parameter = getattr(module, name)
             found = ties.get(parameter)
             if found is None:
-                spec = weight_spec(recipe, module, tuple(parameter.shape))
+                spec = weight_spec(recipe, tuple(parameter.shape), transposed(module))
                 found = choose(parameter, name, spec) if choose else None
                 found = found or _round(parameter, name, spec, recipe, module, seen)
             weights[name] = found
@@ -112,8 +112,8 @@ def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose:
     swap_(module, weights, *layer_input(recipe, module, seen))
 
 
-def weight_spec(recipe: LayerRecipe, module: nn.Module, shape: tuple[int, ...]) -> TensorSpec:
-    """How a recipe, which must quantize weights, stores a weight of some shape of a layer."""
+def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0) -> TensorSpec:
+    """How a recipe that quantizes weights stores one of some shape; see :class:`dybit.tensor.TensorSpec`."""
     family = recipe.weight_family
     assert family is not None
     return TensorSpec(
@@ -123,7 +123,7 @@ def weight_spec(recipe: LayerRecipe, module: nn.Module, shape: tuple[int, ...]) 
         recipe.group_size,
         recipe.scale_type,
         recipe.variant_granularity or recipe.scale_granularity,
-        transposed(module),
+        transposed,
     )
 
 
