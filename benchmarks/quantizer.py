@@ -1,7 +1,7 @@
 """Rounding and quantizing by the kernels against plain torch: paired, interleaved, one thread's processor time.
 
-Run ``python benchmarks/quantizer.py``. A matrix of 4096×4096 is rounded (fake quantization, to FP32 again) and quantized
-(scale and variant of every unit by least squared error, codes packed).
+Run ``python benchmarks/quantizer.py``. A matrix of 4096×4096 is rounded (fake quantization, to FP32 again) and
+quantized (scale and variant of every unit by least squared error, codes packed).
 """
 
 from __future__ import annotations

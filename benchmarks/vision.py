@@ -1,8 +1,8 @@
 """Whole image classifiers: FP32 against packed W4A8, paired and interleaved, one picture of 224×224.
 
-Run ``python benchmarks/vision.py``; EfficientNet-Lite0 needs the demo's models, and ResNet-18 is defined here, with random
-weights: speed does not depend on them. Weights have 4 bits with a scale and a variant for every channel, inputs 8 bits
-(integers, static). Both sides run channels-last, batch norms folded.
+Run ``python benchmarks/vision.py``; EfficientNet-Lite0 needs the demo's models, and ResNet-18 is defined here, with
+random weights: speed does not depend on them. Weights have 4 bits with a scale and a variant for every
+channel, inputs 8 bits (integers, static). Both sides run channels-last, batch norms folded.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Block(nn.Module):
             self.around = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) to features."""
         y = torch.relu_(self.norm1(self.conv1(x)))
         return torch.relu_(self.norm2(self.conv2(y)) + self.around(x))
 

@@ -1,4 +1,4 @@
-"""The compiled kernels on codes against the NumPy oracle and against plain torch, bit for bit on every instruction set."""
+"""The compiled kernels on codes against the NumPy oracle and plain torch, bit for bit on each instruction set."""
 
 import numpy as np
 import pytest

@@ -51,5 +51,5 @@ def test_use_switches():
             assert extension.isa() == name
     finally:
         extension.use(before)
-    with pytest.raises(DyBitError, match="name must be one of .*, not 'torch'"):
+    with pytest.raises(DyBitError, match=r"name must be one of .*, not 'torch'"):
         extension.use("torch")

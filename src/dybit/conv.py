@@ -1,7 +1,7 @@
-"""The operator ``torch.ops.dybit.conv``: convolutions of rounded inputs with a packed weight, by kernels or plain torch.
+"""The operator ``torch.ops.dybit.conv``: convolves rounded inputs with a packed weight, by kernels or plain torch.
 
-Must not know layers or models. As for linear layers (:mod:`dybit.linear`), the operator takes the portable form, and the
-kernel's own layout is kept beside a weight from its first use on. Inside, images are channels-last: inputs that are so
+Must not know layers or models. As for linear layers (:mod:`dybit.linear`), the operator takes the portable form, and
+the kernel's own layout is kept beside a weight from its first use on. Inside, images are channels-last: inputs that are so
 already are used as they are, and their results are so, too.
 """
 
@@ -311,8 +311,8 @@ def conv(
 
     With the compiled kernels the products of significands are summed as integers and scaled in a fixed order; the
     plain-torch path has the same codes and sums their values in floating point. They run where the formats are DyBit's
-    or alike; not for borders of zeros with an offset, for several small groups of more than one channel, or where x holds
-    NaN. Inputs in channels-last layout are used without a copy, and their results are so laid out.
+    or alike; not for borders of zeros with an offset, for several small groups of more than one channel, or where x
+    holds NaN. Inputs in channels-last layout are used without a copy, and their results are so laid out.
 
     Args:
         x: Floating point of shape (batch, channels, *size), or without the batch.

@@ -17,7 +17,10 @@ from dybit.tensor import QuantizedTensor
 
 # index of any shape, int64 or int32; weight … tensor_scale as QuantizedTensor stores them, spec being TensorSpec.key.
 # Returns (*index shape, columns), float32.
-SCHEMA = "(Tensor index, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, str spec) -> Tensor"
+SCHEMA = (
+    "(Tensor index, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, str spec) "
+    "-> Tensor"
+)
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 
 
