@@ -184,6 +184,19 @@ def test_limits_of_loss_minimise_the_first_cost():
         search(net(), batches(), constraint=MaxError(1e-12), cost=AcceleratorCost(SMALL))
 
 
+def test_recipes_of_no_use():
+    def poison(model, recipe, data):
+        quantize_(model, recipe, data)
+        if recipe.weights == 2:
+            model[2].bias.data.fill_(float("nan"))
+
+    words = {"constraint": MaxSize(160), "candidates": [8, 2], "quantize": poison}
+    with pytest.raises(DyBitError, match=r"recipe of round 1 is of no use: the output holds NaN"):
+        search(mlp(), mlp_batches(), **words | {"constraint": MaxSize(125)})
+    found = search(mlp(), mlp_batches(), **words | {"constraint": MaxSize(500)}, baselines=True)
+    assert np.isfinite(found.point.error) and {point.error for point in found.uniform} == {found.point.error, np.inf}
+
+
 def test_recipes_can_be_tried_in_another_way():
     calls = []
 

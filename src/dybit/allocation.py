@@ -151,12 +151,12 @@ def search(
     front: list[Point] = []
     if pareto:
         choices = problem.front(speed_table(problem).name, pareto)
-        front = [trial.measure(c, f"pareto {index:02d}") for index, c in enumerate(choices, 1)]
+        front = [trial.measure(c, f"pareto {index:02d}", strict=False) for index, c in enumerate(choices, 1)]
     uniform, greedy = uniform_choices(problem) if baselines or pareto else {}, None
     if baselines and not limits_loss(constraints):
         name = speed_table(problem).name if any(isinstance(c, Speedup) for c in constraints) else "size"
         choice = problem.greedy(name, found.costs[name])
-        greedy = None if choice is None else trial.measure(choice, "greedy")
+        greedy = None if choice is None else trial.measure(choice, "greedy", strict=False)
     return Result(
         found.recipe,
         found,
@@ -165,7 +165,7 @@ def search(
         sensitivity,
         trial.judge.unit,
         tuple(trial.history),
-        tuple(trial.measure(choice, f"uniform {name}") for name, choice in uniform.items()),
+        tuple(trial.measure(choice, f"uniform {name}", strict=False) for name, choice in uniform.items()),
         tuple(front),
         greedy,
         subject,

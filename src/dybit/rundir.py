@@ -110,7 +110,7 @@ def _point(point: Point) -> dict[str, Any]:
         "name": point.name,
         "choice": dict(point.choice),
         "estimated_error": point.estimated_error,
-        "error": point.error,
+        "error": None if point.error is None else _finite(point.error),
         "drop": point.drop,
         "costs": dict(point.costs),
         "speedups": dict(point.speedups),

@@ -40,7 +40,7 @@ class Point:
         estimated_error: The sum of the layers' sensitivities.
         costs: Costs by the tables, by name.
         speedups: Base of every cost divided by it.
-        error: Measured on the quantized model; None where it was not.
+        error: Measured on the quantized model, infinite where its outputs are no numbers; None where it was not.
         measured: Costs measured on it, by name.
         drop: Points lost, where a constraint asks for them.
     """
@@ -136,8 +136,14 @@ class Trial:
                 return lambda model: 100.0 * (1.0 - (reference.judge(model).agreement or 0.0))
         return None
 
-    def measure(self, choice: Choice, name: str) -> Point:
-        """Quantizes the model by a choice and measures it."""
+    def measure(self, choice: Choice, name: str, strict: bool = True) -> Point:
+        """Quantizes the model by a choice and measures it.
+
+        Args:
+            choice: The choice.
+            name: What the point is called.
+            strict: Whether outputs that are no numbers are an error, or an infinite error of the point.
+        """
         for known in self.history:
             if known.choice == choice:
                 return point(
@@ -155,12 +161,20 @@ class Trial:
             choice,
             name,
             recipe,
-            error=self.judge.error(quantized),
+            error=self._error(quantized, name, strict),
             measured=self._measured(quantized, choice),
             drop=self._drop(quantized) if self._drop else None,
         )
         self.history.append(made)
         return made
+
+    def _error(self, quantized: nn.Module, name: str, strict: bool) -> float:
+        try:
+            return self.judge.error(quantized)
+        except DyBitError as error:
+            if strict:
+                raise DyBitError(f"the recipe of {name} is of no use: {error}") from error
+            return math.inf
 
     def _measured(self, quantized: nn.Module, choice: Choice) -> dict[str, float]:
         found = {}
