@@ -20,12 +20,11 @@ from torch import nn
 from dybit.errors import DyBitError
 from dybit.layers import Quantized
 from dybit.model import quantized_layers
-from dybit.onnx import capture, rounding, weights
+from dybit.onnx import PRESETS, capture, rounding, weights
 from dybit.onnx.graph import Builder, data_type
 from dybit.onnx.verify import Check, verify
 from dybit.tensor import QuantizedTensor
 
-PRESETS = ("portable", "fast-cpu", "fp4")
 _EXACT, _ROUNDED = 1e-4, 5e-2  # bounds of the largest difference, where nothing and where inputs are rounded
 _LIMIT = 2_000_000_000  # bytes that a protobuf can hold, a little less than 2^31
 
