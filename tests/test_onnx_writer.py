@@ -77,6 +77,8 @@ def test_rounded_inputs(tmp_path, name, fields):
         ("linear", {"int8": 1}, {"weights": 5, "activations": "int8", "activation_offset": False}),
         ("conv2d", {"int8": 1}, {"weights": 4, "activations": "uint8", "activation_offset": False}),
         ("conv2d", {"4-bit codes": 1}, {"weights": 4}),
+        ("conv2d", {"8-bit codes": 1}, {"weights": "s8", "activations": "uint8", "activation_offset": False}),
+        ("transposed2d", {"4-bit codes": 1}, {"weights": 4, "activations": "int8", "activation_offset": False}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

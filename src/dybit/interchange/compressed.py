@@ -61,7 +61,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             tensors[f"{key}_global_scale"] = blocks.divisor
         formats.setdefault(_FORMATS[blocks.block], []).append(name)
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     base = config.to_dict() if hasattr(config, "to_dict") else {}
     return _write(Path(path), tensors, {**base, "quantization_config": _configuration(formats, kept)})
 

@@ -12,13 +12,13 @@ from dybit.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from dybit.onnx.reader import read as read
-    from dybit.onnx.writer import PRESETS as PRESETS
     from dybit.onnx.writer import Exported as Exported
     from dybit.onnx.writer import export as export
 
-_HOMES = {"PRESETS": "writer", "Exported": "writer", "export": "writer", "read": "reader"}
+PRESETS = ("portable", "fast-cpu", "fp4")
+_HOMES = {"Exported": "writer", "export": "writer", "read": "reader"}
 _NEEDED = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
-__all__ = sorted(_HOMES)
+__all__ = ["PRESETS", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> object:

@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -244,9 +244,6 @@ def _speaking(cls: type[Quantized], layer: str, names: tuple[str, ...]) -> Any: 
 def _symbol(
     op: str, inputs: tuple[Tensor, ...], layer: str, dtype: torch.dtype, shape: Sequence[Any], **attributes: str
 ) -> Tensor:
-    return cast(
-        Tensor,
-        torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{op}", inputs, {"layer": layer, **attributes}, dtype=dtype, shape=shape, version=1
-        ),
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{op}", inputs, {"layer": layer, **attributes}, dtype=dtype, shape=shape, version=1
     )

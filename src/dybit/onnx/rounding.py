@@ -31,10 +31,10 @@ def table_round(build: Builder, x: ir.Value, layer: Quantized, rank: int) -> ir.
     spec = layer.input_spec
     assert spec is not None
     if spec.mode == "static":
-        scale = build.constant(float(layer.input_scale))
+        scale = build.constant(layer.get_buffer("input_scale").item())
         if not spec.offset:
             return _scaled_round(build, x, scale, spec.format)
-        offset = build.constant(float(layer.input_offset))
+        offset = build.constant(layer.get_buffer("input_offset").item())
         return build.op("Add", _scaled_round(build, build.op("Sub", x, offset), scale, spec.format), offset)
     first = channel_dim(layer, torch.empty([0] * rank))
     if first != rank - 1:  # a convolution: a scale for every sample
@@ -66,8 +66,8 @@ def integer_round(build: Builder, x: ir.Value, layer: Quantized) -> ir.Value:
     assert found is not None
     unit, low, high = found
     kind = np.uint8 if low >= 0 else np.int8
-    scale = float(layer.input_scale) * unit
-    offset = build.constant(float(layer.input_offset)) if spec.offset else None
+    scale = layer.get_buffer("input_scale").item() * unit
+    offset = build.constant(layer.get_buffer("input_offset").item()) if spec.offset else None
     if offset is not None:
         x = build.op("Sub", x, offset)
     if (low, high) != (0, 255):  # else the type saturates there itself

@@ -5,8 +5,8 @@ Must not know how a graph is captured, nor inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -204,7 +204,10 @@ def _parts(build: Builder, weight: QuantizedTensor, name: str) -> tuple[ir.Value
     spec = weight.spec
     codes = weight.codes().numpy()
     used, choice = _used(weight)
-    unit = (lambda a: a[..., None]) if spec.groups > 1 else (lambda a: a)
+
+    def unit(table: Array) -> Array:
+        return table[..., None] if spec.groups > 1 else table
+
     if spec.groups > 1:
         size = spec.group_size or spec.columns
         codes = np.pad(codes, ((0, 0), (0, spec.groups * size - spec.columns)))
@@ -218,7 +221,7 @@ def _parts(build: Builder, weight: QuantizedTensor, name: str) -> tuple[ir.Value
     return stored, chosen, _scale(build, weight, name, unit)
 
 
-def _scale(build: Builder, weight: QuantizedTensor, name: str, unit: Any) -> ir.Value:  # noqa: ANN401
+def _scale(build: Builder, weight: QuantizedTensor, name: str, unit: Callable[[Array], Array]) -> ir.Value:
     """Scales as they are stored, and what makes them float32."""
     kind = weight.spec.scale
     if kind == "fp32":

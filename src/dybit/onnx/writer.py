@@ -18,14 +18,13 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError
-from dybit.layers import Quantized
+from dybit.layers import Quantized, _QuantizedLinear
 from dybit.model import quantized_layers
-from dybit.onnx import capture, rounding, weights
+from dybit.onnx import PRESETS, capture, rounding, weights
 from dybit.onnx.graph import Builder, data_type
 from dybit.onnx.verify import Check, verify
 from dybit.tensor import QuantizedTensor
 
-PRESETS = ("portable", "fast-cpu", "fp4")
 _EXACT, _ROUNDED = 1e-4, 5e-2  # bounds of the largest difference, where nothing and where inputs are rounded
 _LIMIT = 2_000_000_000  # bytes that a protobuf can hold, a little less than 2^31
 
@@ -192,19 +191,25 @@ class _Writer:
         key = node.attributes["weight"].as_string()
         weight = layer.quantized_tensor(key)
         name = self._name(weight, f"{place}.{key}".lstrip("."))
-        whole = self._integers(weight, layer) if isinstance(layer, nn.modules.conv._ConvNd) else None
-        if whole is not None and not weight.spec.transposed:
+        whole = self._integers(layer)
+        if whole is not None:
             self._count("int8", name)
             value = weights.integer_kernel(self._build, whole, weight.spec, name)
         else:
             value = weights.from_matrix(self._build, self._matrix(weight, name), weight.spec)
         return self._typed(value, layer.float_dtype)
 
-    def _integers(self, weight: QuantizedTensor, layer: Quantized) -> weights.Integers | None:
-        """Integers with one scale a channel, where the preset and the inputs call for them."""
-        if self._preset != "fast-cpu" or weight.spec.groups > 1 or not rounding.is_integer(layer):
+    def _integers(self, layer: Quantized) -> weights.Integers | None:
+        """The weight of a linear layer or convolution, where preset, inputs and scales call for int8 throughout.
+
+        Only there are inputs rounded by QuantizeLinear: where it meets a weight in floating point, ONNX Runtime rounds
+        that to 8 bits too, without being asked.
+        """
+        plain = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, _QuantizedLinear))
+        if self._preset != "fast-cpu" or not plain or not layer.weight_specs or not rounding.is_integer(layer):
             return None
-        return weights.integers(weight)
+        weight = layer.quantized_tensor()
+        return weights.integers(weight) if weight.spec.groups == 1 else None
 
     def _matrix(self, weight: QuantizedTensor, name: str) -> ir.Value:
         """(rows, columns) in float32."""
@@ -218,7 +223,7 @@ class _Writer:
         x, weight = cast(ir.Value, node.inputs[0]), layer.quantized_tensor()
         name = self._name(weight, f"{place}.weight".lstrip("."))
         if self._preset == "fast-cpu" and x.dtype == ir.DataType.FLOAT:
-            whole = self._integers(weight, layer)
+            whole = self._integers(layer)
             if whole is not None:
                 self._count("int8", name)
                 return self._build.op("MatMul", x, weights.integer_matrix(self._build, whole, name))
@@ -251,7 +256,7 @@ class _Writer:
         if kind != ir.DataType.FLOAT:
             wide = self._build.cast(x, ir.DataType.FLOAT)
             wide.shape = x.shape
-        if self._preset == "fast-cpu" and rounding.is_integer(layer):
+        if kind == ir.DataType.FLOAT and self._integers(layer) is not None:
             y = rounding.integer_round(self._build, wide, layer)
         else:
             y = rounding.table_round(self._build, wide, layer, rank)
