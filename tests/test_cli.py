@@ -13,7 +13,20 @@ from dybit.cli import app
 from dybit.cli.console import fail, guarded, size
 from dybit.errors import DyBitError
 
-COMMANDS = ("demo", "table", "compare", "quantize", "evaluate", "bench", "search", "export", "import", "info", "doctor")
+COMMANDS = (
+    "demo",
+    "table",
+    "compare",
+    "quantize",
+    "evaluate",
+    "bench",
+    "search",
+    "report",
+    "export",
+    "import",
+    "info",
+    "doctor",
+)
 
 
 def invoke(*words: str):

@@ -22,7 +22,7 @@ LAYERS = [
     {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity"}
     | {"trace"},
     {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}
-    | {"replay", "shapes", "rundir"},
+    | {"replay", "shapes", "rundir", "rivalry"},
     {"demo", "report", "cli", "integrations", "onnx", "interchange", "__main__"},
 ]
 BESIDE = {"accelerator", "rtl"}  # know layer 1 and no torch

@@ -19,8 +19,9 @@ import torch
 from dybit.allocation import Result
 from dybit.cost import CostTable
 from dybit.errors import DyBitError
-from dybit.layers import weight_names
+from dybit.layers import transposed, weight_names
 from dybit.recipe import LayerRecipe
+from dybit.rivalry import compare
 from dybit.sensitivity import write_json
 from dybit.subject import Subject
 from dybit.trial import Point
@@ -90,6 +91,7 @@ def write_run(
         "costs": [_cost(table) for table in result.problem.tables],
         "groups": [list(group) for group in result.problem.groups],
         "layers": _layers(result),
+        "rivals": _rivals(result),
         "result": _point(result.point) | {"recipe": RECIPE},
         "history": [_point(point) for point in result.history],
         "uniform": [_point(point) for point in result.uniform],
@@ -134,6 +136,20 @@ def _layers(result: Result) -> list[dict[str, Any]]:
             rows.append(row | (_about(result, subject, name) if subject else {}))
     order = {name: index for index, name in enumerate(problem.errors)}
     return sorted(rows, key=lambda row: order[row["name"]])
+
+
+def _rivals(result: Result) -> list[dict[str, Any]]:
+    """What the weights would lose in other formats; nothing for shapes."""
+    subject = result.subject
+    if subject is None:
+        return []
+    layers = []
+    for name, chosen in result.point.choice.items():
+        recipe = subject.layer_recipes(name, result.problem.candidates[chosen])[name]
+        if recipe is not None:
+            module = subject.layers[name]
+            layers += [(getattr(module, key).detach(), recipe, transposed(module)) for key in weight_names(module)]
+    return compare(layers)
 
 
 def _finite(value: float) -> float | None:

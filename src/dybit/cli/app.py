@@ -23,6 +23,7 @@ from dybit.cli.evaluate import evaluate
 from dybit.cli.export import export, import_
 from dybit.cli.info import info
 from dybit.cli.quantize import quantize
+from dybit.cli.report import report
 from dybit.cli.search import search
 from dybit.cli.table import table
 
@@ -41,6 +42,7 @@ app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
 app.command("bench")(bench)
 app.command("search")(search)
+app.command("report")(report)
 app.command("export")(export)
 app.command("import")(import_)
 app.command("info")(info)

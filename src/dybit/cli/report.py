@@ -1,0 +1,149 @@
+"""``dybit report``: one page about a search, from the directory that it left.
+
+Must not know how a search works, nor how the page looks.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dybit.cli.console import guarded, out, size
+from dybit.errors import DyBitError
+
+if TYPE_CHECKING:
+    from dybit.report.charts import Point, Row
+    from dybit.report.search_page import SearchReport
+
+_Document = Mapping[str, Any]
+
+
+@guarded
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory that dybit search wrote.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The page, complete in itself.")
+    ] = Path("report.html"),
+) -> None:
+    """Write a page about a search: the front, bits, sensitivity, cost and levels of every layer, rival formats.
+
+    Example: dybit report run -o report.html
+    """
+    from dybit.report.search_page import write_report
+    from dybit.rundir import read_run
+
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise DyBitError(f"--output must end in .html, not {str(output)!r}")
+    document = read_run(run)
+    try:
+        found = describe(document, run)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DyBitError(f"{str(run / 'search.json')!r} is not what dybit search wrote: {error!r}") from None
+    write_report(output, found)
+    out().print(f"wrote {output}, {size(output.stat().st_size)}", soft_wrap=True)
+
+
+def describe(document: _Document, run: Path) -> SearchReport:
+    """What a page shows of a run.
+
+    Args:
+        document: What :func:`dybit.rundir.read_run` returned.
+        run: Its directory, which holds the recipes of the front.
+    """
+    from dybit.report.search_page import SearchReport
+
+    cost = document["costs"][0]
+    bits = [tuple(candidate["bits"]) for candidate in document["candidates"]]
+    layers = document["layers"]
+    names = [layer["name"] for layer in layers]
+    result = _point(document["result"], cost, names, bits, run)
+    per = f" of {cost['name']}" if cost["unit"] == "bytes" else ""
+    gain = f"times fewer bytes than {cost['base_name']}" if per else f"times as fast as {cost['base_name']}"
+    error = "measured" if document["result"]["error"] is not None else "estimated"
+    low = sum(1 for width in result.weights if 0 < width < 8)
+    shapes = document["kind"] == "shapes"
+    return SearchReport(
+        title=f"{document['model']} at {result.gain:.2f} {gain}",
+        subtitle=f"{len(bits)} candidates for each of {len(layers)} layers, in {len(document['groups'])} groups; "
+        + ("shapes only: errors measure nothing" if shapes else f"errors estimated by {document['sensitivity']}"),
+        headline=[
+            *_headline(document),
+            (f"{document['error_unit']}, {error}", f"{result.error:.3g}"),
+            ("layers below 8 bits", f"{low} of {len(layers)}"),
+        ],
+        command=shlex.join(document["command"] or ["dybit.search(…)"]),
+        machine="; ".join(f"{table['name']}: {table['note']}" for table in document["costs"] if table["note"]),
+        gain=gain,
+        error=document["error_unit"],
+        unit=cost["unit"],
+        front=sorted((_point(point, cost, names, bits, run) for point in document["pareto"]), key=lambda p: p.gain),
+        uniform=[_point(point, cost, names, bits, run) for point in document["uniform"]],
+        chosen=result,
+        rows=[_row(layer, cost, bits) for layer in layers],
+        candidates=[candidate["name"] for candidate in document["candidates"]],
+        choices=[layer["chosen"] for layer in layers],
+        rivals=[(rival["name"], rival["sqnr"], rival["dybit"]) for rival in document["rivals"]],
+    )
+
+
+def _headline(document: _Document) -> list[tuple[str, str]]:
+    """Every cost of the result against its base."""
+    found = []
+    for cost in document["costs"]:
+        value = document["result"]["measured"].get(cost["name"], document["result"]["costs"][cost["name"]])
+        after, before = _amount(value, cost["unit"]), _amount(cost["base"], cost["unit"])
+        found.append((f"{cost['name']}, from {before} ({cost['base_name']})", after))
+        found.append((f"of {cost['name']} saved", f"{cost['base'] / value:.2f}×"))
+    return found
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return size(value)
+    return f"{value * 1e3:.2f} ms" if unit == "seconds" else f"{value:,.0f} {unit}"
+
+
+def _point(
+    point: _Document, cost: _Document, names: Sequence[str], bits: Sequence[tuple[int | None, ...]], run: Path
+) -> Point:
+    from dybit.report.charts import Point
+
+    chosen = [bits[point["choice"][name]] for name in names]
+    file = point.get("recipe")
+    text = ""
+    if file is not None:
+        path = run / file
+        if run.resolve() not in path.resolve().parents:
+            raise DyBitError(f"recipe {file!r} of a point lies outside of {str(run)!r}")
+        text = path.read_text(encoding="utf-8")
+    value = point["measured"].get(cost["name"], point["costs"][cost["name"]])
+    error = point["estimated_error"] if point["error"] is None else point["error"]
+    weights, activations = ([pair[side] or 0 for pair in chosen] for side in (0, 1))
+    return Point(point["name"], cost["base"] / value, error, text, weights, activations)
+
+
+def _row(layer: _Document, cost: _Document, bits: Sequence[tuple[int | None, ...]]) -> Row:
+    from dybit.report.charts import Row
+
+    chosen = layer["chosen"]
+    details = layer["details"].get(cost["name"])
+    histogram = layer.get("histogram") or {}
+    counts = histogram.get("counts", ())
+    step = (histogram["high"] - histogram["low"]) / len(counts) if counts else 0.0
+    return Row(
+        name=layer["name"],
+        kind=" + ".join(" × ".join(map(str, shape)) for shape in layer.get("shape", ())),
+        weights=bits[chosen][0] or 0,
+        activations=bits[chosen][1] or 0,
+        cost=layer["costs"][cost["name"]][chosen] or 0.0,
+        bound=str(details[chosen].get("bound", "")) if details else "",
+        errors=layer["errors"],
+        edges=[histogram["low"] + step * index for index in range(len(counts) + 1)] if counts else (),
+        counts=counts,
+        levels=histogram.get("levels", ()),
+        format=histogram.get("format", "floating point"),
+    )
