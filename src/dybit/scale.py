@@ -7,8 +7,9 @@ of a pair depends on an element only through the cell of a fine grid in which th
 pairs are sums of rows of one precomputed table: the kernels multiply it by a unit's histogram, plain torch sums rows by
 ``embedding_bag``. Then, for every codebook, the best scale is refined by one least-squares step and both are judged by
 their exact error. (Kernels and plain torch add up in different orders, so that where two scales are as good as equal
-they may choose differently; the kernels of all instruction sets choose alike.) The steps for one codebook do not depend on which others take part: so a choice among several never has a larger error than any of
-them alone. (E4M3 scales are the exception: the factor that they share follows from all codebooks of the family.)
+they may choose differently; the kernels of all instruction sets choose alike.) The steps for one codebook do not depend
+on which others take part: so a choice among several never has a larger error than any of them alone. (E4M3 scales are
+the exception: the factor that they share follows from all codebooks of the family.)
 """
 
 from __future__ import annotations
