@@ -77,7 +77,7 @@ def prepare_qat_(
 
     def remember(done: int, total: int, text: str) -> None:
         """Keeps the parameters of the layer that is about to be quantized."""
-        if text in modules:
+        if done < total and text in modules:
             originals[modules[text]] = dict(modules[text]._parameters)
         if progress:
             progress(done, total, text)
@@ -166,6 +166,8 @@ def convert_(model: nn.Module) -> nn.Module:
 
 def _check_observed(layers: dict[str, Prepared]) -> None:
     static = {name: layer.static_input for name, layer in layers.items() if layer.static_input is not None}
+    for quantizer in static.values():
+        quantizer.settle()
     waiting = {name: quantizer for name, quantizer in static.items() if not quantizer.ready}
     begun = [name for name, quantizer in waiting.items() if quantizer.seen]
     if begun or (waiting and len(waiting) == len(static)):

@@ -267,6 +267,7 @@ class InputQuantizer(_Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Rounds an input, floating point of any shape; before there is a scale, returns its values as they are."""
         due = self.count()
+        self.settle()
         if not self.ready:
             if self.training and not in_backward():
                 self._observe(x.detach())
@@ -281,7 +282,7 @@ class InputQuantizer(_Quantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        """Adds a batch to an exponential moving sample; after the last one, chooses."""
+        """Adds a batch to an exponential moving sample."""
         low, high = float(x.min()), float(x.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise DyBitError(f"the input of a layer is {low} to {high} while it is observed")
@@ -296,7 +297,14 @@ class InputQuantizer(_Quantizer):
             places = torch.randperm(len(self._sample), generator=generator)[:count]
             self._sample[places] = new[: len(places)]
             self._extremes = min(low, self._extremes[0]), max(high, self._extremes[1])
-        if self.seen >= self.schedule.observe:
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Chooses format, scale and offset once enough was observed.
+
+        Not at the end of the last pass that observes, since gradient checkpointing may repeat that pass.
+        """
+        if not self.ready and self.seen >= self.schedule.observe and not in_backward():
             statistics = InputStatistics(low=self._extremes[0], high=self._extremes[1], samples=[self._sample[:, None]])
             options = {"method": self.method, "percentile": self.percentile, "offset": self.offsets}
             self.set_(*choose_input(statistics, self.families, **options))  # type: ignore[arg-type]
