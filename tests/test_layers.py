@@ -378,3 +378,19 @@ def test_tied_weights_share_their_codes():
     assert torch.equal(model.embedding.weight, model.head.weight)
     dequantize_(model)
     assert model.embedding.weight is model.head.weight
+
+
+def test_codes_are_not_replaced_by_values():
+    layer = quantized("linear", Recipe(weights=4))
+    before, weight = layer(torch.ones(1, 19)), layer.weight
+    layer.weight = weight  # as whoever ties weights does: the same values
+    assert layer._buffers["weight"].dtype == torch.uint8
+    for value in (torch.ones(6, 19), weight.half(), torch.zeros(6, 1, 3, dtype=torch.uint8)):
+        with pytest.raises(DyBitError, match="weight of a quantized layer cannot be replaced by a torch"):
+            layer.weight = value
+    with pytest.raises(DyBitError, match="out_features of a quantized layer cannot be changed to 7"):
+        layer.out_features = 7
+    layer.out_features = 6
+    assert torch.equal(layer(torch.ones(1, 19)), before)
+    layer.weight = torch.zeros_like(layer._buffers["weight"])
+    assert not torch.equal(layer(torch.ones(1, 19)), before)

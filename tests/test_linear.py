@@ -170,3 +170,29 @@ def test_bad_inputs_are_named(x, message):
         linear(x, weight_of())
     with pytest.raises(DyBitError, match=r"bias must have shape \(19,\)"):
         linear(torch.ones(3, 70), weight_of(), torch.ones(20))
+
+
+@pytest.mark.parametrize("inputs", INPUTS, ids=["kept", "dynamic", "groups", "static"])
+def test_the_operator_is_called_where_somebody_watches(inputs, monkeypatch):
+    weight, x, bias = weight_of(), torch.randn(3, 70), torch.randn(19)
+    called = []
+    operator = module._operator
+    monkeypatch.setattr(module, "_operator", lambda *parts: called.append(1) or operator(*parts))
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    plain = linear(x, weight, bias, **inputs)
+    assert not called
+    with Mode():
+        assert torch.equal(linear(x, weight, bias, **inputs), plain)
+    assert len(called) == 1
+    watched = linear(x, weight, bias.clone().requires_grad_(), **inputs)
+    assert len(called) == 2 and watched.requires_grad and torch.equal(watched.detach(), plain)
+    with torch.no_grad():
+        linear(x, weight, bias.clone().requires_grad_(), **inputs)
+    assert len(called) == 2
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = linear(mode.from_tensor(x), weight)
+    assert fake.shape == (3, 19) and len(called) == 3
