@@ -25,7 +25,7 @@ from dybit.onnx.graph import Builder, data_type
 from dybit.onnx.verify import Check, verify
 from dybit.tensor import QuantizedTensor
 
-_EXACT, _ROUNDED = 1e-4, 5e-2  # bounds of the largest difference, where nothing and where inputs are rounded
+_EXACT, _ROUNDED = 1e-4, 1e-1  # bounds of the largest difference, where nothing and where inputs are rounded
 _LIMIT = 2_000_000_000  # bytes that a protobuf can hold, a little less than 2^31
 
 
@@ -73,8 +73,8 @@ def export(
             dimension, those that differ between batches, and the length of texts, as far as the model allows.
         preset: One of the three.
         bound: The largest difference of outputs from the model's that is accepted, as a share of the largest magnitude
-            of an output. None means 1e-4, or 5e-2 where inputs are rounded: a sum that differs in its last bit may
-            be rounded to the next code.
+            of an output. None means 1e-4, or 1e-1 where inputs are rounded: a sum that differs in its last bit may
+            be rounded to the next code, and layer by layer more of them are.
 
     Raises:
         DyBitError: The preset is unknown or does not apply, the model has no quantized layer, torch cannot export it,
