@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	$(BIN)/dybit demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

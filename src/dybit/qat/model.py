@@ -13,9 +13,10 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dybit.errors import DyBitError
-from dybit.layers import Quantized, is_embedding, swap_, unswap_
-from dybit.model import DyBitWarning, Progress, quantize_, quantized_layers
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.layers import Quantized, is_embedding, quantized_layers, swap_, unswap_
+from dybit.ptq import Progress
+from dybit.model import quantize_
 from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_
 from dybit.qat.quantizers import InputQuantizer, Schedule, WeightQuantizer
 from dybit.recipe import LayerRecipe, Recipe
