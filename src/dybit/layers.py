@@ -424,7 +424,7 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     return cast(type[nn.Module], made)
 
 
-def _is_plainly(cls: type[nn.Module], known: Any) -> bool:  # noqa: ANN401
+def _is_plainly(cls: Any, known: Any) -> bool:  # noqa: ANN401
     """Whether a class is a kind of convolution and computes nothing of its own."""
     return issubclass(cls, known) and cls.forward is known.forward and cls._conv_forward is known._conv_forward
 
