@@ -51,9 +51,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Labelled], in
 }
 # name: weights and activations by width. Inputs that are never negative take the unsigned form of the format.
 FORMATS: dict[str, Callable[[int], tuple[int | str, int | str]]] = {
-    "dybit": lambda b: (b, b),  # the recipe's own choice: mid-rise at 2 bits, the spare variants at 3 to 5
+    "dybit": lambda b: (b, b),  # as prepare_qat_ chooses: mid-rise variants at 2 and 3 bits, spare ones at 4
     "dybit-all": lambda b: (f"dybit{b}", b),
     "dybit-midrise": lambda b: (f"dybit{b}mid", b),
+    "dybit-spare": lambda b: (f"dybit{b}spare", b),
     "dybit-plain": lambda b: (f"dybit{b}plain", b),
     "dybit-full": lambda b: (f"s{b}", f"s{b}"),
     "int": lambda b: (f"int{b}", f"int{b}"),
@@ -64,8 +65,9 @@ FORMATS: dict[str, Callable[[int], tuple[int | str, int | str]]] = {
     "nf": lambda b: (f"nf{b}", f"int{b}"),
     "e2m1": lambda b: ("e2m1", "ue2m2"),
 }
-# What does not exist, or is another row: at 2 bits mid-rise is dybit, and APoT has no second term.
-MISSING = {("dybit-midrise", 2), ("apot", 2), ("ant", 2), ("e2m1", 2), ("e2m1", 3)}
+# What is the row of dybit already, or does not exist: APoT has no second term at 2 bits.
+MISSING = {("dybit-midrise", 2), ("dybit-midrise", 3), ("dybit-spare", 2), ("dybit-spare", 4)}
+MISSING |= {("apot", 2), ("ant", 2), ("e2m1", 2), ("e2m1", 3)}
 
 
 def train(model: nn.Module, data: Labelled, epochs: int, rate: float, seed: int) -> None:
