@@ -595,3 +595,19 @@ def test_what_layers_say():
         model = prepare_qat_(mlp(), RECIPES["w4a4"], [batches(1)[0][0]])
     assert "PreparedLinear" in repr(model) and "dybit4spare/channel" in repr(model)
     assert "seen=0" in repr(prepare_qat_(mlp(), RECIPES["w4a4"]))
+
+
+def test_three_bits_are_midrise_unless_the_recipe_says_otherwise():
+    def families(**fields):
+        model = prepare_qat_(mlp(), Recipe(**fields))
+        return [layer.weight_quantizer.spec.family for layer in (model[0], model[2])]
+
+    assert families(weights=3) == ["dybit3mid"] * 2
+    assert families(weights=3, variants="spare") == ["dybit3spare"] * 2
+    assert families(weights=3, rules={"2": {"weights": 4}}) == ["dybit3mid", "dybit4spare"]
+    assert families(weights=4, rules={"2": {"weights": 3}}) == ["dybit4spare", "dybit3mid"]
+    assert families(weights=3, rules={"2": {"variants": "plain"}}) == ["dybit3mid", "dybit3plain"]
+    assert families(weights=3, rules={"2": {"group_size": 4}, "0": {"weights": "int3"}}) == ["int3", "dybit3mid"]
+    assert families(weights=2) == ["dybit2mid"] * 2
+    model = prepare_qat_(mlp(), Recipe(weights=3, rules={"0": None}))
+    assert type(model[0]) is nn.Linear and model._dybit_recipe.weights == "dybit3mid"

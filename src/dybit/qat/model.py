@@ -23,6 +23,7 @@ from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensor import QuantizedTensor
 
 BatchNorm = Literal["keep", "fold"]
+_MIDRISE_WIDTH = 3  # where training does better with mid-rise variants than with the recipe's default; see docs/qat.md
 
 
 def prepare_qat_(
@@ -46,7 +47,8 @@ def prepare_qat_(
 
     Args:
         model: The model, best a trained one.
-        recipe: How it will be quantized.
+        recipe: How it will be quantized. Where it leaves the variants open, weights of 3 bits are mid-rise, which
+            training makes better use of than rounding alone does.
         calibration: As for :func:`dybit.quantize_`. Without it, static inputs are observed in the first training passes
             and rounded from then on.
         batch_norm: ``keep`` leaves batch norms as they are, in training and afterwards; ``fold`` folds them into the
@@ -71,6 +73,8 @@ def prepare_qat_(
         >>> convert_(model)[0].quantized_tensor().spec.bits
         3
     """
+    if isinstance(recipe, Recipe):
+        recipe = _for_training(recipe)
     schedule = Schedule(observe, refresh_every, freeze_after, hysteresis)
     if batch_norm not in get_args(BatchNorm):
         raise DyBitError(f"batch_norm must be one of {', '.join(get_args(BatchNorm))}, not {batch_norm!r}")
@@ -101,6 +105,27 @@ def prepare_qat_(
         assert layer_recipe is not None
         _prepare_layer_(layer, originals[layer], layer_recipe, schedule, learn_scales, known)
     return model
+
+
+def _for_training(recipe: Recipe) -> Recipe:
+    """A recipe in which weights of 3 bits are mid-rise unless it says which variants they may choose from."""
+
+    def weights(width: int | str | None, variants: str | None) -> int | str | None:
+        return f"dybit{width}mid" if width == _MIDRISE_WIDTH and variants is None else width
+
+    rules = []
+    for pattern, changes in recipe.rules:
+        values = dict(changes or ())
+        if "weights" in values or "variants" in values:
+            width = values.get("weights", recipe.weights)
+            values["weights"] = weights(width, values.get("variants", recipe.variants))
+        rules.append((pattern, changes and tuple(values.items())))
+    return replace(
+        recipe,
+        weights=weights(recipe.weights, recipe.variants),
+        embeddings=weights(recipe.embeddings, recipe.variants),
+        rules=tuple(rules),
+    )
 
 
 def _without_calibration(recipe: Recipe) -> Recipe:

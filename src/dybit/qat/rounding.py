@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -84,11 +84,13 @@ def family_table(name: str, device: torch.device) -> FamilyTable:
     return FamilyTable(name, device)
 
 
+@cache
 def spacing(book: Codebook) -> float:
     """The mean distance of adjacent levels."""
     return float(book.levels[-1] - book.levels[0]) / (len(book.levels) - 1)
 
 
+@cache
 def learning_factor(book: Codebook) -> float:
     """What turns s · ∂L/∂s / b² / √N into the gradient given to the logarithm of a scale that N elements share."""
     step = spacing(book)
