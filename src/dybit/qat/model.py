@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers import Quantized, is_embedding, quantized_layers, swap_, unswap_
-from dybit.ptq import Progress
 from dybit.model import quantize_
+from dybit.ptq import Progress
 from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_
 from dybit.qat.quantizers import InputQuantizer, Schedule, WeightQuantizer
 from dybit.recipe import LayerRecipe, Recipe
