@@ -17,6 +17,7 @@ if "DYBIT_KERNELS" in os.environ:  # another build of the extension, as `make sa
     sys.modules["dybit._kernels"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["dybit._kernels"])
 
+os.environ.pop("COLUMNS", None)  # set by the runner of parallel tests: commands are as wide as without a terminal
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 on a busy machine
 hypothesis.settings.register_profile("derandomized", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("derandomized")

@@ -47,7 +47,9 @@ def place(tmp_path_factory):
     before = os.getcwd()  # noqa: PTH109
     os.chdir(folder)
     sys.path.insert(0, str(folder))
+    sys.modules.pop("theirs", None)  # other tests have another module of that name
     yield folder
+    sys.modules.pop("theirs", None)
     sys.path.remove(str(folder))
     os.chdir(before)
 

@@ -84,10 +84,10 @@ def test_dynamic_inputs(name):
 
 
 def test_weights_are_quantized_once_for_several_inputs(monkeypatch):
-    import dybit.model
+    import dybit.ptq.rounding as rounding
 
-    calls, original = [], dybit.model.quantize
-    monkeypatch.setattr(dybit.model, "quantize", lambda *args, **kw: calls.append(1) or original(*args, **kw))
+    calls, original = [], rounding.quantize
+    monkeypatch.setattr(rounding, "quantize", lambda *args, **kw: calls.append(1) or original(*args, **kw))
     twins = Twins(Subject(mlp(), mlp_batches()))
     for inputs in (8, 4, None):
         twins.of("0", Candidate(4, inputs))

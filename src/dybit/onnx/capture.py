@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dybit.calibrate import run_batch
 from dybit.errors import DyBitError
-from dybit.layers import Quantized, _QuantizedEmbedding, _QuantizedLinear, original_class
+from dybit.layers import Quantized, _QuantizedConv, _QuantizedEmbedding, _QuantizedLinear, original_class
 from dybit.model import quantized_layers
 
 DOMAIN = "dybit"
@@ -238,6 +238,8 @@ def _speaking(cls: type[Quantized], layer: str, names: tuple[str, ...]) -> Any: 
         members["forward"] = linear
     elif issubclass(cls, _QuantizedEmbedding):
         members["forward"] = embedding
+    elif issubclass(cls, _QuantizedConv):
+        members["forward"] = Quantized.forward  # the layer's own, with the placeholders
     return type(cls.__name__, (cls,), members)
 
 

@@ -168,7 +168,10 @@ def product_of(layer: nn.Module, call: Call) -> Product | None:
         return _rows(layer.round_input(x) if isinstance(layer, Quantized) else x)
     try:
         with _Take():
-            layer.forward(*call.args, **call.kwargs)
+            if isinstance(layer, Quantized):  # the layer's own forward, where kernels would take its place
+                Quantized.forward(layer, *call.args, **call.kwargs)
+            else:
+                layer.forward(*call.args, **call.kwargs)
     except _Taken as taken:
         if taken.function is functional.linear:
             return _rows(taken.arguments["input"])
