@@ -7,7 +7,7 @@ from torch import nn
 from dybit.calibrate import observing
 from dybit.errors import DyBitError
 from dybit.layers import weight_names
-from dybit.ptq.hessian import Hessians, size
+from dybit.ptq.hessian import Hessians, shrink, size
 from dybit.ptq.rounding import weight_spec
 from dybit.recipe import LayerRecipe
 from helpers import conv1d
@@ -142,3 +142,23 @@ def test_nan(module, shape):
     x.view(-1)[0] = torch.nan
     with pytest.raises(DyBitError, match="calibration gives layer 'layer' inputs with NaN or infinity"):
         Hessians().observe("layer", module, [x])
+
+
+@pytest.mark.parametrize("count", [4, 40, 4000])
+def test_chance_is_shrunk_away_and_correlations_stay(count):
+    generator = torch.Generator().manual_seed(0)
+    size = torch.rand(20, generator=generator) + 0.1
+    x = torch.randn(count, 20, generator=generator) * size
+    chance = (x.T @ x / count)[None]
+    found = shrink(chance, count)
+    assert torch.allclose(found.diagonal(dim1=1, dim2=2), chance.diagonal(dim1=1, dim2=2), rtol=1e-5)
+    above = [h.triu(1).square().sum() for h in (found, chance)]
+    assert above[0] < 0.05 * above[1]
+    x = torch.randn(count, 1, generator=generator) * size  # all channels say the same
+    same = (x.T @ x / count)[None]
+    assert torch.allclose(shrink(same, count), same, rtol=2 / count + 1e-4)
+
+
+def test_shrinking_what_is_zero_or_one_channel():
+    assert torch.equal(shrink(torch.zeros(2, 3, 3), 5), torch.zeros(2, 3, 3))
+    assert torch.allclose(shrink(torch.ones(1, 1, 1), 5), torch.ones(1, 1, 1))

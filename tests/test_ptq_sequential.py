@@ -66,6 +66,15 @@ def test_closer_than_rounding(make, batches, recipe):
     assert levels["gptq"] > levels["rtn"] + (1.0 if recipe.activations is None else 0.0)
 
 
+def test_few_inputs_that_say_nothing_do_no_harm():
+    batches = [torch.randn(24, 24, generator=torch.Generator().manual_seed(i)) for i in range(9)]
+    model, levels = mlp(), {}
+    for algorithm in ("rtn", "gptq"):
+        quantized = quantize_(mlp(), Recipe(weights=4), batches[:1], algorithm=algorithm)
+        levels[algorithm] = compare_models(model, quantized, batches[1:]).sqnr
+    assert levels["gptq"] > levels["rtn"] - 0.3
+
+
 def test_later_blocks_see_the_errors_of_earlier_ones():
     batches = mixed(64, 24)
     quantized = quantize_(mlp(), Recipe(weights=2), batches, algorithm="gptq")

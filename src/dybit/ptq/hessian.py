@@ -24,7 +24,7 @@ from dybit.tensor import TensorSpec
 _CHUNK = 1 << 23  # elements of patches at once
 
 
-@dataclass
+@dataclass(eq=False)
 class _Moment:
     """A running mean of x xᵀ: float32 of shape (parts, columns, columns)."""
 
@@ -87,13 +87,14 @@ class Hessians:
             return None
         return next((moment for moment in self._moments.values() if moment.has(x)), None)
 
-    def of(self, name: str, weight: str, spec: TensorSpec) -> Tensor | None:
+    def of(self, name: str, weight: str, spec: TensorSpec, *, shrunk: bool = False) -> Tensor | None:
         """The Hessian of a weight.
 
         Args:
             name: The layer's.
             weight: The weight's.
             spec: How the weight is stored.
+            shrunk: Whether to return an estimate for all inputs like those that were seen (see :func:`shrink`).
 
         Returns:
             float32 of shape (parts, columns, columns), or None where the layer was never reached or the channels of its
@@ -101,15 +102,41 @@ class Hessians:
         """
         indices = {"in_proj_weight": [0, 1, 2], "k_proj_weight": [1], "v_proj_weight": [2]}.get(weight, [0])
         # Self-attention of a subclass may have one argument only.
-        found = [self._moments.get((name, index), self._moments.get((name, 0))) for index in indices]
-        if any(moment is None or moment.mean is None for moment in found):
+        moments = [self._moments.get((name, index), self._moments.get((name, 0))) for index in indices]
+        found = list(dict.fromkeys(moments)) if len(set(moments)) == 1 else moments
+        means = [
+            shrink(moment.mean, moment.count) if shrunk else moment.mean
+            for moment in found
+            if moment is not None and moment.mean is not None
+        ]
+        if len(means) < len(found):
             return None
-        if all(moment is found[0] for moment in found):
-            found = found[:1]
-        means = [moment.mean for moment in found if moment is not None and moment.mean is not None]
         if any(mean.shape[1] != spec.columns or spec.rows % (len(means) * mean.shape[0]) for mean in means):
             return None
         return torch.cat(means)
+
+
+def shrink(mean: Tensor, count: int) -> Tensor:
+    """Shrinks means of x xᵀ towards their diagonals, the more the fewer x there were and the less they are correlated.
+
+    Correlations that few samples show are mostly chance, and what makes up for errors by them adds to the errors on
+    other inputs. How much to shrink is the oracle-approximating estimate of Chen et al. (IEEE TSP, 2010), applied to
+    correlations, since the channels' own moments are known far better.
+
+    Args:
+        mean: float32 of shape (parts, columns, columns).
+        count: How many x it is the mean of.
+    """
+    diagonal = mean.diagonal(dim1=1, dim2=2).double()
+    unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    live = (diagonal > 0).sum(1).double().clamp(min=1)
+    square = (mean.double() * unit[:, None] * unit[:, :, None]).square().sum((1, 2))
+    excess = (square - live).clamp(min=1e-9)
+    share = ((1 - 2 / live) * square + live.square()) / ((count + 1 - 2 / live) * excess)
+    share = share.clamp(0, 1).float()[:, None]
+    result = mean * (1 - share[:, None])
+    result.diagonal(dim1=1, dim2=2).add_(share * diagonal.float())
+    return result
 
 
 def size(module: nn.Module, spec: TensorSpec) -> int:

@@ -133,7 +133,7 @@ class _Run:
         self, plan: Plan, hessians: Hessians, weight: Tensor, name: str, spec: TensorSpec
     ) -> QuantizedTensor | None:
         kept = self._kept(plan, name)
-        hessian = None if kept else hessians.of(plan.name, name, spec)
+        hessian = None if kept else hessians.of(plan.name, name, spec, shrunk=True)
         if hessian is None:
             return kept
         recipe = plan.recipe
