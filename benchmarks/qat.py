@@ -25,6 +25,7 @@ from torch.nn import functional
 from dybit import Recipe, prepare_qat_
 from dybit.demo.classifiers import DigitViT, SignalCNN
 from dybit.demo.toy import Labelled, digits, mnist1d
+from dybit.qat.model import BatchNorm
 
 BATCH = 100
 LEARNING_RATE = 1e-3  # of quantization-aware training, by Adam, falling to zero as a cosine
@@ -119,14 +120,23 @@ def recipe(network: str, name: str, bits: int) -> Recipe:
     )
 
 
-def run(network: str, name: str, bits: int, seed: int, data: Labelled, folder: Path) -> dict[str, object]:
+def run(
+    network: str, name: str, bits: int, seed: int, data: Labelled, folder: Path, batch_norm: BatchNorm
+) -> dict[str, object]:
     """One training; returns the line of results."""
     model = start(network, seed, data, folder)
     exact = accuracy(model, data)
     begin = time.process_time()
     epochs = NETWORKS[network][3]
     frozen = epochs * (len(data[0]) // BATCH) // 2  # codebooks may change in the first half of the training
-    prepare_qat_(model, recipe(network, name, bits), [data[0][:500]], refresh_every=40, freeze_after=frozen)
+    prepare_qat_(
+        model,
+        recipe(network, name, bits),
+        [data[0][:500]],
+        batch_norm=batch_norm,
+        refresh_every=40,
+        freeze_after=frozen,
+    )
     before = accuracy(model, data)
     train(model, data, epochs, LEARNING_RATE, seed)
     seconds = time.process_time() - begin
@@ -230,6 +240,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--results", type=Path, default=Path("build/qat"), help="folder of results and FP32 networks")
+    parser.add_argument("--batch-norm", choices=("keep", "fold"), default="keep", help="takes a folder of its own")
     parser.add_argument("--report", action="store_true", help="print the tables only")
     parser.add_argument("--overhead", action="store_true", help="measure the time of a step only")
     options = parser.parse_args()
@@ -244,7 +255,7 @@ def main() -> None:
     for done, (network, name, bits, seed) in enumerate(todo, start=1):
         if (network, seed) not in data:
             data = {(network, seed): NETWORKS[network][1](seed)}
-        row = run(network, name, bits, seed, data[network, seed], options.results)
+        row = run(network, name, bits, seed, data[network, seed], options.results, options.batch_norm)
         with file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         print(f"{done}/{len(todo)} {network} {name} {bits} bits, seed {seed}: {row['trained']:.2f}", flush=True)
