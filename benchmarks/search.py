@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-import dybit
-from dybit import AcceleratorCost, MaxDrop, MaxSize, SizeCost, Speedup
+from dybit import AcceleratorCost, MaxDrop, SizeCost
 from dybit import demo as demos
 from dybit.candidate import as_candidates
+from dybit.cost import cost_table
+from dybit.problem import Problem
 from dybit.sensitivity import measure
+from dybit.subject import Subject
 from dybit.trial import Point, Trial
 
 ACCELERATOR = "8/8,6/6,4/8,4/4,2/8,2/4,2/2"
@@ -86,7 +88,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model, calibration, evaluation, score = load(options.model, options.batches)
     cost = AcceleratorCost() if options.cost == "accelerator" else SizeCost()
     words = options.candidates or (ACCELERATOR if options.cost == "accelerator" else SIZE)
-    loosest = Speedup(1e-3) if options.cost == "accelerator" else MaxSize(1e15)
     last = [0.0]
 
     def progress(done: int, total: int, text: str) -> None:
@@ -95,17 +96,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"  {done}/{total} {text}", flush=True)
 
     start, processor = time.time(), time.process_time()
-    found = dybit.search(
-        model, calibration, constraint=loosest, cost=cost, candidates=as_candidates(words.split(",")),
-        sensitivity=options.sensitivity, workers=options.workers, evaluation=evaluation, cache=options.cache,
-        progress=progress,
-    )  # fmt: skip
+    subject = Subject(model, calibration)
+    if options.cost == "accelerator":  # the width of a table changes no time
+        for name in [n for n in subject.layers if n in subject.embeddings and not subject.ties[n]]:
+            del subject.layers[name], subject.ties[name]
+    candidates = as_candidates(words.split(","))
+
+    def errors(estimate: str) -> dict[str, list[float]]:
+        return measure(subject, candidates, estimate, workers=options.workers, cache=options.cache, progress=progress)  # type: ignore[arg-type]
+
+    tables = (cost_table(cost, subject, candidates),)
+    groups = tuple(subject.groups())
+    problem = Problem(candidates, groups, errors(options.sensitivity), tables, subject.embeddings)
     timing = {"seconds": time.time() - start, "cpu_seconds": time.process_time() - processor}
-    problem, subject = found.problem, found.subject
-    assert subject is not None
-    by_rmse = replace(problem, errors=measure(subject, problem.candidates, "rmse", cache=options.cache))
-    limits = (MaxDrop(1e9, score),) if score else (loosest,)
-    trial = Trial(model, subject, problem, limits, evaluation, progress)
+    contestants = options.contestants.split(",")
+    by_rmse = replace(problem, errors=errors("rmse")) if "greedy_rmse" in contestants else problem
+    trial = Trial(model, subject, problem, (MaxDrop(1e9, score),) if score else (), evaluation, progress)
     rows = []
     print(f"| equal to | {options.cost} × | uniform | greedy, RMSE | greedy | search |\n" + "|---" * 6 + "|")
     for index, candidate in enumerate(problem.candidates):
@@ -122,7 +128,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "greedy": problem.greedy(problem.main.name, limit),
             "search": best,
         }
-        points = {k: trial.measure(c, k) for k, c in choices.items() if c is not None}
+        points = {k: trial.measure(c, k) for k, c in choices.items() if c is not None and k in contestants}
         rows.append({"equal_to": candidate.name, "solve_seconds": solving, **{k: row(p) for k, p in points.items()}})
         cells = [cell(points.get(name)) for name in choices]
         print(f"| {candidate.name} | {problem.main.base / limit:.2f} | {' | '.join(cells)} |", flush=True)
@@ -145,6 +151,7 @@ def main() -> None:
     parser.add_argument("--cost", choices=["accelerator", "size"], default="accelerator")
     parser.add_argument("--candidates")
     parser.add_argument("--against", help="only these uniform recipes")
+    parser.add_argument("--contestants", default="uniform,greedy_rmse,greedy,search")
     parser.add_argument("--sensitivity", default="kl")
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -112,6 +113,31 @@ def test_processes_give_the_same(tmp_path):
     found = measure(subject, SOME, cache=tmp_path / "b", workers=2)
     for name, row in expected.items():
         assert found[name] == pytest.approx(row, rel=1e-5)
+
+
+def test_workers_do_not_outlive_a_killed_process(tmp_path):
+    script = f"""
+import multiprocessing, os, sys, time
+sys.path.insert(0, {str(TESTS)!r})
+from concurrent.futures import ProcessPoolExecutor
+from dybit.sensitivity import _obey_parent
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_obey_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    (tmp_path / "script.py").write_text(script)
+    run = subprocess.run([sys.executable, tmp_path / "script.py"], check=False, timeout=100, stdout=subprocess.PIPE)
+    worker = int(run.stdout)
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            return  # dead, and nobody has asked for it yet
+        time.sleep(0.1)
+    raise AssertionError("the worker is still there")
 
 
 def test_a_worker_that_dies(tmp_path):

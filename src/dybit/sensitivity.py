@@ -171,16 +171,24 @@ def _run(
     else:
         # Not forked: a child of a process whose threads hold locks may hang.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context, initializer=_leave_interrupts)
+        pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context, initializer=_obey_parent)
         try:
             yield from _distribute(subject, estimate, cells, pool, folder)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts() -> None:
-    """In a worker: Ctrl-C is for the process that started it."""
+def _obey_parent() -> None:
+    """In a worker: Ctrl-C is for the process that started it, and where that was killed, nobody waits for results."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _evaluate(subject: Subject, estimate: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, float]]:
