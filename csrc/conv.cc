@@ -68,6 +68,11 @@ Conv::Conv(std::vector<const PackedWeight*> weights, const ConvGeometry& geometr
     if (weight->weight().columns != columns || weight->weight().rows != weights_[0]->weight().rows ||
         int(weights_.size()) != geometry.groups || weight->kind() == InputKind::kFloat)
       throw std::invalid_argument("the weights do not fit the convolution");
+  // Variants chosen by channel may need wider significands in one group than in another.
+  const Weight& first = weights_[0]->weight();
+  for (const PackedWeight* weight : weights_)
+    alike_ &= weight->kind() == weights_[0]->kind() && weight->weight().segment_count == first.segment_count &&
+              weight->weight().chunk_count == first.chunk_count;
 }
 
 std::vector<GatherRun> Conv::runs(const PackedWeight& weight, int group, const Extent& padded, int element_bytes) const {
@@ -94,6 +99,7 @@ std::vector<GatherRun> Conv::runs(const PackedWeight& weight, int group, const E
 }
 
 bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads) const {
+  if (!alike_) return false;
   const ConvGeometry& g = geometry_;
   const Kernels& kernels = weights_[0]->kernels();
   const CodeKernels& codes = *kernels.codes;

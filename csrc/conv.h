@@ -64,10 +64,11 @@ struct DepthwiseTask {
 
 class Conv {
  public:
-  // One weight for every group, all of one kind of input; they must outlive this.
+  // One weight for every group; they must outlive this.
   Conv(std::vector<const PackedWeight*> weights, const ConvGeometry& geometry);
 
-  // y [batch][output][weights' rows]. False if x holds NaN, which has no significand; y is then unfinished.
+  // y [batch][output][weights' rows]. False if x holds NaN, which has no significand, or groups
+  // differ in the kind of input or in layout; y is then unfinished.
   bool run(const ConvInput& input, float* y, const float* bias, int threads) const;
 
  private:
@@ -75,6 +76,7 @@ class Conv {
 
   std::vector<const PackedWeight*> weights_;
   ConvGeometry geometry_;
+  bool alike_ = true;
 };
 
 class Depthwise {

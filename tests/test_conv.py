@@ -296,3 +296,25 @@ def test_bad_inputs_are_named(change, message):
 
 def test_formats_are_what_the_tests_take_them_for():
     assert Format.parse("s8").max_significand == 4096
+
+
+def test_groups_that_need_different_significands():
+    """Variants are chosen by channel: one group has small significands, the other long runs."""
+    generator = torch.Generator().manual_seed(0)
+    even = torch.rand(4, 6, 3, generator=generator) * 2 - 1
+    tailed = torch.randn(4, 6, 3, generator=generator) * torch.exp(2 * torch.randn(4, 6, 3, generator=generator))
+    weight = quantize(torch.cat([even, tailed]), TensorSpec("dybit8", (8, 6, 3)))
+    chosen = weight.choices()
+    assert chosen is not None and set(chosen[:4].flatten().tolist()) != set(chosen[4:].flatten().tolist())
+    x = torch.randn(2, 12, 11, generator=generator)
+    found, plain = run_all(
+        x,
+        weight,
+        stride=(2,),
+        padding=(0, 0),
+        dilation=(1,),
+        groups=2,
+        input_format="s8r2",
+        input_scale=torch.tensor([0.03]),
+    )
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tests.helpers import decoder, error
+from helpers import decoder, error
 from torch import nn
 from torch.nn import functional
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tests.helpers import decoder, error, outliers_
+from helpers import decoder, error, outliers_
 
 import dybit
 from dybit.attach import attachments

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dybit.report.search_page import SearchReport
 
 _Document = Mapping[str, Any]
+_AXIS = 40  # characters that fit beside an axis
 
 
 @guarded
@@ -78,10 +80,13 @@ def describe(document: _Document, run: Path) -> SearchReport:
         command=shlex.join(document["command"] or ["dybit.search(…)"]),
         machine="; ".join(f"{table['name']}: {table['note']}" for table in document["costs"] if table["note"]),
         gain=gain,
-        error=document["error_unit"],
+        error=document["error_unit"] if len(document["error_unit"]) <= _AXIS else "error",
         unit=cost["unit"],
         front=sorted((_point(point, cost, names, bits, run) for point in document["pareto"]), key=lambda p: p.gain),
-        uniform=[_point(point, cost, names, bits, run) for point in document["uniform"]],
+        uniform=[
+            replace(found, name=found.name.removeprefix("uniform "))
+            for found in (_point(point, cost, names, bits, run) for point in document["uniform"])
+        ],
         chosen=result,
         rows=[_row(layer, cost, bits) for layer in layers],
         candidates=[candidate["name"] for candidate in document["candidates"]],
@@ -97,7 +102,8 @@ def _headline(document: _Document) -> list[tuple[str, str]]:
         value = document["result"]["measured"].get(cost["name"], document["result"]["costs"][cost["name"]])
         after, before = _amount(value, cost["unit"]), _amount(cost["base"], cost["unit"])
         found.append((f"{cost['name']}, from {before} ({cost['base_name']})", after))
-        found.append((f"of {cost['name']} saved", f"{cost['base'] / value:.2f}×"))
+        better = "smaller" if cost["unit"] == "bytes" else "faster"
+        found.append((f"{better} than {cost['base_name']}", f"{cost['base'] / value:.2f}×"))
     return found
 
 
