@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from helpers import decoder, error, outliers_
 from torch import nn
 
 import dybit
@@ -11,6 +10,7 @@ from dybit.errors import DyBitWarning
 from dybit.fold import find_pairs, fold_
 from dybit.ptq import equalize
 from dybit.ptq.equalize import equalize_
+from helpers import decoder, error, outliers_
 
 
 def names(model):

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from helpers import decoder, error
 from torch import nn
 from torch.nn import functional
 
@@ -10,6 +9,7 @@ from dybit.errors import DyBitError
 from dybit.fold import find_pairs, fold_
 from dybit.ptq.factors import scale_
 from dybit.ptq.neighbours import find_links
+from helpers import decoder, error
 
 TOKENS = {"input_ids": torch.arange(14).view(2, 7)}
 

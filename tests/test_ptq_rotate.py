@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from helpers import decoder, error, outliers_
 
 import dybit
 from dybit.attach import attachments
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.ptq.rotate import rotate_
+from helpers import decoder, error, outliers_
 
 BATCHES = [{"input_ids": torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(i))} for i in range(2)]
 INT4 = {"weights": "int4", "activations": "int4", "activation_mode": "dynamic", "embeddings": None}

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from helpers import decoder, error, outliers_
 from torch import nn
 
 import dybit
@@ -11,6 +10,7 @@ from dybit.layers import weight_names
 from dybit.ptq import smooth
 from dybit.ptq.smooth import smooth_
 from dybit.recipe import LayerRecipe
+from helpers import decoder, error, outliers_
 
 BATCHES = [{"input_ids": torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(i))} for i in range(2)]
 RECIPES = {
