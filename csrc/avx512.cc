@@ -208,22 +208,24 @@ void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* pane
   }
 }
 
-// The sums of one input row and the blocks of a unit. Named and not an array: GCC would keep an array in memory.
-struct Four {
-  __m512i a, b, c, d;
-};
-
-// Of the first kBlocks blocks.
-template <Product kP, int kBlocks>
-DYBIT_INLINE inline Four multiply_add(Four sum, Four w, const uint8_t* x) {
-  int32_t word;
-  std::memcpy(&word, x, 4);
-  const __m512i xs = _mm512_set1_epi32(word);
-  sum.a = multiply_add<kP>(sum.a, w.a, xs);
-  if constexpr (kBlocks > 1) sum.b = multiply_add<kP>(sum.b, w.b, xs);
-  if constexpr (kBlocks > 2) sum.c = multiply_add<kP>(sum.c, w.c, xs);
-  if constexpr (kBlocks > 3) sum.d = multiply_add<kP>(sum.d, w.d, xs);
-  return sum;
+// Sums of products of a segment: out[m][j][row] over kM input rows and kBlocks blocks, from start[m] on. By itself, and
+// its results in memory, so that the sums stay in registers inside the loop: GCC spills them where more surrounds it.
+template <Product kP, int kM, int kBlocks>
+[[gnu::noinline]] void sum_words(const uint8_t* panel, const uint8_t* x, int64_t x_stride, int words,
+                                 const int32_t* start, int32_t* out) {
+  __m512i sum[kM][kBlocks];
+  unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE { sum[i / kBlocks][i % kBlocks] = _mm512_set1_epi32(start[i / kBlocks]); });
+  for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
+    __m512i weights[kBlocks];
+    unroll<kBlocks>([&](auto j) DYBIT_INLINE { weights[j] = _mm512_load_si512(panel + 64 * j); });
+    unroll<kM>([&](auto m) DYBIT_INLINE {
+      int32_t word;
+      std::memcpy(&word, x + m * x_stride, 4);
+      const __m512i xs = _mm512_set1_epi32(word);
+      unroll<kBlocks>([&](auto j) DYBIT_INLINE { sum[m][j] = multiply_add<kP>(sum[m][j], weights[j], xs); });
+    });
+  }
+  unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE { _mm512_store_si512(out + 16 * i, sum[i / kBlocks][i % kBlocks]); });
 }
 
 // kM input rows times kBlocks blocks of a panel. y holds the totals between panels.
@@ -232,6 +234,7 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
   const Weight& w = job.w;
   constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
   alignas(64) float total[kM][kBlocks][kBlockRows];
+  alignas(64) int32_t sums[kM * kBlocks * kBlockRows];
   const bool begins = first == 0, ends = last == w.segment_count;
   auto mask = [&](int j) DYBIT_INLINE {
     const int rows = w.rows - (block0 + j) * kBlockRows;
@@ -245,32 +248,19 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
       for (int j = 0; j < kBlocks; ++j) _mm512_store_ps(total[m][j], _mm512_maskz_loadu_ps(mask(j), place(m, j)));
   const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
   for (int s = first; s < last; ++s) {
-    auto start = [&](int m) DYBIT_INLINE {
-      const bool biased = kP == Product::kSigned8 && m < kM;
-      const __m512i sum = biased ? _mm512_set1_epi32(-job.correction(m0 + m, s)) : _mm512_setzero_si512();
-      return Four{sum, sum, sum, sum};
-    };
-    Four sum0 = start(0), sum1 = start(1), sum2 = start(2), sum3 = start(3), sum4 = start(4), sum5 = start(5);
+    int32_t start[kM] = {};
+    if (kP == Product::kSigned8)
+      for (int m = 0; m < kM; ++m) start[m] = -job.correction(m0 + m, s);
     const int words = w.segments[s].chunks * kChunk * kSize / 4;
-    for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
-      Four weights{_mm512_load_si512(panel), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-      if constexpr (kBlocks > 1) weights.b = _mm512_load_si512(panel + 64);
-      if constexpr (kBlocks > 2) weights.c = _mm512_load_si512(panel + 128);
-      if constexpr (kBlocks > 3) weights.d = _mm512_load_si512(panel + 192);
-      sum0 = multiply_add<kP, kBlocks>(sum0, weights, x);
-      if constexpr (kM > 1) sum1 = multiply_add<kP, kBlocks>(sum1, weights, x + job.x_stride);
-      if constexpr (kM > 2) sum2 = multiply_add<kP, kBlocks>(sum2, weights, x + 2 * job.x_stride);
-      if constexpr (kM > 3) sum3 = multiply_add<kP, kBlocks>(sum3, weights, x + 3 * job.x_stride);
-      if constexpr (kM > 4) sum4 = multiply_add<kP, kBlocks>(sum4, weights, x + 4 * job.x_stride);
-      if constexpr (kM > 5) sum5 = multiply_add<kP, kBlocks>(sum5, weights, x + 5 * job.x_stride);
-    }
-    const Four sums[6] = {sum0, sum1, sum2, sum3, sum4, sum5};
+    sum_words<kP, kM, kBlocks>(panel, x, job.x_stride, words, start, sums);
+    panel += size_t(words) * 64 * kUnit;
+    x += words * 4;
     const bool final = ends && s + 1 == last;
     unroll<kBlocks>([&](auto j) DYBIT_INLINE {
       const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
       const __m512 bias = _mm512_loadu_ps(job.out.bias + (block0 + j) * kBlockRows);
       unroll<kM>([&](auto m) DYBIT_INLINE {
-        const __m512i part = j == 0 ? sums[m].a : j == 1 ? sums[m].b : j == 2 ? sums[m].c : sums[m].d;
+        const __m512i part = _mm512_load_si512(sums + (m * kBlocks + j) * kBlockRows);
         const __m512 before = s ? _mm512_load_ps(total[m][j]) : _mm512_setzero_ps();
         const __m512 after = add_segment(job, part, before, scale, m0 + m, s);
         if (final)
