@@ -77,11 +77,67 @@ DYBIT_INLINE inline void decode(const uint8_t* p, const __m512i table[4], __m512
   });
 }
 
+// The codebooks of the four registers' rows, one a lane: in the order of Runs, for each r.
+struct RunTables {
+  alignas(64) int8_t entries[7][4][64];
+
+  void load(const Runs* runs, const uint8_t* choices) {
+    for (int row = 0; row < kBlockRows; ++row) {
+      const int8_t* from = runs[choices[row]].step;
+      for (int i = 0; i < 7; ++i)
+        _mm_store_si128((__m128i*)(entries[i][row % 4] + row / 4 * 16), _mm_load_si128((const __m128i*)(from + 16 * i)));
+    }
+  }
+};
+
+// Significands of 16 bits from 64 indices into Runs: of the even bytes, then of the odd ones.
+DYBIT_INLINE inline void decode_runs(__m512i index, const RunTables& tables, int r, __m512i& even, __m512i& odd) {
+  auto table = [&](int i) DYBIT_INLINE { return _mm512_load_si512(tables.entries[i][r]); };
+  const __m512i low4 = _mm512_set1_epi8(15), low8 = _mm512_set1_epi16(255);
+  const __m512i h = _mm512_and_si512(_mm512_srli_epi16(index, 4), low4);
+  const __mmask64 top = _mm512_cmpeq_epi8_mask(h, _mm512_set1_epi8(Runs::kTop));
+  const __mmask64 bottom = _mm512_cmpeq_epi8_mask(h, low4);
+  const __m512i step = _mm512_shuffle_epi8(table(0), h);
+  __m512i low = _mm512_shuffle_epi8(table(1), h), high = _mm512_shuffle_epi8(table(2), h);
+  const __m512i l = _mm512_and_si512(index, low4);
+  low = _mm512_mask_shuffle_epi8(low, top, table(3), l);
+  high = _mm512_mask_shuffle_epi8(high, top, table(4), l);
+  low = _mm512_mask_shuffle_epi8(low, bottom, table(5), l);
+  high = _mm512_mask_shuffle_epi8(high, bottom, table(6), l);
+  // Where the mask is set the first, else the second.
+  auto choose = [&](__m512i a, __m512i b) DYBIT_INLINE { return _mm512_ternarylogic_epi32(low8, a, b, 0xca); };
+  even = _mm512_add_epi16(choose(low, _mm512_slli_epi16(high, 8)),
+                          _mm512_maddubs_epi16(_mm512_and_si512(index, _mm512_set1_epi16(15)), step));
+  odd = _mm512_add_epi16(choose(_mm512_srli_epi16(low, 8), high),
+                         _mm512_maddubs_epi16(_mm512_and_si512(index, _mm512_set1_epi16(15 << 8)), step));
+}
+
+// What a storage is decoded with: significands by code of the rows of register r, one a lane.
+template <int kStorage>
+struct Tables {
+  __m512i of[4] = {};
+  void load(const Weight&, const int8_t* tables, const uint8_t* choices) { load_tables(tables, choices, of); }
+  operator const __m512i*() const { return of; }
+};
+
+template <>
+struct Tables<kRuns> : RunTables {
+  void load(const Weight& w, const int8_t*, const uint8_t* choices) { RunTables::load(w.runs, choices); }
+};
+
+template <int kStorage>
+constexpr bool kHasTables = kStorage < 8 || kStorage == kRuns;
+
 // The same as 16 bits: w[eighth of the columns][r].
 template <int kStorage>
-DYBIT_INLINE inline void decode16(const uint8_t* p, const __m512i table[4], __m512i w[4][4]) {
+DYBIT_INLINE inline void decode16(const uint8_t* p, const Tables<kStorage>& table, __m512i w[4][4]) {
   if constexpr (kStorage == 16) {
     unroll<16>([&](auto i) DYBIT_INLINE { w[i / 4][i % 4] = load512(p + i * 64); });
+  } else if constexpr (kStorage == kRuns) {
+    unroll<8>([&](auto i) DYBIT_INLINE {
+      constexpr int s = i / 4, r = i % 4;
+      decode_runs(load512(p + i * 64), table, r, w[2 * s][r], w[2 * s + 1][r]);
+    });
   } else {
     __m512i bytes[2][4];
     decode<kStorage, 0>(p, table, bytes);
@@ -145,17 +201,32 @@ void stream_block(const Job& job, int block, int m0) {
   const Weight& w = job.w;
   const uint8_t* p = w.codes + size_t(block) * w.chunk_count * w.chunk_bytes;
   __m512 total[kM];
-  __m512i table[4] = {};
+  Tables<kStorage> table;
   unroll<kM>([&](auto m) DYBIT_INLINE { total[m] = _mm512_setzero_ps(); });
   for (int s = 0; s < w.segment_count; ++s) {
     const Segment& segment = w.segments[s];
-    if (kStorage < 8 && (s == 0 || w.choice_by_segment)) load_tables(job.tables, job.choices(block, s), table);
+    if (kHasTables<kStorage> && (s == 0 || w.choice_by_segment)) table.load(w, job.tables, job.choices(block, s));
     __m512i sum[kM][4];
     unroll<kM * 4>([&](auto i) DYBIT_INLINE { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
     constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
     const uint8_t* x = job.x + m0 * job.x_stride + size_t(segment.chunk) * kChunk * kSize;
     for (int c = 0; c < segment.chunks; ++c, x += kChunk * kSize) {
       for (size_t line = 0; line < w.chunk_bytes; line += 64) _mm_prefetch((const char*)p + 3072 + line, _MM_HINT_T0);
+      if constexpr (kStorage == kRuns) {  // multiplied as they are decoded: a whole chunk takes too many registers
+        unroll<8>([&](auto i) DYBIT_INLINE {
+          constexpr int s = i / 4, r = i % 4;
+          __m512i even, odd;
+          decode_runs(load512(p + 64 * i), table, r, even, odd);
+          unroll<kM>([&](auto m) DYBIT_INLINE {
+            auto xs = [&](int eighth) DYBIT_INLINE {
+              return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + m * job.x_stride + 16 * eighth)));
+            };
+            sum[m][r] = multiply_add<kP>(multiply_add<kP>(sum[m][r], even, xs(2 * s)), odd, xs(2 * s + 1));
+          });
+        });
+        p += w.chunk_bytes;
+        continue;
+      }
       constexpr int kParts = kSize == 2 ? 4 : 2;
       __m512i weights[kParts][4];
       if constexpr (kSize == 2)
@@ -187,10 +258,11 @@ void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* pane
   const int blocks = std::min(kUnit, w.blocks - block0);
   const int chunk0 = w.segments[first].chunk;
   for (int j = 0; j < blocks; ++j) {
-    __m512i table[4] = {};
+    Tables<kStorage> table;
     for (int s = first; s < last; ++s) {
       const Segment& segment = w.segments[s];
-      if (kStorage < 8) load_tables(job.tables, job.choices(block0 + j, s), table);
+      if (kHasTables<kStorage> && (s == first || w.choice_by_segment))
+        table.load(w, job.tables, job.choices(block0 + j, s));
       const uint8_t* p = w.codes + (size_t(block0 + j) * w.chunk_count + segment.chunk) * w.chunk_bytes;
       uint8_t* to = panel + (size_t(segment.chunk - chunk0) * 4 * kParts * kUnit + j) * 64;
       for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes) {
@@ -333,13 +405,16 @@ void run_storage(const Job& job, int first_block, int last_block) {
     case 3: run<3, kP>(job, first_block, last_block); break;
     case 4: run<4, kP>(job, first_block, last_block); break;
     case 8: run<8, kP>(job, first_block, last_block); break;
+    case kRuns:
+      if constexpr (kP == Product::kSigned16) run<kRuns, kP>(job, first_block, last_block);
+      break;
     default:
       if constexpr (kP == Product::kSigned16) run<16, kP>(job, first_block, last_block);
   }
 }
 
 InputKind input_kind(int storage, int, int max_input, bool is_signed) {
-  if (storage == 16 || max_input > (is_signed ? 127 : 255)) return InputKind::kSigned16;
+  if (storage > 8 || max_input > (is_signed ? 127 : 255)) return InputKind::kSigned16;
   return is_signed ? InputKind::kSigned8 : InputKind::kUnsigned8;
 }
 
@@ -385,6 +460,7 @@ void float_blocks(const Weight& w, const Input& in, const Output& out, int first
         case 3: float_block<3>(w, in, out, block, m); break;
         case 4: float_block<4>(w, in, out, block, m); break;
         case 8: float_block<8>(w, in, out, block, m); break;
+        case kRuns: float_block<kRuns>(w, in, out, block, m); break;
         default: float_block<16>(w, in, out, block, m);
       }
 }
@@ -393,7 +469,7 @@ void dequantize(const Weight& w, float* out, int first_block, int last_block) {
   auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
   auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
   for (int block = first_block; block < last_block; ++block) {
-    if (w.storage == 16)
+    if (w.storage > 8)
       dequantize_block<int16_t>(w, out, block, words);
     else
       dequantize_block<int8_t>(w, out, block, bytes);
