@@ -522,10 +522,20 @@ void linear(const Weight& w, const Input& in, const Output& out, int first_block
 
 void encode(const EncodeTask& task, int first_row, int last_row) { encode_rows(task, first_row, last_row); }
 
+int64_t multiply(int64_t count) {
+  constexpr int kChains = 12;  // enough for what an instruction takes until its result is there
+  __m256i part[kChains], x = _mm256_set1_epi8(1);
+  unroll<kChains>([&](auto i) DYBIT_INLINE { part[i] = _mm256_set1_epi32(i); });
+  for (int64_t k = 0; k < count; ++k)
+    unroll<kChains>([&](auto i) DYBIT_INLINE { part[i] = _mm256_maddubs_epi16(part[i], x); });
+  unroll<kChains>([&](auto i) DYBIT_INLINE { x = _mm256_xor_si256(x, part[i]); });
+  return count * kChains * 32 + (_mm256_extract_epi8(x, 0) & 1);
+}
+
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode, dequantize, &kAvx2Codes};
+const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode, dequantize, &kAvx2Codes, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

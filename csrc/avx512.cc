@@ -492,10 +492,20 @@ void linear(const Weight& w, const Input& in, const Output& out, int first_block
 
 void encode(const EncodeTask& task, int first_row, int last_row) { encode_rows(task, first_row, last_row); }
 
+int64_t multiply(int64_t count) {
+  constexpr int kChains = 12;  // enough for what an instruction takes until its result is there
+  __m512i sum[kChains], x = _mm512_set1_epi8(1);
+  unroll<kChains>([&](auto i) DYBIT_INLINE { sum[i] = _mm512_set1_epi32(i); });
+  for (int64_t k = 0; k < count; ++k)
+    unroll<kChains>([&](auto i) DYBIT_INLINE { sum[i] = _mm512_dpbusd_epi32(sum[i], x, x); });
+  unroll<kChains>([&](auto i) DYBIT_INLINE { x = _mm512_xor_si512(x, sum[i]); });
+  return count * kChains * 64 + (_mm512_reduce_add_epi32(x) & 1);
+}
+
 }  // namespace
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize, &kAvx512Codes};
+const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize, &kAvx512Codes, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -12,6 +12,7 @@
 #include "conv.h"
 #include "dispatch.h"
 #include "packed.h"
+#include "peak.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -153,6 +154,13 @@ NB_MODULE(_kernels, m) {
     return names;
   });
   m.def("use", &dybit::use, "name"_a);
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("read_all",
+        [](uintptr_t memory, size_t bytes, int threads) {
+          return dybit::read_all(pointer<uint8_t>(memory), bytes, threads);
+        },
+        released);
+  m.def("multiply_bytes", &dybit::multiply_bytes, released);
   define_codes(m);
   nb::class_<dybit::PackedWeight>(m, "PackedWeight")
       .def(nb::new_(&make), nb::call_guard<nb::gil_scoped_release>(), "packed"_a, "rows"_a, "columns"_a, "bits"_a,

@@ -135,6 +135,8 @@ struct Kernels {
   // Row-major values of some blocks: FP32 [16 · blocks][columns], significand times scale, rounded once.
   void (*dequantize)(const Weight&, float* out, int first_block, int last_block);
   const CodeKernels* codes;
+  // Products of bytes in registers alone, as fast as they come; returns how many. Null: not with single instructions.
+  int64_t (*multiply)(int64_t count);
 };
 
 extern const Kernels kScalar;
