@@ -1,12 +1,13 @@
-"""Packed linear layers against FP32, torch's INT8, ONNX Runtime and llama.cpp: paired, interleaved, weights from memory.
+"""Packed linear layers against FP32, torch's INT8, ONNX Runtime and llama.cpp: paired, weights from memory.
 
-Run ``python benchmarks/linear.py`` (``--help`` for options). Every round times each contestant once, in a new order, on
-the next of several copies of its weights, so that the weights of single rows come from memory and all see the same
+Run ``python benchmarks/linear.py`` (``--help`` for options). Every round times each contestant once, in a new order,
+on the next of several copies of its weights, so that the weights of single rows come from memory and all see the same
 disturbances. Printed are medians of the rounds, the quartiles of the paired ratios, and the share of a floor: the
 bytes of the weights over the read bandwidth, or the products over the integer peak, whichever takes longer. Both are
 measured in the same run: memory read in order, and a loop of the path's byte multiplication on registers alone
-(vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak. With one thread the clock is the thread's processor time, so that other programs on the
-machine disturb the memory but do not count; with more it is the wall's.
+(vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak. With one thread
+the clock is the thread's processor time, so that other programs on the machine disturb the memory but do not count;
+with more it is the wall's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import random
 import statistics
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +118,7 @@ GGML_TYPES = {"Q4_0": 2, "Q4_K": 12, "IQ4_NL": 20}
 
 
 def ggml_library(directory: Path | None) -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
-    """ggml's base and CPU libraries, of a directory or of the package llama-cpp-python; None if there are none."""
+    """The base and CPU libraries of ggml, of a directory or of the package llama-cpp-python; None if there are none."""
     if directory is None:
         found = importlib.util.find_spec("llama_cpp")
         if found is None or found.origin is None:
@@ -132,6 +134,8 @@ def ggml_library(directory: Path | None) -> tuple[ctypes.CDLL, ctypes.CDLL] | No
 
 
 class GgmlPool(ctypes.Structure):
+    """ggml_init_params."""
+
     _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
@@ -140,12 +144,10 @@ def ggml_runs(libraries: tuple[ctypes.CDLL, ctypes.CDLL], kind: str, x: torch.Te
     base, cpu = libraries
     cpu.ggml_cpu_init()
     pointer, columns, batch = ctypes.c_void_p, x.shape[1], x.shape[0]
-    values = torch.randn(rows, columns)
-    runs: Runs = []
+    values, runs = torch.randn(rows, columns), []
+    first, size, work = pointer(), 0, (128 if batch > 4 else 32) << 20  # every run takes some of its pool, for good
     for _ in range(12 if batch <= 4 else 2):
-        context = pointer(
-            base.ggml_init(GgmlPool(rows * columns + batch * (rows + columns) * 16 + (64 << 20), None, False))
-        )
+        context = pointer(base.ggml_init(GgmlPool(rows * columns + batch * (rows + columns) * 16 + work, None, False)))
         weight = pointer(
             base.ggml_new_tensor_2d(context, GGML_TYPES[kind], ctypes.c_int64(columns), ctypes.c_int64(rows))
         )
@@ -164,7 +166,9 @@ def ggml_runs(libraries: tuple[ctypes.CDLL, ctypes.CDLL], kind: str, x: torch.Te
         product = pointer(base.ggml_mul_mat(context, weight, inputs))
         graph = pointer(base.ggml_new_graph(context))
         base.ggml_build_forward_expand(graph, product)
-        runs.append(lambda c=context, g=graph: cpu.ggml_graph_compute_with_ctx(c, g, threads))
+        run = lambda c=context, g=graph: cpu.ggml_graph_compute_with_ctx(c, g, threads)  # noqa: E731
+        weakref.finalize(run, base.ggml_free, context)
+        runs.append(run)
     result = torch.frombuffer(
         (ctypes.c_float * (batch * rows)).from_address(base.ggml_get_data(product)), dtype=torch.float32
     )
