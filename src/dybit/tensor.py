@@ -39,6 +39,8 @@ class TensorSpec:
         choice: What shares a codebook.
         transposed: 0 where the first dimension of the weight counts output channels; else the number of channel groups
             of a weight of shape (in, out / groups, …), as transposed convolutions and transformers' ``Conv1D`` have.
+        row_dims: How many dimensions, counted from the first, number output channels: 1, or 2 for the matrices of
+            several experts in one weight of shape (experts, out, in).
 
     Attributes:
         bits: Width of a code.
@@ -58,6 +60,7 @@ class TensorSpec:
     scale: ScaleType = "fp32"
     choice: Granularity = "channel"
     transposed: int = 0
+    row_dims: int = 1
     # Plain attributes and not properties that look the family up: torch.compile reads them.
     bits: int = field(init=False, compare=False, repr=False)
     choice_bits: int = field(init=False, compare=False, repr=False)
@@ -89,7 +92,14 @@ class TensorSpec:
             raise DyBitError(f"transposed must be an integer of at least 0, not {self.transposed!r}")
         if self.transposed and self.shape[0] % self.transposed:
             raise DyBitError(f"transposed={self.transposed} does not divide the first dimension of shape {self.shape}")
-        object.__setattr__(self, "rows", self.shape[1] * self.transposed if self.transposed else self.shape[0])
+        stacked = self.row_dims == 2 and len(self.shape) == 3 and not self.transposed
+        if not isinstance(self.row_dims, int) or not (stacked or self.row_dims == 1):
+            raise DyBitError(
+                f"row_dims must be 1, or 2 for a weight of three dimensions that is not transposed, not "
+                f"{self.row_dims!r} with shape {self.shape} and transposed={self.transposed}"
+            )
+        rows = self.shape[1] * self.transposed if self.transposed else math.prod(self.shape[: self.row_dims])
+        object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "columns", math.prod(self.shape) // self.rows)
 
     @property
@@ -177,8 +187,11 @@ class TensorSpec:
         return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
+        """The fields as JSON values; ``row_dims`` only where it is not 1, since earlier versions do not know it."""
+        values = {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
+        if self.row_dims == 1:
+            del values["row_dims"]
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
@@ -187,8 +200,8 @@ class TensorSpec:
         Raises:
             DyBitError: A field is missing, unknown or bad.
         """
-        known = _stored_fields()
-        if not isinstance(data, Mapping) or set(data) != set(known) or not isinstance(data["shape"], list):
+        known = set(_stored_fields()) - {"row_dims"}
+        if not isinstance(data, Mapping) or set(data) - {"row_dims"} != known or not isinstance(data["shape"], list):
             raise DyBitError(f"a stored weight must have the fields {', '.join(sorted(known))}, not {data!r:.200}")
         return cls(**{**data, "shape": tuple(data["shape"])})
 

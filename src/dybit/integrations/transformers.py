@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
-from dybit.layers import InputSpec, swap_, transposed, weight_names
+from dybit.layers import InputSpec, is_experts, layout, swap_, weight_names
 from dybit.model import bypass_fast_path_, dequantize_, folded_pairs, quantized_layers
 from dybit.plan import plan_layers
 from dybit.ptq.rounding import layer_input, weight_spec
@@ -228,7 +228,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             shapes = {name: tuple(getattr(plan.module, name).shape) for name in names}
             self._layers[plan.name] = _Layer(
                 plan.module,
-                {name: weight_spec(plan.recipe, shape, transposed(plan.module)) for name, shape in shapes.items()},
+                {name: weight_spec(plan.recipe, shape, **layout(plan.module)) for name, shape in shapes.items()},
                 layer_input(plan.recipe, plan.module)[0],
                 getattr(plan.module, weight_names(plan.module)[0]).dtype,
                 plan.recipe,
@@ -285,8 +285,10 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             if len(layer.codes) < len(layer.specs):
                 continue  # a head that the file did not have, initialized at random: it is there to be trained
             scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
-            swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
+            codes = {weight: layer.codes[weight] for weight in layer.specs}  # they came in the order of the file
+            swap_(layer.module, codes, layer.input, scale, offset, layer.dtype)
         bypass_fast_path_(model, quantized_layers(model).values())
+        _store_as_held_(model)
         model._dybit_recipe = self.quantization_config.recipe
         _describe_(self.quantization_config, model)
         self._layers = {}
@@ -325,8 +327,18 @@ def attach_(model: Any) -> Any:  # noqa: ANN401
     quantizer = DyBitQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
+    _store_as_held_(model)
     quantizer._take_over(model, config.tied)
     return model
+
+
+def _store_as_held_(model: Any) -> None:  # noqa: ANN401
+    """Has transformers store weights as the model holds them, names apart: codes cannot be cut into other tensors."""
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        model._weight_conversions = [conversion for conversion in known if not getattr(conversion, "operations", None)]
+    elif any(is_experts(layer) for layer in quantized_layers(model).values()):
+        model._weight_conversions = []
 
 
 def _describe_(config: DyBitConfig, model: nn.Module) -> None:
@@ -439,7 +451,7 @@ def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | 
 
 def _spec(weights: dict[str, Any] | None, shape: tuple[int, ...], module: nn.Module) -> TensorSpec:
     try:
-        return TensorSpec(shape=shape, transposed=transposed(module), **(weights or {}))
+        return TensorSpec(shape=shape, **layout(module), **(weights or {}))
     except (DyBitError, TypeError) as error:
         raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
 
