@@ -248,7 +248,7 @@ class _QuantizedExperts(Quantized):
         """As transformers' experts: (tokens, hidden), and the experts of every token with their weights."""
         spec = self.input_spec
         rounding = (spec.format, spec.reach or 1.0, spec.group_size or 0) if spec else ("", 1.0, 0)
-        up, down = (self.quantized_tensor(name) for name in self.weight_specs)
+        up, down = (self.quantized_tensor(name) for name in expert_weights(self))
         return mix(
             lambda x, expert: experts(x, expert, up, *rounding),
             expert_activation(self),
@@ -257,6 +257,11 @@ class _QuantizedExperts(Quantized):
             top_k_index,
             top_k_weights,
         )
+
+
+def expert_weights(module: nn.Module) -> tuple[str, str]:
+    """The names of the weights of a module of experts, in the order in which they are used."""
+    return _EXPERTS[0 if getattr(module, "has_gate", True) else 1], _EXPERTS[2]
 
 
 def expert_activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -271,7 +276,7 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
             ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         )
     if is_experts(module):
-        return _EXPERTS[0 if getattr(module, "has_gate", True) else 1], _EXPERTS[2]
+        return expert_weights(module)
     return ("weight",) if isinstance(module, _SUPPORTED) or _is_conv1d(module) else ()
 
 
@@ -295,8 +300,7 @@ def is_experts(module: nn.Module) -> bool:
     plain = (marks.get("is_transposed"), marks.get("has_bias"), marks.get("has_post_expert_norm", False))
     if any(mark is not False for mark in plain) or not hasattr(module, "_apply_gate"):
         return False
-    names = _EXPERTS[0 if marks.get("has_gate", True) else 1], _EXPERTS[2]
-    held = [module._buffers.get(name, module._parameters.get(name)) for name in names]
+    held = [module._buffers.get(name, module._parameters.get(name)) for name in expert_weights(module)]
     return all(tensor is not None and tensor.ndim == (3 if tensor.is_floating_point() else 4) for tensor in held)
 
 

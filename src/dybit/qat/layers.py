@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dybit.attention import attend
 from dybit.experts import mix, multiply_by_torch
-from dybit.layers import InputSpec, expert_activation, round_dynamic, round_inputs, weight_names
+from dybit.layers import InputSpec, expert_activation, expert_weights, round_dynamic, round_inputs, weight_names
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -111,7 +111,7 @@ class _PreparedExperts(Prepared):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts."""
         self.count_pass()
-        up, down = (getattr(self, name) for name in self.prepared_weights)  # rounded once
+        up, down = (getattr(self, name) for name in expert_weights(self))  # rounded once
         return mix(
             lambda x, expert: multiply_by_torch(self.round_input(x), expert, up),
             expert_activation(self),
