@@ -27,7 +27,7 @@ from dybit.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
 from dybit.errors import CheckpointError, DyBitError
 from dybit.recipe import Recipe
 from dybit.scale import Method
-from dybit.tensor import QuantizedTensor, TensorSpec, check_weight, quantize
+from dybit.tensor import QuantizedTensor, TensorSpec, quantize_judged
 
 _PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin on a byte
 _SYNC = 64  # pieces between two notes in the journal
@@ -330,22 +330,20 @@ class _Run:
         part = spec if whole else replace(spec, shape=(count, *spec.shape[spec.row_dims :]), row_dims=1)
         weight = torch.frombuffer(data, dtype=_TYPES[stored.dtype]).view(part.shape)
         try:
-            check_weight(weight)
-        except DyBitError as error:
-            raise DyBitError(f"{stored.file}, tensor {piece.key!r}: {error}") from None
-        codes = quantize(weight, part, method=job.method, percentile=job.percentile)
+            codes, error = quantize_judged(weight, part, method=job.method, percentile=job.percentile)
+        except DyBitError as failure:
+            raise DyBitError(f"{stored.file}, tensor {piece.key!r}: {failure}") from None
         for suffix, buffer in codes.buffers().items():
             place, nbytes = self.places[self.names[piece.key] + suffix]
             _put(target, buffer, place + (0 if whole else _skip(suffix, spec, nbytes, job.row + piece.start)))
-        return _judge(weight, codes) if self.measure else None
+        return _judge(weight, codes, error) if self.measure else None
 
 
-def _judge(weight: Tensor, codes: QuantizedTensor) -> Outcome:
-    choices, outcome, wide = codes.choices(), Outcome(), weight.float()
+def _judge(weight: Tensor, codes: QuantizedTensor, error: float) -> Outcome:
+    choices, outcome = codes.choices(), Outcome(noise=error)
     if choices is not None:
         outcome.votes = {i: n for i, n in enumerate(torch.bincount(choices.flatten().long()).tolist()) if n}
-    outcome.signal = float(wide.square().sum(dtype=torch.float64))
-    outcome.noise = float((codes.dequantize() - wide).square_().sum(dtype=torch.float64))
+    outcome.signal = float(torch.linalg.vector_norm(weight.float())) ** 2
     return outcome
 
 

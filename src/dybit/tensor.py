@@ -23,6 +23,7 @@ from dybit.scale import GRANULARITIES, Granularity, Method, Scales, choose_scale
 
 _SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pow2": torch.uint8, "e4m3": torch.float8_e4m3fn}
 _POW2_BIAS = 64
+_ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_ELEMENTS = 1 << 40
 
 
@@ -309,6 +310,18 @@ def quantize(
     Raises:
         DyBitError: ``weight`` has another shape, is not floating point, or holds NaN or infinity.
     """
+    return quantize_judged(weight, spec, method=method, percentile=percentile, importance=importance)[0]
+
+
+def quantize_judged(
+    weight: Tensor,
+    spec: TensorSpec,
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+) -> tuple[QuantizedTensor, float]:
+    """As :func:`quantize`, with the squared error over all elements, which the search for the scales knows."""
     check_weight(weight, spec.shape)
     matrix = spec.to_matrix(weight.detach())
     scales = choose_scales(
@@ -322,7 +335,7 @@ def quantize(
         percentile=percentile,
         importance=importance,
     )
-    return encode_matrix(matrix, spec, scales)
+    return encode_matrix(matrix, spec, scales), scales.error
 
 
 def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
@@ -411,6 +424,8 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
         raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
     if weight.is_meta:
         raise DyBitError("weight is on the meta device and has no values")
+    if weight.dtype in _ORDERED and all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
+        return  # either is NaN where any element is
     step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
     for start in range(0, weight.shape[0], step):
         bad = ~torch.isfinite(weight.detach()[start : start + step])
