@@ -26,6 +26,7 @@ from dybit.errors import DyBitError
 from dybit.experts import experts, mix
 from dybit.linear import linear
 from dybit.ops import fake_quantize, fake_quantize_dynamic
+from dybit.ready import Ready
 from dybit.tensor import QuantizedTensor, TensorSpec
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -159,6 +160,7 @@ class Quantized(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         """Moves buffers but keeps their types: scales in half precision would be other scales."""
         before = dict(self._buffers)
+        self.__dict__.pop("_ready", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
@@ -169,7 +171,8 @@ class Quantized(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Copies and pickles by the original class, since the quantized one is made at run time."""
-        return _rebuild, (original_class(self), tuple(self.weight_specs)), self.__dict__
+        state = {key: value for key, value in self.__dict__.items() if key != "_ready"}
+        return _rebuild, (original_class(self), tuple(self.weight_specs)), state
 
 
 class _QuantizedLinear(Quantized):
@@ -179,6 +182,13 @@ class _QuantizedLinear(Quantized):
         """Multiplies the only argument, whatever its name: (..., in_features) to (..., out_features)."""
         (x,) = (*args, *kwargs.values())
         bias = self._parameters.get("bias")
+        if not torch.compiler.is_compiling():
+            ready = self.__dict__.get("_ready")
+            if ready is None or not ready.fits(self._buffers):
+                ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
+            y = ready.multiply(x, bias)
+            if y is not None:
+                return cast(Tensor, y)
         spec, weight = self.input_spec, self.quantized_tensor()
         if spec is None:
             return linear(x, weight, bias)
@@ -192,6 +202,15 @@ class _QuantizedLinear(Quantized):
             reach=spec.reach or 1.0,
             input_group_size=spec.group_size or 0,
         )
+
+
+def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:
+    """What a linear layer keeps between its calls."""
+    if spec is None:
+        return Ready(weight)
+    if spec.mode == "static":
+        return Ready(weight, usable=False)
+    return Ready(weight, spec.format, spec.reach or 1.0, spec.group_size or 0)
 
 
 class _QuantizedConv(Quantized):
@@ -438,6 +457,7 @@ def set_bias_(layer: Quantized, bias: Tensor) -> None:
 def unswap_(layer: Quantized) -> None:
     """Turns a quantized layer back into its floating-point class, in place, with the dequantized weights."""
     weights = {name: getattr(layer, name) for name in layer.weight_specs}
+    layer.__dict__.pop("_ready", None)
     for name in list(weights):
         for suffix in layer.weight_specs[name].buffers():
             del layer._buffers[name + suffix]
