@@ -365,6 +365,44 @@ def test_rules_that_match_nothing(llama):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
 
 
+MAPPED = """
+import re, sys, threading, time
+import torch, dybit
+from transformers import AutoModelForCausalLM
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+ids = [torch.arange(48).view(2, 24)]
+for folder in sys.argv[1:]:
+    start = peak = anonymous()
+    if folder == sys.argv[1]:
+        threading.Thread(target=watch, daemon=True).start()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    dybit.quantize_(model, dybit.Recipe(weights=4, method="absmax"), ids, algorithm="rtn")
+print(peak - start)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_weights_stay_on_the_disk_while_they_are_calibrated(tmp_path):
+    fields = {**TEXT, "hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 32}
+    for name, layers in (("a", 1), ("b", 8)):
+        config = transformers.LlamaConfig(**{**fields, "num_hidden_layers": layers})
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    megabytes = (tmp_path / "b/model.safetensors").stat().st_size / 2**20
+    command = [sys.executable, "-c", MAPPED, str(tmp_path / "a"), str(tmp_path / "b")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert megabytes > 80 and float(result.stdout) < megabytes / 8 + 20  # the codes, and a layer at a time
+
+
 LOAD = "m = AutoModelForCausalLM.from_pretrained({!r}); print(type(m.lm_head).__name__)"
 ORDERS = {
     "dybit_first": "import dybit\nfrom transformers import AutoModelForCausalLM\n",
