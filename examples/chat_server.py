@@ -152,7 +152,7 @@ def packaged() -> tuple[Any, Any]:
     from dybit.demo import smollm2, smollm2_chat_template, smollm2_tokenizer
 
     model = smollm2(permute=False)
-    dybit.quantize_(model, dybit.Recipe(weights=4, group_size=64, embeddings=4))
+    dybit.quantize_(model, dybit.Recipe(weights=4, group_size=64))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=smollm2_tokenizer(), eos_token="<|im_end|>", chat_template=smollm2_chat_template()
     )
