@@ -1,0 +1,378 @@
+"""Operators on images of significands: activations that stay integers from one convolution to the next.
+
+Must not know layers or models. An image is channels-last with a border of zeros, of shape (batch, *size and border, pitch):
+what the next convolution reads, in one byte a value (two where significands are wide). ``torch.ops.dybit.round_image`` makes
+one of floating-point activations; ``torch.ops.dybit.conv_image`` convolves one, adds, clamps, and returns floating point,
+the next image, or both. Codes are those that :func:`dybit.conv.conv` would have made of the same values, and sums are its
+sums, so that a chain of images gives the bits of the layers one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dybit import extension, kernels
+from dybit.conv import Packed, convolve, extents, output_size, pack_conv
+from dybit.errors import DyBitError
+from dybit.linear import Cache, read_spec
+from dybit.ops import fake_quantize
+from dybit.tensor import QuantizedTensor
+
+# format, positive and border of an image as :class:`ImageFormat` has them; padding as for dybit::conv, at most the border.
+ROUND_SCHEMA = "(Tensor x, Tensor scale, str format, bool positive, int[] border) -> Tensor"
+CONV_SCHEMA = (
+    "(Tensor image, Tensor? addend, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, "
+    "Tensor? bias, Tensor scale, Tensor? out_scale, str spec, int[] stride, int[] padding, int[] dilation, int groups, "
+    "str format, bool positive, int[] border, float low, float high, bool keep, str out_format, bool out_positive, "
+    "int[] out_border) -> (Tensor, Tensor)"
+)
+_KINDS = {torch.int8: 1, torch.uint8: 2, torch.int16: 3}  # csrc/weight.h
+_DENSE = 16  # channels: from here on every place starts at a multiple of 32, as products want it
+_NOTHING = (0, 1, (0, 0, 0), (0, 0, 0), 0, 0)
+_INFINITY = float("inf")
+_LIBRARY = torch.library.Library("dybit", "FRAGMENT")
+_cache = Cache()
+
+
+class UnknownError(DyBitError):
+    """A value to be rounded is NaN, or an operand has a shape that images cannot take."""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How an image is rounded and laid out.
+
+    Args:
+        name: Of a single format that the kernels know (:func:`dybit.kernels.input_format`).
+        positive: Whether no value is negative, so that a signed format needs no sign.
+        border: Zeros before and after every dimension in turn.
+    """
+
+    name: str
+    positive: bool
+    border: tuple[int, ...]
+
+    @property
+    def inputs(self) -> kernels.InputFormat:
+        """The format as the kernels know it."""
+        return _inputs(self.name, self.positive)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, int8 or int16, whichever holds every significand."""
+        largest = kernels.max_significand(self.inputs)
+        if largest <= (127 if self.inputs.signed else 255):
+            return torch.int8 if self.inputs.signed else torch.uint8
+        return torch.int16
+
+    def shape(self, batch: int, channels: int, size: Sequence[int]) -> tuple[int, ...]:
+        """The shape of an image of some size."""
+        pitch = channels if channels < _DENSE else (channels + 31) // 32 * 32
+        padded = (n + self.border[2 * i] + self.border[2 * i + 1] for i, n in enumerate(size))
+        return (batch, *padded, pitch)
+
+    def size(self, image: Tensor) -> tuple[int, ...]:
+        """The size of an image without its border."""
+        return tuple(n - self.border[2 * i] - self.border[2 * i + 1] for i, n in enumerate(image.shape[1:-1]))
+
+
+@lru_cache(maxsize=256)
+def _inputs(name: str, positive: bool) -> kernels.InputFormat:
+    inputs = kernels.input_format(name) if name else None
+    if inputs is None:
+        raise DyBitError(f"format must be one that the kernels round to, not {name!r}")
+    return replace(inputs, signed=False) if positive else inputs
+
+
+@lru_cache(maxsize=1024)
+def _format(name: str, positive: bool, border: tuple[int, ...]) -> tuple[ImageFormat, Any, torch.dtype]:
+    """A format with what is asked of it at every call: borders in three dimensions, and the type."""
+    made = ImageFormat(name, positive, border)
+    zeros = (0,) * (3 - len(border) // 2)
+    return made, ((*zeros, *border[::2]), (*zeros, *border[1::2])), made.dtype
+
+
+def _picture(image: Tensor, borders: Any, channels: int) -> tuple[Any, ...]:  # noqa: ANN401
+    """An image as the extension is told of it."""
+    return (image.data_ptr(), _KINDS[image.dtype], *borders, channels, image.shape[-1])
+
+
+def _three(size: Sequence[int]) -> tuple[int, ...]:
+    return (1,) * (3 - len(size)) + tuple(size)
+
+
+def _rounded(made: ImageFormat, scale: Tensor) -> tuple[int, int, bool, float]:
+    inputs = made.inputs
+    return inputs.magnitude_bits, inputs.max_run, inputs.signed, scale.item() * inputs.factor
+
+
+def _last(x: Tensor) -> Tensor:
+    """Floating-point activations channels-last, contiguous float32."""
+    return x.detach().permute(0, *range(2, x.ndim), 1).float().contiguous()
+
+
+def _round(x: Tensor, scale: Tensor, format: str, positive: bool, border: Sequence[int]) -> Tensor:
+    made, borders, dtype = _format(format, positive, tuple(border))
+    if not x.is_floating_point() or x.ndim != 2 + len(border) // 2:
+        raise DyBitError(f"x must be floating point of {2 + len(border) // 2} dimensions, not {x.dtype} of {x.ndim}")
+    size = x.shape[2:]
+    compiled = extension.load() if x.device.type == "cpu" and scale.device.type == "cpu" else None
+    if compiled is None:
+        return _encode(x, scale, made)
+    image = torch.empty(made.shape(x.shape[0], x.shape[1], size), dtype=dtype)
+    given = _last(x)
+    if given.numel() and not compiled.round_to_image(
+        given.data_ptr(), x.shape[0], _three(size), _rounded(made, scale), _picture(image, borders, x.shape[1]),
+        torch.get_num_threads(),
+    ):  # fmt: skip
+        raise UnknownError("x must not hold NaN where it is rounded to an image")
+    return image
+
+
+def _unit(made: ImageFormat) -> float:
+    """Significands in a value of 1 at scale 1."""
+    return float(2 ** (made.inputs.magnitude_bits - 1)) / made.inputs.factor
+
+
+def _encode(x: Tensor, scale: Tensor, made: ImageFormat) -> Tensor:
+    """An image in plain torch."""
+    if bool(x.isnan().any()):
+        raise UnknownError("x must not hold NaN where it is rounded to an image")
+    values = cast(Tensor, fake_quantize(x.float(), scale, None, made.name)) / scale
+    image = torch.zeros(made.shape(x.shape[0], x.shape[1], x.shape[2:]), dtype=made.dtype, device=x.device)
+    inner = _inner(image, made)[..., : x.shape[1]]
+    inner.copy_((values * _unit(made)).round().to(made.dtype).permute(0, *range(2, x.ndim), 1))
+    return image
+
+
+def _inner(image: Tensor, made: ImageFormat) -> Tensor:
+    """An image without its border."""
+    for i, n in enumerate(made.size(image)):
+        image = image.narrow(1 + i, made.border[2 * i], n)
+    return image
+
+
+def _decode(image: Tensor, channels: int, scale: Tensor, made: ImageFormat) -> Tensor:
+    """The values of an image: float32 of shape (batch, channels, *size)."""
+    values = _inner(image, made)[..., :channels].float() / _unit(made) * scale
+    return values.permute(0, -1, *range(1, image.ndim - 1))
+
+
+def _conv(
+    image: Tensor,
+    addend: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_choice: Tensor | None,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    out_scale: Tensor | None,
+    spec: str,
+    *rest: Any,  # noqa: ANN401  # as the schema
+) -> tuple[Tensor, Tensor]:
+    stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
+    return compute(image, addend, stored, bias, scale, out_scale, *rest)
+
+
+def compute(
+    image: Tensor,
+    addend: Tensor | None,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    out_scale: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    format: str,
+    positive: bool,
+    border: Sequence[int],
+    low: float = -_INFINITY,
+    high: float = _INFINITY,
+    keep: bool = True,
+    out_format: str = "",
+    out_positive: bool = False,
+    out_border: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Convolves an image, adds, clamps, and rounds; what ``torch.ops.dybit.conv_image`` computes.
+
+    Args:
+        image: Significands in the format, of ``scale``, with a border at least as wide as the padding.
+        addend: Floating point that broadcasts to the results, or None.
+        weight: Of shape (out_channels, channels / groups, *kernel).
+        bias: Of shape (out_channels,), or None.
+        scale: The static scale of the image, float32 of shape (1,).
+        out_scale: That of the next image, or None.
+        stride: Of every dimension.
+        padding: Zeros before and after every dimension in turn.
+        dilation: Of every dimension.
+        groups: Groups of channels.
+        format: The image's format (:class:`ImageFormat`).
+        positive: Likewise.
+        border: Likewise.
+        low: Results below become this.
+        high: Results above become this.
+        keep: Whether the results are wanted in floating point.
+        out_format: The next image's format, or empty for none.
+        out_positive: Likewise.
+        out_border: Likewise.
+
+    Returns:
+        The results, float32 of shape (batch, out_channels, *size) laid out channels-last, and the next image; an empty
+        tensor in the place of what is not wanted.
+
+    Raises:
+        UnknownError: A result that is to be rounded is NaN, or ``addend`` has a larger shape than the results.
+        DyBitError: ``image`` is none of the format.
+    """
+    shape = weight.spec.shape
+    made, borders, dtype = _format(format, positive, tuple(border))
+    if image.dtype != dtype or image.ndim != len(shape) or not image.is_contiguous():
+        raise DyBitError(f"image must be contiguous {dtype} of {len(shape)} dimensions, not {image.dtype} of {image.ndim}")
+    geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    size = made.size(image)
+    places = output_size((0, 0, *size), shape, *geometry)
+    batch, outputs = image.shape[0], shape[0]
+    if addend is not None:
+        addend = _spread(addend, (batch, outputs, *places))
+    key = (format, positive, *geometry, groups)
+    packed: Packed | None = None
+    if image.device.type == "cpu":
+        packed = _cache.get(
+            weight, key, lambda: pack_conv(weight, extents(weight, *geometry), groups, made.inputs, has_offset=False)
+        )
+    if packed is None or image.numel() == 0:
+        options = (*geometry, groups, made, low, high, keep, out_format, out_positive, out_border)
+        return _by_torch(image, addend, weight, bias, scale, out_scale, *options)
+    y = torch.empty((batch, *places, outputs) if keep else (0,))
+    result, target, rounded = image.new_empty(0), _NOTHING, (1, 1, True, 1.0)
+    if out_format:
+        assert out_scale is not None
+        out, out_borders, out_dtype = _format(out_format, out_positive, tuple(out_border))
+        result = torch.empty(out.shape(batch, outputs, places), dtype=out_dtype)
+        target, rounded = _picture(result, out_borders, outputs), _rounded(out, out_scale)
+    last = None if addend is None else _last(addend)
+    floating = None if bias is None else bias.detach().float().contiguous()
+    if not packed.run_image(
+        _picture(image, borders, shape[1] * groups), batch, _three(size), scale.item() * made.inputs.factor, floating,
+        y if keep else None, last, (low, high), target, rounded,
+    ):  # fmt: skip
+        options = (*geometry, groups, made, low, high, keep, out_format, out_positive, out_border)
+        return _by_torch(image, addend, weight, bias, scale, out_scale, *options)
+    return y.permute(0, -1, *range(1, y.ndim - 1)) if keep else y, result
+
+
+def _spread(addend: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(addend.shape) == shape:
+        return addend
+    try:
+        return addend.expand(shape)
+    except RuntimeError:
+        raise UnknownError(f"addend must broadcast to {shape}, not have shape {tuple(addend.shape)}") from None
+
+
+def _by_torch(
+    image: Tensor,
+    addend: Tensor | None,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    out_scale: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    made: ImageFormat,
+    low: float,
+    high: float,
+    keep: bool,
+    out_format: str,
+    out_positive: bool,
+    out_border: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch: the same codes, their products summed in floating point."""
+    x = _decode(image, weight.spec.shape[1] * groups, scale, made)
+    bias = None if bias is None else bias.float()
+    y = convolve(x, weight.dequantize(torch.float32), bias, stride, padding, dilation, groups)
+    if addend is not None:
+        y = y + addend.float()
+    y = y.clamp(low, high)
+    result = image.new_empty(0)
+    if out_format:
+        assert out_scale is not None
+        result = _encode(y, out_scale, ImageFormat(out_format, out_positive, tuple(out_border)))
+    if not keep:
+        return y.new_empty(0), result
+    to_last = (0, *range(2, y.ndim), 1)
+    return y.permute(to_last).contiguous().permute(0, -1, *range(1, y.ndim - 1)), result
+
+
+def _round_shape(x: Tensor, scale: Tensor, format: str, positive: bool, border: Sequence[int]) -> Tensor:
+    made = ImageFormat(format, positive, tuple(border))
+    return x.new_empty(made.shape(x.shape[0], x.shape[1], x.shape[2:]), dtype=made.dtype)
+
+
+def _conv_shape(image: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401  # as the operator
+    spec, stride, padding, dilation, _, name, positive, border, _, _, keep, out_format, out_positive, out_border = rest[8:]
+    shape = read_spec(spec).shape
+    size = ImageFormat(name, positive, tuple(border)).size(image)
+    places = output_size((0, 0, *size), shape, stride, padding, dilation)
+    y = image.new_empty((image.shape[0], *places, shape[0]) if keep else (0,), dtype=torch.float32)
+    result = image.new_empty(0)
+    if out_format:
+        out = ImageFormat(out_format, out_positive, tuple(out_border))
+        result = image.new_empty(out.shape(image.shape[0], shape[0], places), dtype=out.dtype)
+    return y.permute(0, -1, *range(1, y.ndim - 1)) if keep else y, result
+
+
+_LIBRARY.define("round_image" + ROUND_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("round_image", _round, "CompositeExplicitAutograd")
+torch.library.register_fake("dybit::round_image", _round_shape, lib=_LIBRARY)
+_LIBRARY.define("conv_image" + CONV_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("conv_image", _conv, "CompositeExplicitAutograd")
+torch.library.register_fake("dybit::conv_image", _conv_shape, lib=_LIBRARY)
+_round_operator = torch.ops.dybit.round_image
+_conv_operator = torch.ops.dybit.conv_image
+
+
+def round_image(x: Tensor, scale: Tensor, made: ImageFormat) -> Tensor:
+    """Rounds activations to an image.
+
+    Args:
+        x: Floating point of shape (batch, channels, *size).
+        scale: The static scale, float32 of shape (1,).
+        made: The format.
+
+    Returns:
+        The image, of type ``made.dtype`` and shape ``made.shape(…)``.
+
+    Raises:
+        UnknownError: ``x`` holds NaN, which has no significand.
+        DyBitError: ``x`` is not floating point, or of other dimensions than the border.
+    """
+    return cast(Tensor, _round_operator(x, scale, made.name, made.positive, made.border))
+
+
+def conv_image(
+    image: Tensor,
+    addend: Tensor | None,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    out_scale: Tensor | None,
+    *options: Any,  # noqa: ANN401  # those of compute, in order
+) -> tuple[Tensor, Tensor]:
+    """The operator; arguments, result and errors as :func:`compute`, which callers that nobody watches may call."""
+    parts = (weight.packed, weight.scale, weight.choice, weight.tensor_scale)
+    return cast(
+        "tuple[Tensor, Tensor]",
+        _conv_operator(image, addend, *parts, bias, scale, out_scale, weight.spec.key, *options),
+    )
