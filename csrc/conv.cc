@@ -84,35 +84,60 @@ void clear_border(const Image& image, int batch, const Extent& size) {
 bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& places, int channels, const float* from,
                  int64_t from_stride, int64_t start, int rows, int first, int last) {
   const Image* image = finish.image;
-  uint8_t** targets = nullptr;
-  if (image) {
-    targets = reinterpret_cast<uint8_t**>(scratch<6>(size_t(rows) * sizeof(uint8_t*)));
-    const Extent padded = image->padded(places);
-    const int64_t per_sample = volume(places), pixel = int64_t(image->pitch) * image->element();
-    Extent place = at_place(start % per_sample, places);
-    int64_t sample = start / per_sample;
-    for (int row = 0; row < rows; ++row) {
-      const Extent inner{place[0] + image->before[0], place[1] + image->before[1], place[2] + image->before[2]};
-      targets[row] = image->data + inside(inner, sample, padded) * pixel + int64_t(first) * image->element();
-      for (int d = 2; d >= 0 && ++place[d] == places[d]; --d) {
-        place[d] = 0;
-        sample += d == 0;
-      }
-    }
-  }
   const int64_t at = start * channels + first;
-  const FinishTask task{from,
-                        from_stride,
-                        finish.addend ? finish.addend + at : nullptr,
-                        finish.y ? finish.y + at : nullptr,
-                        channels,
-                        finish.low,
-                        finish.high,
-                        &finish.rounding,
-                        image ? image->kind : InputKind::kFloat,
-                        targets,
-                        last - first,
-                        image && last == channels ? image->pitch - first : last - first};
+  FinishTask task{from,
+                  from_stride,
+                  finish.addend ? finish.addend + at : nullptr,
+                  finish.y ? finish.y + at : nullptr,
+                  channels,
+                  finish.low,
+                  finish.high,
+                  &finish.rounding,
+                  image ? image->kind : InputKind::kUnsigned8,
+                  nullptr,
+                  last - first,
+                  image && last == channels ? image->pitch - first : last - first};
+  if (!image) return codes.finish(task, rows);
+  const Extent padded = image->padded(places);
+  const int64_t per_sample = volume(places), pixel = int64_t(image->pitch) * image->element();
+  Extent place = at_place(start % per_sample, places);
+  int64_t sample = start / per_sample;
+  auto target = [&] {
+    const Extent inner{place[0] + image->before[0], place[1] + image->before[1], place[2] + image->before[2]};
+    return image->data + inside(inner, sample, padded) * pixel + int64_t(first) * image->element();
+  };
+  auto advance = [&](int count) {  // within a line or to the start of the next
+    place[2] += count;
+    for (int d = 2; d >= 0 && place[d] == places[d]; --d) {
+      place[d] = 0;
+      if (d)
+        ++place[d - 1];
+      else
+        ++sample;
+    }
+  };
+  // Where nothing lies between places, those of a line are one row.
+  if (image->pitch == channels && from_stride == channels && first == 0 && last == channels) {
+    bool unknown = false;
+    for (int row = 0, count; row < rows; row += count) {
+      count = std::min(rows - row, places[2] - place[2]);
+      uint8_t* to = target();
+      task.images = &to;
+      task.channels = task.padded = count * channels;
+      unknown |= codes.finish(task, 1);
+      task.from += int64_t(count) * channels;
+      if (task.addend) task.addend += int64_t(count) * channels;
+      if (task.y) task.y += int64_t(count) * channels;
+      advance(count);
+    }
+    return unknown;
+  }
+  auto** targets = reinterpret_cast<uint8_t**>(scratch<6>(size_t(rows) * sizeof(uint8_t*)));
+  for (int row = 0; row < rows; ++row) {
+    targets[row] = target();
+    advance(1);
+  }
+  task.images = targets;
   return codes.finish(task, rows);
 }
 
