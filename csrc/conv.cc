@@ -244,8 +244,8 @@ bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads)
   return multiply({input.batch, input.size, scales.data(), input.offset, threads}, image, bias, finish);
 }
 
-bool Conv::run(const Image& image, int batch, const Extent& size, float scale, const float* bias, const Finish& finish,
-               int threads) const {
+bool Conv::run(const Image& image, int batch, const Extent& size, float scale, const float* offset, const float* bias,
+               const Finish& finish, int threads) const {
   if (!alike_) return false;
   const std::vector<float> scales(batch, scale);
   const InputKind kind = weights_[0]->kind();
@@ -258,7 +258,7 @@ bool Conv::run(const Image& image, int batch, const Extent& size, float scale, c
     weights_[0]->kernels().codes->convert(image.kind, image.data, count, kind, given.data);
   }
   if (finish.image) clear_border(*finish.image, batch, geometry_.output(size));
-  return multiply({batch, size, scales.data(), nullptr, threads}, given, bias, finish);
+  return multiply({batch, size, scales.data(), offset, threads}, given, bias, finish);
 }
 
 bool Conv::multiply(const Run& run, const Image& image, const float* bias, const Finish& finish) const {
@@ -407,9 +407,9 @@ bool Depthwise::run(const ConvInput& input, float* y, const float* bias, int thr
   return !unknown;
 }
 
-bool Depthwise::run(const Image& image, int batch, const Extent& size, float scale, const float* bias,
-                    const Finish& finish, int threads) const {
-  const std::vector<float> all = biases(bias, nullptr);
+bool Depthwise::run(const Image& image, int batch, const Extent& size, float scale, const float* offset,
+                    const float* bias, const Finish& finish, int threads) const {
+  const std::vector<float> all = biases(bias, offset);
   const Extent places = geometry_.output(size);
   if (finish.image) clear_border(*finish.image, batch, places);
   std::atomic<bool> unknown{false};

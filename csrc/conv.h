@@ -110,8 +110,8 @@ class Conv {
 
   // The same of an image at one scale, with a border at least as wide as the geometry's; false, too, if a result that
   // is to be rounded is NaN.
-  bool run(const Image& image, int batch, const Extent& size, float scale, const float* bias, const Finish& finish,
-           int threads) const;
+  bool run(const Image& image, int batch, const Extent& size, float scale, const float* offset, const float* bias,
+           const Finish& finish, int threads) const;
 
  private:
   struct Run;
@@ -131,8 +131,8 @@ class Depthwise {
 
   bool run(const ConvInput& input, float* y, const float* bias, int threads) const;
 
-  bool run(const Image& image, int batch, const Extent& size, float scale, const float* bias, const Finish& finish,
-           int threads) const;
+  bool run(const Image& image, int batch, const Extent& size, float scale, const float* offset, const float* bias,
+           const Finish& finish, int threads) const;
 
  private:
   struct Band;

@@ -132,21 +132,21 @@ dybit::Image image(const Picture& p) {
           std::get<4>(p),                    std::get<5>(p)};
 }
 
-// Magnitude bits, longest run, signed, scale.
-using Rounded = std::tuple<int, int, bool, float>;
+// Magnitude bits, longest run, signed, scale, offset.
+using Rounded = std::tuple<int, int, bool, float, float>;
 
 dybit::Rounding rounding(const Rounded& r) {
-  return {std::get<0>(r), std::get<1>(r), std::get<2>(r), false, 1.0f, std::get<3>(r), 0.0f};
+  return {std::get<0>(r), std::get<1>(r), std::get<2>(r), false, 1.0f, std::get<3>(r), std::get<4>(r)};
 }
 
 template <class T>
-bool convolve_image(const T& self, const Picture& x, int batch, const dybit::Extent& size, float scale, uintptr_t bias,
-                    uintptr_t y, uintptr_t addend, float low, float high, const Picture& out, const Rounded& format,
+bool convolve_image(const T& self, const Picture& x, int batch, const dybit::Extent& size, float scale, uintptr_t offset,
+                    uintptr_t bias, uintptr_t y, uintptr_t addend, float low, float high, const Picture& out, const Rounded& format,
                     int threads) {
   const dybit::Image result = image(out);
   const dybit::Finish finish{writable<float>(y), pointer<float>(addend),          low,
                              high,               result.data ? &result : nullptr, rounding(format)};
-  return self.run(image(x), batch, size, scale, pointer<float>(bias), finish, threads);
+  return self.run(image(x), batch, size, scale, pointer<float>(offset), pointer<float>(bias), finish, threads);
 }
 
 void define_convolutions(nb::module_& m) {

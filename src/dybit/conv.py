@@ -73,12 +73,13 @@ class Packed:
         batch: int,
         size: tuple[int, ...],
         scale: float,
+        offset: Tensor | None,
         bias: Tensor | None,
         y: Tensor | None,
         addend: Tensor | None,
         limits: tuple[float, float],
         out: tuple[Any, ...],
-        rounded: tuple[int, int, bool, float],
+        rounded: tuple[int, int, bool, float, float],
     ) -> bool:
         """Convolves an image of significands (:mod:`dybit.image`); False if a result to be rounded is NaN."""
         return bool(
@@ -87,6 +88,7 @@ class Packed:
                 batch,
                 size,
                 scale,
+                0 if offset is None else offset.data_ptr(),
                 0 if bias is None else bias.data_ptr(),
                 0 if y is None else y.data_ptr(),
                 0 if addend is None else addend.data_ptr(),

@@ -40,9 +40,11 @@ class FusedConv(nn.Module):
         keep: Whether results are wanted in floating point.
         out: The format of the next image, or None.
         out_scale: Its scale.
+        out_offset: Its offset, or None.
     """
 
     out_scale: Tensor | None
+    out_offset: Tensor | None
 
     def __init__(
         self,
@@ -53,14 +55,16 @@ class FusedConv(nn.Module):
         keep: bool,
         out: ImageFormat | None,
         out_scale: Tensor | None,
+        out_offset: Tensor | None,
     ) -> None:
         super().__init__()
         self.layer, self.source, self.out = layer, source, out
         self.register_buffer("out_scale", out_scale, persistent=False)
+        self.register_buffer("out_offset", out_offset, persistent=False)
         conv = cast(nn.Conv2d, layer)
         self._options = (
-            (*conv.stride,), padding, (*conv.dilation,), conv.groups, source.name, source.positive, source.border,
-            *limits, keep, *((out.name, out.positive, out.border) if out else ("", False, ())),
+            (*conv.stride,), padding, (*conv.dilation,), conv.groups, source.name, source.border,
+            *limits, keep, *((out.name, out.border) if out else ("", ())),
         )  # fmt: skip
 
     def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -68,9 +72,9 @@ class FusedConv(nn.Module):
         layer = self.layer
         bias = layer._parameters.get("bias")
         run = compute if unwatched(image, bias) else conv_image
-        return run(
-            image, addend, layer.quantized_tensor(), bias, cast(Tensor, layer.input_scale), self.out_scale, *self._options
-        )
+        scale, offset = cast(Tensor, layer.input_scale), layer._buffers.get("input_offset")
+        parts = (layer.quantized_tensor(), bias, scale, offset, self.out_scale, self.out_offset)
+        return run(image, addend, *parts, *self._options)
 
     def extra_repr(self) -> str:
         """What it takes and gives."""
@@ -82,19 +86,22 @@ class Rounding(nn.Module):
 
     Args:
         scale: The static scale.
+        offset: The static offset, or None.
         out: The format.
     """
 
     scale: Tensor
+    offset: Tensor | None
 
-    def __init__(self, scale: Tensor, out: ImageFormat) -> None:
+    def __init__(self, scale: Tensor, offset: Tensor | None, out: ImageFormat) -> None:
         super().__init__()
         self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
         self.out = out
 
     def forward(self, x: Tensor) -> Tensor:
         """Rounds (batch, channels, *size)."""
-        return round_image(x, self.scale, self.out)
+        return round_image(x, self.scale, self.offset, self.out)
 
     def extra_repr(self) -> str:
         """What it gives."""
@@ -159,11 +166,16 @@ class _Stage:
         return self.taken[-1] if self.taken else self.conv
 
     @property
-    def rounding(self) -> tuple[str, float]:
-        """The format of its input and the scale: convolutions that agree can share an image."""
-        spec = self.layer.input_spec
+    def rounding(self) -> tuple[str, float, float | None]:
+        """Format, scale and offset of its input: convolutions that agree can share an image."""
+        spec, (scale, offset) = self.layer.input_spec, self.scales
         assert spec is not None
-        return spec.format, float(cast(Tensor, self.layer.input_scale))
+        return spec.format, float(scale), None if offset is None else float(offset)
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of its input."""
+        return cast(Tensor, self.layer.input_scale), self.layer._buffers.get("input_offset")
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -189,7 +201,7 @@ def fuse(model: nn.Module) -> nn.Module:
         >>> fused = dybit.fuse(dybit.quantize_(model, recipe, calibration=batches))  # doctest: +SKIP
     """
     if not any(_takes_images(module) for module in model.modules()):
-        return _unchanged(model, "no quantized convolution has a static input scale without an offset")
+        return _unchanged(model, "no quantized convolution has a static input scale")
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # tracing runs the model's own code on proxies, and that fails in any way it likes
@@ -223,8 +235,8 @@ def _takes_images(module: nn.Module) -> bool:
     conv, spec = cast(nn.Conv2d, module), module.input_spec
     return (
         spec.mode == "static"
-        and not spec.offset
         and conv.padding_mode == "zeros"
+        and not (spec.offset and any(conv._reversed_padding_repeated_twice))  # zero is no multiple of a step from it
         and module.float_dtype == torch.float32
         and kernels.input_format(spec.format) is not None
     )
@@ -244,7 +256,8 @@ def _stages(module: fx.GraphModule) -> list[_Stage]:
             continue
         padding = _paired(cast(nn.Conv2d, layer)._reversed_padding_repeated_twice)
         source, pads = node.all_input_nodes[0], []
-        while (added := _zeros(source, module, len(padding))) is not None and not _overwritten(source):
+        whole = not cast(Quantized, layer).input_spec.offset  # type: ignore[union-attr]
+        while whole and (added := _zeros(source, module, len(padding))) is not None and not _overwritten(source):
             padding = tuple(a + b for a, b in zip(padding, added, strict=True))
             pads.append(source)
             source = source.all_input_nodes[0]
@@ -363,7 +376,7 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
     consumers: dict[fx.Node, list[_Stage]] = {}
     for stage in stages:
         consumers.setdefault(stage.source, []).append(stage)
-    images: dict[tuple[fx.Node, tuple[str, float]], tuple[fx.Node, ImageFormat]] = {}
+    images: dict[tuple[fx.Node, tuple[Any, ...]], tuple[fx.Node, ImageFormat]] = {}
     values: dict[fx.Node, fx.Node] = {}  # results in floating point by the nodes that gave them
     fused = 0
 
@@ -372,23 +385,21 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
         return graph.call_module(name, tuple(values.get(arg, arg) for arg in args))
 
     for i, stage in enumerate(stages):
-        scale = cast(Tensor, stage.layer.input_scale)
         graph.inserting_before(stage.result)
         key = (stage.source, stage.rounding)
         if key not in images:
             sharers = [other for other in consumers[stage.source] if other.rounding == stage.rounding]
-            made = ImageFormat(stage.rounding[0], False, _border(sharers))
-            images[key] = add(f"rounding_{i}", Rounding(scale, made), stage.source), made
+            made = ImageFormat(stage.rounding[0], _border(sharers))
+            images[key] = add(f"rounding_{i}", Rounding(*stage.scales, made), stage.source), made
         image, source = images[key]
         following = consumers.get(stage.result, [])
         sharers = [other for other in following if other.rounding == following[0].rounding]
-        out = out_scale = None
+        out, scales = None, (None, None)
         if sharers:
-            out = ImageFormat(following[0].rounding[0], stage.limits[0] >= 0, _border(sharers))
-            out_scale = cast(Tensor, following[0].layer.input_scale)
+            out, scales = ImageFormat(following[0].rounding[0], _border(sharers)), following[0].scales
             fused += 1
         keep = out is None or not all(_leads_to(user, sharers) for user in stage.result.users)
-        conv = FusedConv(stage.layer, source, stage.padding, stage.limits, keep, out, out_scale)
+        conv = FusedConv(stage.layer, source, stage.padding, stage.limits, keep, out, *scales)
         call = add(f"conv_{i}", conv, image, *([stage.addend] if stage.addend else []))
         if keep:
             values[stage.result] = graph.call_function(operator.getitem, (call, 0))

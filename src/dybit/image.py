@@ -10,7 +10,7 @@ sums, so that a chain of images gives the bits of the layers one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -24,13 +24,13 @@ from dybit.linear import Cache, read_spec
 from dybit.ops import fake_quantize
 from dybit.tensor import QuantizedTensor
 
-# format, positive and border of an image as :class:`ImageFormat` has them; padding as for dybit::conv, at most the border.
-ROUND_SCHEMA = "(Tensor x, Tensor scale, str format, bool positive, int[] border) -> Tensor"
+# format and border of an image as :class:`ImageFormat` has them; padding as for dybit::conv, at most the border.
+ROUND_SCHEMA = "(Tensor x, Tensor scale, Tensor? offset, str format, int[] border) -> Tensor"
 CONV_SCHEMA = (
     "(Tensor image, Tensor? addend, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, "
-    "Tensor? bias, Tensor scale, Tensor? out_scale, str spec, int[] stride, int[] padding, int[] dilation, int groups, "
-    "str format, bool positive, int[] border, float low, float high, bool keep, str out_format, bool out_positive, "
-    "int[] out_border) -> (Tensor, Tensor)"
+    "Tensor? bias, Tensor scale, Tensor? offset, Tensor? out_scale, Tensor? out_offset, str spec, int[] stride, "
+    "int[] padding, int[] dilation, int groups, "
+    "str format, int[] border, float low, float high, bool keep, str out_format, int[] out_border) -> (Tensor, Tensor)"
 )
 _KINDS = {torch.int8: 1, torch.uint8: 2, torch.int16: 3}  # csrc/weight.h
 _DENSE = 16  # channels: from here on every place starts at a multiple of 32, as products want it
@@ -50,18 +50,16 @@ class ImageFormat:
 
     Args:
         name: Of a single format that the kernels know (:func:`dybit.kernels.input_format`).
-        positive: Whether no value is negative, so that a signed format needs no sign.
         border: Zeros before and after every dimension in turn.
     """
 
     name: str
-    positive: bool
     border: tuple[int, ...]
 
     @property
     def inputs(self) -> kernels.InputFormat:
         """The format as the kernels know it."""
-        return _inputs(self.name, self.positive)
+        return _inputs(self.name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,17 +81,17 @@ class ImageFormat:
 
 
 @lru_cache(maxsize=256)
-def _inputs(name: str, positive: bool) -> kernels.InputFormat:
+def _inputs(name: str) -> kernels.InputFormat:
     inputs = kernels.input_format(name) if name else None
     if inputs is None:
         raise DyBitError(f"format must be one that the kernels round to, not {name!r}")
-    return replace(inputs, signed=False) if positive else inputs
+    return inputs
 
 
 @lru_cache(maxsize=1024)
-def _format(name: str, positive: bool, border: tuple[int, ...]) -> tuple[ImageFormat, Any, torch.dtype]:
+def _format(name: str, border: tuple[int, ...]) -> tuple[ImageFormat, Any, torch.dtype]:
     """A format with what is asked of it at every call: borders in three dimensions, and the type."""
-    made = ImageFormat(name, positive, border)
+    made = ImageFormat(name, border)
     zeros = (0,) * (3 - len(border) // 2)
     return made, ((*zeros, *border[::2]), (*zeros, *border[1::2])), made.dtype
 
@@ -107,9 +105,12 @@ def _three(size: Sequence[int]) -> tuple[int, ...]:
     return (1,) * (3 - len(size)) + tuple(size)
 
 
-def _rounded(made: ImageFormat, scale: Tensor) -> tuple[int, int, bool, float]:
+def _rounded(made: ImageFormat, scale: Tensor, offset: Tensor | None) -> tuple[int, int, bool, float, float]:
     inputs = made.inputs
-    return inputs.magnitude_bits, inputs.max_run, inputs.signed, scale.item() * inputs.factor
+    if offset is not None and any(made.border):
+        raise DyBitError(f"border must be zero where there is an offset, not {made.border}")
+    shift = 0.0 if offset is None else offset.item()
+    return inputs.magnitude_bits, inputs.max_run, inputs.signed, scale.item() * inputs.factor, shift
 
 
 def _last(x: Tensor) -> Tensor:
@@ -117,18 +118,18 @@ def _last(x: Tensor) -> Tensor:
     return x.detach().permute(0, *range(2, x.ndim), 1).float().contiguous()
 
 
-def _round(x: Tensor, scale: Tensor, format: str, positive: bool, border: Sequence[int]) -> Tensor:
-    made, borders, dtype = _format(format, positive, tuple(border))
+def _round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str, border: Sequence[int]) -> Tensor:
+    made, borders, dtype = _format(format, tuple(border))
     if not x.is_floating_point() or x.ndim != 2 + len(border) // 2:
         raise DyBitError(f"x must be floating point of {2 + len(border) // 2} dimensions, not {x.dtype} of {x.ndim}")
     size = x.shape[2:]
     compiled = extension.load() if x.device.type == "cpu" and scale.device.type == "cpu" else None
     if compiled is None:
-        return _encode(x, scale, made)
+        return _encode(x, scale, offset, made)
     image = torch.empty(made.shape(x.shape[0], x.shape[1], size), dtype=dtype)
     given = _last(x)
     if given.numel() and not compiled.round_to_image(
-        given.data_ptr(), x.shape[0], _three(size), _rounded(made, scale), _picture(image, borders, x.shape[1]),
+        given.data_ptr(), x.shape[0], _three(size), _rounded(made, scale, offset), _picture(image, borders, x.shape[1]),
         torch.get_num_threads(),
     ):  # fmt: skip
         raise UnknownError("x must not hold NaN where it is rounded to an image")
@@ -140,11 +141,12 @@ def _unit(made: ImageFormat) -> float:
     return float(2 ** (made.inputs.magnitude_bits - 1)) / made.inputs.factor
 
 
-def _encode(x: Tensor, scale: Tensor, made: ImageFormat) -> Tensor:
+def _encode(x: Tensor, scale: Tensor, offset: Tensor | None, made: ImageFormat) -> Tensor:
     """An image in plain torch."""
     if bool(x.isnan().any()):
         raise UnknownError("x must not hold NaN where it is rounded to an image")
-    values = cast(Tensor, fake_quantize(x.float(), scale, None, made.name)) / scale
+    shifted = x.float() if offset is None else x.float() - offset
+    values = cast(Tensor, fake_quantize(shifted, scale, None, made.name)) / scale
     image = torch.zeros(made.shape(x.shape[0], x.shape[1], x.shape[2:]), dtype=made.dtype, device=x.device)
     inner = _inner(image, made)[..., : x.shape[1]]
     inner.copy_((values * _unit(made)).round().to(made.dtype).permute(0, *range(2, x.ndim), 1))
@@ -158,9 +160,10 @@ def _inner(image: Tensor, made: ImageFormat) -> Tensor:
     return image
 
 
-def _decode(image: Tensor, channels: int, scale: Tensor, made: ImageFormat) -> Tensor:
+def _decode(image: Tensor, channels: int, scale: Tensor, offset: Tensor | None, made: ImageFormat) -> Tensor:
     """The values of an image: float32 of shape (batch, channels, *size)."""
     values = _inner(image, made)[..., :channels].float() / _unit(made) * scale
+    values = values if offset is None else values + offset
     return values.permute(0, -1, *range(1, image.ndim - 1))
 
 
@@ -173,12 +176,14 @@ def _conv(
     tensor_scale: Tensor | None,
     bias: Tensor | None,
     scale: Tensor,
+    offset: Tensor | None,
     out_scale: Tensor | None,
+    out_offset: Tensor | None,
     spec: str,
     *rest: Any,  # noqa: ANN401  # as the schema
 ) -> tuple[Tensor, Tensor]:
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
-    return compute(image, addend, stored, bias, scale, out_scale, *rest)
+    return compute(image, addend, stored, bias, scale, offset, out_scale, out_offset, *rest)
 
 
 def compute(
@@ -187,19 +192,19 @@ def compute(
     weight: QuantizedTensor,
     bias: Tensor | None,
     scale: Tensor,
+    offset: Tensor | None,
     out_scale: Tensor | None,
+    out_offset: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     format: str,
-    positive: bool,
     border: Sequence[int],
     low: float = -_INFINITY,
     high: float = _INFINITY,
     keep: bool = True,
     out_format: str = "",
-    out_positive: bool = False,
     out_border: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Convolves an image, adds, clamps, and rounds; what ``torch.ops.dybit.conv_image`` computes.
@@ -210,19 +215,19 @@ def compute(
         weight: Of shape (out_channels, channels / groups, *kernel).
         bias: Of shape (out_channels,), or None.
         scale: The static scale of the image, float32 of shape (1,).
-        out_scale: That of the next image, or None.
+        offset: Its static offset, float32 of shape (1,), or None; only without a border.
+        out_scale: The scale of the next image, or None.
+        out_offset: Its offset, or None.
         stride: Of every dimension.
         padding: Zeros before and after every dimension in turn.
         dilation: Of every dimension.
         groups: Groups of channels.
         format: The image's format (:class:`ImageFormat`).
-        positive: Likewise.
         border: Likewise.
         low: Results below become this.
         high: Results above become this.
         keep: Whether the results are wanted in floating point.
         out_format: The next image's format, or empty for none.
-        out_positive: Likewise.
         out_border: Likewise.
 
     Returns:
@@ -234,7 +239,7 @@ def compute(
         DyBitError: ``image`` is none of the format.
     """
     shape = weight.spec.shape
-    made, borders, dtype = _format(format, positive, tuple(border))
+    made, borders, dtype = _format(format, tuple(border))
     if image.dtype != dtype or image.ndim != len(shape) or not image.is_contiguous():
         raise DyBitError(f"image must be contiguous {dtype} of {len(shape)} dimensions, not {image.dtype} of {image.ndim}")
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
@@ -243,30 +248,30 @@ def compute(
     batch, outputs = image.shape[0], shape[0]
     if addend is not None:
         addend = _spread(addend, (batch, outputs, *places))
-    key = (format, positive, *geometry, groups)
+    key = (format, *geometry, groups, offset is not None)
     packed: Packed | None = None
     if image.device.type == "cpu":
         packed = _cache.get(
-            weight, key, lambda: pack_conv(weight, extents(weight, *geometry), groups, made.inputs, has_offset=False)
+            weight, key, lambda: pack_conv(weight, extents(weight, *geometry), groups, made.inputs, offset is not None)
         )
     if packed is None or image.numel() == 0:
-        options = (*geometry, groups, made, low, high, keep, out_format, out_positive, out_border)
-        return _by_torch(image, addend, weight, bias, scale, out_scale, *options)
+        options = (*geometry, groups, made, low, high, keep, out_format, out_border)
+        return _by_torch(image, addend, weight, bias, scale, offset, out_scale, out_offset, *options)
     y = torch.empty((batch, *places, outputs) if keep else (0,))
-    result, target, rounded = image.new_empty(0), _NOTHING, (1, 1, True, 1.0)
+    result, target, rounded = image.new_empty(0), _NOTHING, (1, 1, True, 1.0, 0.0)
     if out_format:
         assert out_scale is not None
-        out, out_borders, out_dtype = _format(out_format, out_positive, tuple(out_border))
+        out, out_borders, out_dtype = _format(out_format, tuple(out_border))
         result = torch.empty(out.shape(batch, outputs, places), dtype=out_dtype)
-        target, rounded = _picture(result, out_borders, outputs), _rounded(out, out_scale)
+        target, rounded = _picture(result, out_borders, outputs), _rounded(out, out_scale, out_offset)
     last = None if addend is None else _last(addend)
     floating = None if bias is None else bias.detach().float().contiguous()
     if not packed.run_image(
-        _picture(image, borders, shape[1] * groups), batch, _three(size), scale.item() * made.inputs.factor, floating,
+        _picture(image, borders, shape[1] * groups), batch, _three(size), scale.item() * made.inputs.factor, offset, floating,
         y if keep else None, last, (low, high), target, rounded,
     ):  # fmt: skip
-        options = (*geometry, groups, made, low, high, keep, out_format, out_positive, out_border)
-        return _by_torch(image, addend, weight, bias, scale, out_scale, *options)
+        options = (*geometry, groups, made, low, high, keep, out_format, out_border)
+        return _by_torch(image, addend, weight, bias, scale, offset, out_scale, out_offset, *options)
     return y.permute(0, -1, *range(1, y.ndim - 1)) if keep else y, result
 
 
@@ -285,7 +290,9 @@ def _by_torch(
     weight: QuantizedTensor,
     bias: Tensor | None,
     scale: Tensor,
+    offset: Tensor | None,
     out_scale: Tensor | None,
+    out_offset: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -295,11 +302,10 @@ def _by_torch(
     high: float,
     keep: bool,
     out_format: str,
-    out_positive: bool,
     out_border: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch: the same codes, their products summed in floating point."""
-    x = _decode(image, weight.spec.shape[1] * groups, scale, made)
+    x = _decode(image, weight.spec.shape[1] * groups, scale, offset, made)
     bias = None if bias is None else bias.float()
     y = convolve(x, weight.dequantize(torch.float32), bias, stride, padding, dilation, groups)
     if addend is not None:
@@ -308,27 +314,27 @@ def _by_torch(
     result = image.new_empty(0)
     if out_format:
         assert out_scale is not None
-        result = _encode(y, out_scale, ImageFormat(out_format, out_positive, tuple(out_border)))
+        result = _encode(y, out_scale, out_offset, ImageFormat(out_format, tuple(out_border)))
     if not keep:
         return y.new_empty(0), result
     to_last = (0, *range(2, y.ndim), 1)
     return y.permute(to_last).contiguous().permute(0, -1, *range(1, y.ndim - 1)), result
 
 
-def _round_shape(x: Tensor, scale: Tensor, format: str, positive: bool, border: Sequence[int]) -> Tensor:
-    made = ImageFormat(format, positive, tuple(border))
+def _round_shape(x: Tensor, scale: Tensor, offset: Tensor | None, format: str, border: Sequence[int]) -> Tensor:
+    made = ImageFormat(format, tuple(border))
     return x.new_empty(made.shape(x.shape[0], x.shape[1], x.shape[2:]), dtype=made.dtype)
 
 
 def _conv_shape(image: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401  # as the operator
-    spec, stride, padding, dilation, _, name, positive, border, _, _, keep, out_format, out_positive, out_border = rest[8:]
+    spec, stride, padding, dilation, _, name, border, _, _, keep, out_format, out_border = rest[10:]
     shape = read_spec(spec).shape
-    size = ImageFormat(name, positive, tuple(border)).size(image)
+    size = ImageFormat(name, tuple(border)).size(image)
     places = output_size((0, 0, *size), shape, stride, padding, dilation)
     y = image.new_empty((image.shape[0], *places, shape[0]) if keep else (0,), dtype=torch.float32)
     result = image.new_empty(0)
     if out_format:
-        out = ImageFormat(out_format, out_positive, tuple(out_border))
+        out = ImageFormat(out_format, tuple(out_border))
         result = image.new_empty(out.shape(image.shape[0], shape[0], places), dtype=out.dtype)
     return y.permute(0, -1, *range(1, y.ndim - 1)) if keep else y, result
 
@@ -343,12 +349,13 @@ _round_operator = torch.ops.dybit.round_image
 _conv_operator = torch.ops.dybit.conv_image
 
 
-def round_image(x: Tensor, scale: Tensor, made: ImageFormat) -> Tensor:
+def round_image(x: Tensor, scale: Tensor, offset: Tensor | None, made: ImageFormat) -> Tensor:
     """Rounds activations to an image.
 
     Args:
         x: Floating point of shape (batch, channels, *size).
         scale: The static scale, float32 of shape (1,).
+        offset: The static offset, likewise, or None; only without a border.
         made: The format.
 
     Returns:
@@ -358,7 +365,7 @@ def round_image(x: Tensor, scale: Tensor, made: ImageFormat) -> Tensor:
         UnknownError: ``x`` holds NaN, which has no significand.
         DyBitError: ``x`` is not floating point, or of other dimensions than the border.
     """
-    return cast(Tensor, _round_operator(x, scale, made.name, made.positive, made.border))
+    return cast(Tensor, _round_operator(x, scale, offset, made.name, made.border))
 
 
 def conv_image(
@@ -367,12 +374,14 @@ def conv_image(
     weight: QuantizedTensor,
     bias: Tensor | None,
     scale: Tensor,
+    offset: Tensor | None,
     out_scale: Tensor | None,
+    out_offset: Tensor | None,
     *options: Any,  # noqa: ANN401  # those of compute, in order
 ) -> tuple[Tensor, Tensor]:
     """The operator; arguments, result and errors as :func:`compute`, which callers that nobody watches may call."""
     parts = (weight.packed, weight.scale, weight.choice, weight.tensor_scale)
     return cast(
         "tuple[Tensor, Tensor]",
-        _conv_operator(image, addend, *parts, bias, scale, out_scale, weight.spec.key, *options),
+        _conv_operator(image, addend, *parts, bias, scale, offset, out_scale, out_offset, weight.spec.key, *options),
     )
