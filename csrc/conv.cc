@@ -82,11 +82,12 @@ void clear_border(const Image& image, int batch, const Extent& size) {
 
 // Finishes some channels of `rows` results, which lie [rows][from_stride] and are those of the places from `start` on.
 bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& places, int channels, const float* from,
-                 int64_t from_stride, int64_t start, int rows, int first, int last) {
+                 int64_t from_stride, bool from_padded, int64_t start, int rows, int first, int last) {
   const Image* image = finish.image;
   const int64_t at = start * channels + first;
   FinishTask task{from,
                   from_stride,
+                  from_padded,
                   finish.addend ? finish.addend + at : nullptr,
                   finish.y ? finish.y + at : nullptr,
                   channels,
@@ -161,7 +162,7 @@ bool round_to_image(const float* x, int batch, const Extent& size, const Roundin
     const int rows = int(std::min(step, places - start));
     const Finish finish{nullptr, nullptr, -kInfinity, kInfinity, &image, rounding[by_sample ? sample : 0]};
     const int64_t at = sample * places + start;
-    if (finish_some(codes, finish, size, image.channels, x + at * image.channels, image.channels, at, rows, 0,
+    if (finish_some(codes, finish, size, image.channels, x + at * image.channels, image.channels, false, at, rows, 0,
                     image.channels))
       unknown = true;
   });
@@ -286,7 +287,7 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
       whole_rows() && !any(image.before) && !any(image.after) && row_bytes == size_t(pixel);
   const bool sums = kind == InputKind::kSigned8;
   std::vector<std::vector<GatherRun>> gathers(g.groups);
-  if (!identity || sums)
+  if (!identity)
     for (int group = 0; group < g.groups; ++group) gathers[group] = runs(*weights_[group], group, padded, image);
 
   const bool direct = finish.plain();
@@ -320,9 +321,9 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
       if (!identity || sums) {
         const GatherTask task{image.data, gathers[group].data(), int(gathers[group].size()), weight.segments, segments,
                               size,       row_bytes};
-        uint8_t* gathered = scratch<4>(row_bytes * m);
+        uint8_t* gathered = identity ? nullptr : scratch<4>(row_bytes * m);
         codes.gather(task, origins, m, gathered, sums ? row_sums : nullptr);
-        data = gathered;
+        if (gathered) data = gathered;
       }
       const Input in{m, kind, weights_[group]->max_input(), data, sums ? row_sums : nullptr, nullptr, scales};
       const float* b = biases.data() + size_t(group) * blocks * kBlockRows;
@@ -334,8 +335,10 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
       auto* results = reinterpret_cast<float*>(scratch<7>(size_t(m) * width * sizeof(float)));
       for (int block = first_block; block < last_block; block += step) {
         const int end = std::min(last_block, block + step), channel = block * kBlockRows;
+        if (rows < end * kBlockRows)
+          for (int row = 0; row < m; ++row) std::memset(results + row * width + (end * kBlockRows - kBlockRows - channel), 0, 64);
         kernels.linear(weight, in, {results - channel, width, b}, block, end);
-        if (finish_some(codes, finish, places, outputs, results, width, start, m, group * rows + channel,
+        if (finish_some(codes, finish, places, outputs, results, width, true, start, m, group * rows + channel,
                         group * rows + std::min(rows, end * kBlockRows)))
           unknown = true;
       }
@@ -488,7 +491,7 @@ bool Depthwise::run_band(const Band& band) const {
     const int64_t start = (int64_t(band.sample) * places[1] + row) * places[2];
     codes.depthwise(task, places[2], plain ? band.finish.y + start * g.channels : results);
     if (!plain)
-      unknown |= finish_some(codes, band.finish, places, g.channels, results, g.channels, start, places[2], 0, g.channels);
+      unknown |= finish_some(codes, band.finish, places, g.channels, results, g.channels, false, start, places[2], 0, g.channels);
   }
   return !unknown;
 }

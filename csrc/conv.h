@@ -61,6 +61,7 @@ struct Finish {
 struct FinishTask {
   const float* from;  // [rows][from_stride]
   int64_t from_stride;
+  bool from_padded;     // whether zeros follow the channels up to a multiple of 16
   const float* addend;  // [rows][stride], or null
   float* y;             // likewise
   int64_t stride;
@@ -68,7 +69,7 @@ struct FinishTask {
   const Rounding* rounding;
   InputKind kind;
   uint8_t* const* images;  // where every row's significands go, or null
-  int channels, padded;    // significands are followed by zeros up to `padded`
+  int channels, padded;    // significands are followed by zeros up to `padded`, in images a multiple of 16
 };
 
 // A run of the bytes of a gathered row.
@@ -78,6 +79,7 @@ struct GatherRun {
   int bytes;
 };
 
+// Where rows lie in the image as they should, they are not gathered, but only summed.
 struct GatherTask {
   const uint8_t* image;
   const GatherRun* runs;
