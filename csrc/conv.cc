@@ -37,6 +37,33 @@ Extent at_place(int64_t place, const Extent& places) {
   return {int(place / places[2] / places[1]), int(place / places[2] % places[1]), int(place % places[2])};
 }
 
+// A place among those of all samples, in order.
+struct Cursor {
+  Extent place;
+  int64_t sample;
+
+  Cursor(int64_t index, const Extent& places) {
+    const int64_t per_sample = int64_t(places[0]) * places[1] * places[2];
+    place = at_place(index % per_sample, places);
+    sample = index / per_sample;
+  }
+
+  // Within a line, or to the start of the next. Whether to the next.
+  bool advance(int count, const Extent& places) {
+    place[2] += count;
+    if (place[2] < places[2]) return false;
+    place[2] = 0;
+    if (++place[1] == places[1]) {
+      place[1] = 0;
+      if (++place[0] == places[0]) {
+        place[0] = 0;
+        ++sample;
+      }
+    }
+    return true;
+  }
+};
+
 // Where in an image a place of a sample lies, in places.
 int64_t inside(const Extent& place, int64_t sample, const Extent& padded) {
   return ((sample * padded[0] + place[0]) * padded[1] + place[1]) * padded[2] + place[2];
@@ -100,28 +127,18 @@ bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& p
                   image && last == channels ? image->pitch - first : last - first};
   if (!image) return codes.finish(task, rows);
   const Extent padded = image->padded(places);
-  const int64_t per_sample = volume(places), pixel = int64_t(image->pitch) * image->element();
-  Extent place = at_place(start % per_sample, places);
-  int64_t sample = start / per_sample;
+  const int64_t pixel = int64_t(image->pitch) * image->element();
+  Cursor at_row(start, places);
   auto target = [&] {
-    const Extent inner{place[0] + image->before[0], place[1] + image->before[1], place[2] + image->before[2]};
-    return image->data + inside(inner, sample, padded) * pixel + int64_t(first) * image->element();
-  };
-  auto advance = [&](int count) {  // within a line or to the start of the next
-    place[2] += count;
-    for (int d = 2; d >= 0 && place[d] == places[d]; --d) {
-      place[d] = 0;
-      if (d)
-        ++place[d - 1];
-      else
-        ++sample;
-    }
+    const Extent& p = at_row.place;
+    const Extent inner{p[0] + image->before[0], p[1] + image->before[1], p[2] + image->before[2]};
+    return image->data + inside(inner, at_row.sample, padded) * pixel + int64_t(first) * image->element();
   };
   // Where nothing lies between places, those of a line are one row.
   if (image->pitch == channels && from_stride == channels && first == 0 && last == channels) {
     bool unknown = false;
     for (int row = 0, count; row < rows; row += count) {
-      count = std::min(rows - row, places[2] - place[2]);
+      count = std::min(rows - row, places[2] - at_row.place[2]);
       uint8_t* to = target();
       task.images = &to;
       task.channels = task.padded = count * channels;
@@ -129,14 +146,15 @@ bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& p
       task.from += int64_t(count) * channels;
       if (task.addend) task.addend += int64_t(count) * channels;
       if (task.y) task.y += int64_t(count) * channels;
-      advance(count);
+      at_row.advance(count, places);
     }
     return unknown;
   }
   auto** targets = reinterpret_cast<uint8_t**>(scratch<6>(size_t(rows) * sizeof(uint8_t*)));
+  uint8_t* to = target();
   for (int row = 0; row < rows; ++row) {
-    targets[row] = target();
-    advance(1);
+    targets[row] = to;
+    to = at_row.advance(1, places) ? target() : to + pixel;
   }
   task.images = targets;
   return codes.finish(task, rows);
@@ -291,11 +309,12 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
     for (int group = 0; group < g.groups; ++group) gathers[group] = runs(*weights_[group], group, padded, image);
 
   const bool direct = finish.plain();
+  const float unit = unit_of(weights_[0]->input());
   const int64_t total = per_sample * batch;
   const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes) / 6 * 6, kLeastTile, direct ? 1536 : 192);
   const int64_t tiles = (total + tile - 1) / tile;
   // Where there are fewer tiles than threads, the rows of the weights are divided, too.
-  const int unit = kernels.unit_blocks, units = (blocks + unit - 1) / unit;
+  const int step_blocks = kernels.unit_blocks, units = (blocks + step_blocks - 1) / step_blocks;
   const int parts = tiles >= 2 * threads ? 1 : std::min<int>(units, int((2 * threads + tiles - 1) / tiles));
   const int64_t work = total * rows * first_weight.columns * g.groups;
   std::atomic<bool> unknown{false};
@@ -303,17 +322,18 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
     const int part_count = threads > 1 ? parts : 1, part = i % part_count;
     const int64_t start = i / part_count * tile;
     const int m = int(std::min(tile, total - start));
-    const int first_block = units * part / part_count * unit;
-    const int last_block = std::min(blocks, units * (part + 1) / part_count * unit);
+    const int first_block = units * part / part_count * step_blocks;
+    const int last_block = std::min(blocks, units * (part + 1) / part_count * step_blocks);
     auto* origins = reinterpret_cast<int64_t*>(scratch<1>(size_t(m) * 8));
     auto* scales = reinterpret_cast<float*>(scratch<2>(size_t(m) * 4));
     auto* row_sums = reinterpret_cast<int32_t*>(scratch<3>(size_t(m) * segments * 4));
-    for (int row = 0; row < m; ++row) {
-      const int64_t sample = (start + row) / per_sample;
-      const Extent p = at_place((start + row) % per_sample, places);
-      origins[row] = pixel * inside({corner[0] + p[0] * g.stride[0], corner[1] + p[1] * g.stride[1],
-                                     corner[2] + p[2] * g.stride[2]}, sample, padded);
-      scales[row] = run.scales[sample] / unit_of(weights_[0]->input());
+    Cursor at(start, places);
+    for (int row = 0; row < m; ++row, at.advance(1, places)) {
+      scales[row] = run.scales[at.sample] / unit;
+      const Extent& p = at.place;
+      origins[row] = pixel * (identity ? start + row
+                                       : inside({corner[0] + p[0] * g.stride[0], corner[1] + p[1] * g.stride[1],
+                                                 corner[2] + p[2] * g.stride[2]}, at.sample, padded));
     }
     for (int group = 0; group < g.groups; ++group) {
       const Weight& weight = weights_[group]->weight();
@@ -331,7 +351,7 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
         kernels.linear(weight, in, {finish.y + start * outputs + group * rows, outputs, b}, first_block, last_block);
         continue;
       }
-      const int step = std::max(unit, kPartBlocks), width = step * kBlockRows;
+      const int step = std::max(step_blocks, kPartBlocks), width = step * kBlockRows;
       auto* results = reinterpret_cast<float*>(scratch<7>(size_t(m) * width * sizeof(float)));
       for (int block = first_block; block < last_block; block += step) {
         const int end = std::min(last_block, block + step), channel = block * kBlockRows;
