@@ -42,7 +42,7 @@ class Packed:
     def __init__(self, compiled: Any, inputs: kernels.InputFormat, parts: list[kernels.PackedWeight]) -> None:  # noqa: ANN401
         self.isa = kernels.isa()
         self.parts = parts  # kept alive: the extension has their addresses
-        self._compiled = compiled
+        self.compiled = compiled  # the extension's own object
         self._inputs = inputs
 
     def run(
@@ -54,7 +54,7 @@ class Packed:
             scale = scale * factor
         size = tuple(x.shape[1:-1])
         return bool(
-            self._compiled.run(
+            self.compiled.run(
                 x.data_ptr(),
                 x.shape[0],
                 (1,) * (3 - len(size)) + size,
@@ -63,38 +63,6 @@ class Packed:
                 0 if scale is None else scale.data_ptr(),
                 0 if offset is None else offset.data_ptr(),
                 reach / factor,
-                torch.get_num_threads(),
-            )
-        )
-
-    def run_image(
-        self,
-        image: tuple[Any, ...],
-        batch: int,
-        size: tuple[int, ...],
-        scale: float,
-        offset: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor | None,
-        addend: Tensor | None,
-        limits: tuple[float, float],
-        out: tuple[Any, ...],
-        rounded: tuple[int, int, bool, float, float],
-    ) -> bool:
-        """Convolves an image of significands (:mod:`dybit.image`); False if a result to be rounded is NaN."""
-        return bool(
-            self._compiled.run_image(
-                image,
-                batch,
-                size,
-                scale,
-                0 if offset is None else offset.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                0 if y is None else y.data_ptr(),
-                0 if addend is None else addend.data_ptr(),
-                *limits,
-                out,
-                rounded,
                 torch.get_num_threads(),
             )
         )

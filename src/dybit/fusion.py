@@ -18,15 +18,20 @@ from torch.nn import functional
 
 from dybit import kernels
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.image import ImageFormat, UnknownError, compute, conv_image, round_image
+from dybit.image import ImageFormat, Prepared, UnknownError, conv_image, round_image
 from dybit.layers import Quantized, is_convolution
 from dybit.linear import unwatched
 
 _INFINITY = float("inf")
+_WEIGHT = ("weight", "weight_scale", "weight_choice", "weight_tensor_scale")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RECTIFIERS = (functional.relu, torch.relu, torch.relu_, functional.relu_, "relu", "relu_")
 _CLAMPS = (torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip")
 _IN_PLACE = (operator.iadd, torch.relu_, functional.relu_, torch.clamp_)
+
+
+def _versions(parts: tuple[Tensor | None, ...]) -> list[int]:
+    return [0 if part is None or part.is_inference() else part._version for part in parts]
 
 
 class FusedConv(nn.Module):
@@ -61,6 +66,7 @@ class FusedConv(nn.Module):
         self.layer, self.source, self.out = layer, source, out
         self.register_buffer("out_scale", out_scale, persistent=False)
         self.register_buffer("out_offset", out_offset, persistent=False)
+        self._prepared: tuple[Prepared, tuple[Tensor | None, ...], list[int]] | None = None
         conv = cast(nn.Conv2d, layer)
         self._options = (
             (*conv.stride,), padding, (*conv.dilation,), conv.groups, source.name, source.border,
@@ -68,13 +74,33 @@ class FusedConv(nn.Module):
         )  # fmt: skip
 
     def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convolves an image: results and the next image, of which one may be empty (:func:`dybit.image.compute`)."""
-        layer = self.layer
-        bias = layer._parameters.get("bias")
-        run = compute if unwatched(image, bias) else conv_image
-        scale, offset = cast(Tensor, layer.input_scale), layer._buffers.get("input_offset")
-        parts = (layer.quantized_tensor(), bias, scale, offset, self.out_scale, self.out_offset)
-        return run(image, addend, *parts, *self._options)
+        """Convolves an image: results and the next image, of which one may be empty (:class:`dybit.image.Prepared`)."""
+        buffers, bias = self.layer._buffers, self.layer._parameters.get("bias")
+        scales = (buffers["input_scale"], buffers.get("input_offset"), *self._buffers.values())
+        if not unwatched(image, bias):
+            return conv_image(image, addend, self.layer.quantized_tensor(), bias, *scales, *self._options)
+        parts = (*(buffers.get(name) for name in _WEIGHT), bias, *scales)
+        if not self._fits(image, parts):
+            made = Prepared(image.shape, self.layer.quantized_tensor(), bias, *scales, *self._options)  # type: ignore[arg-type]
+            self._prepared = (made, parts, _versions(parts))
+        assert self._prepared is not None
+        return self._prepared[0].run(image, addend)
+
+    def _fits(self, image: Tensor, parts: tuple[Tensor | None, ...]) -> bool:
+        """Whether what was prepared is for such an image and for the same tensors, not written to since."""
+        if self._prepared is None:
+            return False
+        made, before, versions = self._prepared
+        return (
+            image.shape == made.shape
+            and all(a is b for a, b in zip(parts, before, strict=True))
+            and versions == _versions(parts)
+            and made.isa == kernels.isa()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was prepared: copies prepare their own."""
+        return self.__dict__ | {"_prepared": None}
 
     def extra_repr(self) -> str:
         """What it takes and gives."""

@@ -167,6 +167,155 @@ def _decode(image: Tensor, channels: int, scale: Tensor, offset: Tensor | None, 
     return values.permute(0, -1, *range(1, image.ndim - 1))
 
 
+class Prepared:
+    """A convolution of images of one shape, with what can be found out before there is one.
+
+    Args:
+        shape: Of the image.
+        weight: Of shape (out_channels, channels / groups, *kernel).
+        bias: Of shape (out_channels,), or None.
+        scale: The static scale of the image, float32 of shape (1,).
+        offset: Its static offset, float32 of shape (1,), or None; only without a border.
+        out_scale: The scale of the next image, or None.
+        out_offset: Its offset, or None.
+        stride: Of every dimension.
+        padding: Zeros before and after every dimension in turn, at most the image's border.
+        dilation: Of every dimension.
+        groups: Groups of channels.
+        format: The image's format (:class:`ImageFormat`).
+        border: Likewise.
+        low: Results below become this.
+        high: Results above become this.
+        keep: Whether the results are wanted in floating point.
+        out_format: The next image's format, or empty for none.
+        out_border: Likewise.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        offset: Tensor | None,
+        out_scale: Tensor | None,
+        out_offset: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        format: str,
+        border: Sequence[int],
+        low: float = -_INFINITY,
+        high: float = _INFINITY,
+        keep: bool = True,
+        out_format: str = "",
+        out_border: Sequence[int] = (),
+    ) -> None:
+        self.shape, self.isa = shape, kernels.isa()
+        self._parts = (weight, bias, scale, offset, out_scale, out_offset)
+        self._made, borders, self._dtype = _format(format, tuple(border))
+        if len(shape) != len(weight.spec.shape):
+            raise DyBitError(f"image must have {len(weight.spec.shape)} dimensions, not shape {tuple(shape)}")
+        if any(a > b for a, b in zip(padding, border, strict=True)):
+            raise DyBitError(f"padding must be at most the border {tuple(border)}, not {tuple(padding)}")
+        self._geometry = (tuple(stride), tuple(padding), tuple(dilation))
+        self._groups, self._limits, self._keep = groups, (low, high), keep
+        size = tuple(n - border[2 * i] - border[2 * i + 1] for i, n in enumerate(shape[1:-1]))
+        places = output_size((0, 0, *size), weight.spec.shape, *self._geometry)
+        batch, outputs, channels = shape[0], weight.spec.shape[0], weight.spec.shape[1] * groups
+        if tuple(shape) != self._made.shape(batch, channels, size):
+            raise DyBitError(f"image must be of {channels} channels, but has shape {tuple(shape)}")
+        self._results = (batch, outputs, *places)
+        self._y = (batch, *places, outputs) if keep else (0,)
+        self._to_first = (0, len(places) + 1, *range(1, len(places) + 1))
+        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self._out: ImageFormat | None = None
+        self._image: tuple[int, ...] = (0,)
+        self._target, self._rounded, out_dtype = _NOTHING[1:], (1, 1, True, 1.0, 0.0), self._dtype
+        if out_format:
+            assert out_scale is not None
+            self._out, out_borders, out_dtype = _format(out_format, tuple(out_border))
+            self._image = self._out.shape(batch, outputs, places)
+            self._target = (_KINDS[out_dtype], *out_borders, outputs, self._image[-1])
+            self._rounded = _rounded(self._out, out_scale, out_offset)
+        self._image_dtype = out_dtype
+        self._packed: Any = None
+        if weight.packed.device.type == "cpu":
+            key = (format, *self._geometry, groups, offset is not None)
+            packed: Packed | None = _cache.get(
+                weight,
+                key,
+                lambda: pack_conv(
+                    weight, extents(weight, *self._geometry), groups, self._made.inputs, offset is not None
+                ),
+            )
+            self._packed = packed
+        self._source = (_KINDS[self._dtype], *borders, channels, shape[-1])
+        self._call = (
+            batch, _three(size), scale.item() * self._made.inputs.factor, 0 if offset is None else offset.data_ptr(),
+            0 if self._bias is None else self._bias.data_ptr(),
+        ) if self._packed is not None else ()  # fmt: skip
+
+    def run(self, image: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Convolves an image, adds, clamps, and rounds.
+
+        Args:
+            image: Significands of the shape.
+            addend: Floating point that broadcasts to the results, or None.
+
+        Returns:
+            The results, float32 of shape (batch, out_channels, *size) laid out channels-last, and the next image; an
+            empty tensor in the place of what is not wanted.
+
+        Raises:
+            UnknownError: A result that is to be rounded is NaN, or ``addend`` has a larger shape than the results.
+            DyBitError: ``image`` is none of the format.
+        """
+        if image.dtype != self._dtype or image.shape != self.shape or not image.is_contiguous():
+            raise DyBitError(
+                f"image must be contiguous {self._dtype} of shape {tuple(self.shape)}, "
+                f"not {image.dtype} of shape {tuple(image.shape)}"
+            )
+        if addend is not None:
+            addend = _spread(addend, self._results)
+        if self._packed is None or image.device.type != "cpu" or image.numel() == 0:
+            return self._by_torch(image, addend)
+        last = None if addend is None else _last(addend)
+        y = torch.empty(self._y)
+        result = torch.empty(self._image, dtype=self._image_dtype)
+        done = self._packed.compiled.run_image(
+            (image.data_ptr(), *self._source),
+            *self._call,
+            y.data_ptr() if self._keep else 0,
+            0 if last is None else last.data_ptr(),
+            *self._limits,
+            (result.data_ptr() if self._out else 0, *self._target),
+            self._rounded,
+            torch.get_num_threads(),
+        )
+        if not done:
+            return self._by_torch(image, addend)
+        return y.permute(self._to_first) if self._keep else y, result
+
+    def _by_torch(self, image: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same in plain torch: the same codes, their products summed in floating point."""
+        weight, bias, scale, offset, out_scale, out_offset = self._parts
+        x = _decode(image, weight.spec.shape[1] * self._groups, scale, offset, self._made)
+        bias = None if bias is None else bias.float()
+        y = convolve(x, weight.dequantize(torch.float32), bias, *self._geometry, self._groups)
+        if addend is not None:
+            y = y + addend.float()
+        y = y.clamp(*self._limits)
+        result = torch.empty(self._image, dtype=self._image_dtype, device=image.device)
+        if self._out is not None:
+            assert out_scale is not None
+            result = _encode(y, out_scale, out_offset, self._out)
+        if not self._keep:
+            return y.new_empty(0), result
+        return y.permute(0, *range(2, y.ndim), 1).contiguous().permute(self._to_first), result
+
+
 def _conv(
     image: Tensor,
     addend: Tensor | None,
@@ -183,96 +332,7 @@ def _conv(
     *rest: Any,  # noqa: ANN401  # as the schema
 ) -> tuple[Tensor, Tensor]:
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
-    return compute(image, addend, stored, bias, scale, offset, out_scale, out_offset, *rest)
-
-
-def compute(
-    image: Tensor,
-    addend: Tensor | None,
-    weight: QuantizedTensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    offset: Tensor | None,
-    out_scale: Tensor | None,
-    out_offset: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    format: str,
-    border: Sequence[int],
-    low: float = -_INFINITY,
-    high: float = _INFINITY,
-    keep: bool = True,
-    out_format: str = "",
-    out_border: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Convolves an image, adds, clamps, and rounds; what ``torch.ops.dybit.conv_image`` computes.
-
-    Args:
-        image: Significands in the format, of ``scale``, with a border at least as wide as the padding.
-        addend: Floating point that broadcasts to the results, or None.
-        weight: Of shape (out_channels, channels / groups, *kernel).
-        bias: Of shape (out_channels,), or None.
-        scale: The static scale of the image, float32 of shape (1,).
-        offset: Its static offset, float32 of shape (1,), or None; only without a border.
-        out_scale: The scale of the next image, or None.
-        out_offset: Its offset, or None.
-        stride: Of every dimension.
-        padding: Zeros before and after every dimension in turn.
-        dilation: Of every dimension.
-        groups: Groups of channels.
-        format: The image's format (:class:`ImageFormat`).
-        border: Likewise.
-        low: Results below become this.
-        high: Results above become this.
-        keep: Whether the results are wanted in floating point.
-        out_format: The next image's format, or empty for none.
-        out_border: Likewise.
-
-    Returns:
-        The results, float32 of shape (batch, out_channels, *size) laid out channels-last, and the next image; an empty
-        tensor in the place of what is not wanted.
-
-    Raises:
-        UnknownError: A result that is to be rounded is NaN, or ``addend`` has a larger shape than the results.
-        DyBitError: ``image`` is none of the format.
-    """
-    shape = weight.spec.shape
-    made, borders, dtype = _format(format, tuple(border))
-    if image.dtype != dtype or image.ndim != len(shape) or not image.is_contiguous():
-        raise DyBitError(f"image must be contiguous {dtype} of {len(shape)} dimensions, not {image.dtype} of {image.ndim}")
-    geometry = (tuple(stride), tuple(padding), tuple(dilation))
-    size = made.size(image)
-    places = output_size((0, 0, *size), shape, *geometry)
-    batch, outputs = image.shape[0], shape[0]
-    if addend is not None:
-        addend = _spread(addend, (batch, outputs, *places))
-    key = (format, *geometry, groups, offset is not None)
-    packed: Packed | None = None
-    if image.device.type == "cpu":
-        packed = _cache.get(
-            weight, key, lambda: pack_conv(weight, extents(weight, *geometry), groups, made.inputs, offset is not None)
-        )
-    if packed is None or image.numel() == 0:
-        options = (*geometry, groups, made, low, high, keep, out_format, out_border)
-        return _by_torch(image, addend, weight, bias, scale, offset, out_scale, out_offset, *options)
-    y = torch.empty((batch, *places, outputs) if keep else (0,))
-    result, target, rounded = image.new_empty(0), _NOTHING, (1, 1, True, 1.0, 0.0)
-    if out_format:
-        assert out_scale is not None
-        out, out_borders, out_dtype = _format(out_format, tuple(out_border))
-        result = torch.empty(out.shape(batch, outputs, places), dtype=out_dtype)
-        target, rounded = _picture(result, out_borders, outputs), _rounded(out, out_scale, out_offset)
-    last = None if addend is None else _last(addend)
-    floating = None if bias is None else bias.detach().float().contiguous()
-    if not packed.run_image(
-        _picture(image, borders, shape[1] * groups), batch, _three(size), scale.item() * made.inputs.factor, offset, floating,
-        y if keep else None, last, (low, high), target, rounded,
-    ):  # fmt: skip
-        options = (*geometry, groups, made, low, high, keep, out_format, out_border)
-        return _by_torch(image, addend, weight, bias, scale, offset, out_scale, out_offset, *options)
-    return y.permute(0, -1, *range(1, y.ndim - 1)) if keep else y, result
+    return Prepared(image.shape, stored, bias, scale, offset, out_scale, out_offset, *rest).run(image, addend)
 
 
 def _spread(addend: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -282,43 +342,6 @@ def _spread(addend: Tensor, shape: tuple[int, ...]) -> Tensor:
         return addend.expand(shape)
     except RuntimeError:
         raise UnknownError(f"addend must broadcast to {shape}, not have shape {tuple(addend.shape)}") from None
-
-
-def _by_torch(
-    image: Tensor,
-    addend: Tensor | None,
-    weight: QuantizedTensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    offset: Tensor | None,
-    out_scale: Tensor | None,
-    out_offset: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    made: ImageFormat,
-    low: float,
-    high: float,
-    keep: bool,
-    out_format: str,
-    out_border: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """The same in plain torch: the same codes, their products summed in floating point."""
-    x = _decode(image, weight.spec.shape[1] * groups, scale, offset, made)
-    bias = None if bias is None else bias.float()
-    y = convolve(x, weight.dequantize(torch.float32), bias, stride, padding, dilation, groups)
-    if addend is not None:
-        y = y + addend.float()
-    y = y.clamp(low, high)
-    result = image.new_empty(0)
-    if out_format:
-        assert out_scale is not None
-        result = _encode(y, out_scale, out_offset, ImageFormat(out_format, tuple(out_border)))
-    if not keep:
-        return y.new_empty(0), result
-    to_last = (0, *range(2, y.ndim), 1)
-    return y.permute(to_last).contiguous().permute(0, -1, *range(1, y.ndim - 1)), result
 
 
 def _round_shape(x: Tensor, scale: Tensor, offset: Tensor | None, format: str, border: Sequence[int]) -> Tensor:
@@ -377,9 +400,9 @@ def conv_image(
     offset: Tensor | None,
     out_scale: Tensor | None,
     out_offset: Tensor | None,
-    *options: Any,  # noqa: ANN401  # those of compute, in order
+    *options: Any,  # noqa: ANN401  # those of Prepared, in order
 ) -> tuple[Tensor, Tensor]:
-    """The operator; arguments, result and errors as :func:`compute`, which callers that nobody watches may call."""
+    """The operator; arguments, result and errors as :class:`Prepared`, which callers that nobody watches may keep."""
     parts = (weight.packed, weight.scale, weight.choice, weight.tensor_scale)
     return cast(
         "tuple[Tensor, Tensor]",
