@@ -114,6 +114,13 @@ struct Table {
   }
 };
 
+// Of bytes, a multiple of 32.
+int32_t sum_of(const int8_t* values, int count) {
+  int32_t sum = 0;
+  for (int k = 0; k < count; ++k) sum += values[k];
+  return sum;
+}
+
 #include "codes.inc"
 
 }  // namespace

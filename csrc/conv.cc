@@ -311,7 +311,7 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
   const bool direct = finish.plain();
   const float unit = unit_of(weights_[0]->input());
   const int64_t total = per_sample * batch;
-  const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes) / 6 * 6, kLeastTile, direct ? 1536 : 192);
+  const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes) / 6 * 6, kLeastTile, direct ? 1536 : 96);
   const int64_t tiles = (total + tile - 1) / tile;
   // Where there are fewer tiles than threads, the rows of the weights are divided, too.
   const int step_blocks = kernels.unit_blocks, units = (blocks + step_blocks - 1) / step_blocks;
