@@ -69,7 +69,7 @@ struct FinishTask {
   const Rounding* rounding;
   InputKind kind;
   uint8_t* const* images;  // where every row's significands go, or null
-  int channels, padded;    // significands are followed by zeros up to `padded`, in images a multiple of 16
+  int channels, padded;    // significands are followed by zeros up to `padded`
 };
 
 // A run of the bytes of a gathered row.
