@@ -30,7 +30,7 @@ def _restore_isa():
 
 
 class Net(nn.Module):
-    """What convolutional networks are made of: ways around, depthwise layers, paddings, and layers that share inputs."""
+    """What convolutional networks are made of: ways around, depthwise layers, paddings, shared inputs."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,8 @@ def test_plain_torch_differs_by_its_sums_alone(monkeypatch):
 
 def test_every_kind_of_clamp():
     clamps = [
-        nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), functional.relu, functional.relu6, functional.hardtanh, torch.relu,
+        nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), functional.relu, functional.relu6, functional.hardtanh,
+        torch.relu,
         lambda x: functional.hardtanh(x, max_val=0.5), lambda x: x.clamp(0, 1), lambda x: torch.clamp(x, max=0.3),
         lambda x: x.relu(), lambda x: functional.relu(x, inplace=True), lambda x: x.clamp_(-0.1), torch.relu_,
     ]  # fmt: skip
@@ -183,7 +184,9 @@ def test_changes_of_the_model_are_seen():
         model.left.bias.add_(0.3)
         assert torch.equal(fused(x), model(x)) and not torch.equal(fused(x), before)
         twin = copy.deepcopy(fused)
-        assert torch.equal(twin(x), fused(x)) and all(m._prepared is None or m for m in twin.modules() if isinstance(m, FusedConv))
+        assert torch.equal(twin(x), fused(x)) and all(
+            m._prepared is None or m for m in twin.modules() if isinstance(m, FusedConv)
+        )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -199,7 +202,9 @@ def test_compile_and_export():
 
 
 def test_nothing_to_fuse_is_said():
-    alone = quantize_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()).eval(), RECIPES["int8"], [torch.randn(1, 3, 4, 4)])
+    alone = quantize_(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()).eval(), RECIPES["int8"], [torch.randn(1, 3, 4, 4)]
+    )
     with pytest.warns(DyBitWarning, match="no convolution is followed by"):
         assert fuse(alone) is alone
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
@@ -213,7 +218,7 @@ def test_a_model_that_cannot_be_traced_is_named():
             return super().forward(x) if x.sum() > 0 else x
 
     model = quantize_(Branch(nn.Conv2d(3, 3, 1), nn.ReLU()).eval(), RECIPES["int8"], [torch.ones(1, 3, 4, 4)])
-    with pytest.raises(DyBitError, match="cannot be traced by torch.fx"):
+    with pytest.raises(DyBitError, match="cannot be traced by torch"):
         fuse(model)
 
 

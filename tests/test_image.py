@@ -49,9 +49,10 @@ def test_images_hold_the_significands_of_the_oracle(name, seed):
     channels, size = int(rng.integers(1, 70)), [int(n) for n in rng.integers(1, 6, 2)]
     border = tuple(int(n) for n in rng.integers(0, 3, 4))
     # values, ties, what lies beside them, and what saturates
-    levels = rng.choice(fmt.values, (2, channels, *size)) + rng.choice(np.diff(np.unique(fmt.values)), (2, channels, *size)) / 2
-    x = (levels * scale).astype(np.float32)
-    x = np.where(rng.random(x.shape) < 0.3, np.nextafter(x, np.float32(9e9)), x) * rng.choice([1, -1, 1e6], x.shape, p=[0.7, 0.2, 0.1])
+    shape, steps = (2, channels, *size), np.diff(np.unique(fmt.values))
+    x = ((rng.choice(fmt.values, shape) + rng.choice(steps, shape) / 2) * scale).astype(np.float32)
+    x = np.where(rng.random(shape) < 0.3, np.nextafter(x, np.float32(9e9)), x)
+    x = x * rng.choice([1, -1, 1e6], shape, p=[0.7, 0.2, 0.1])
     x = x.astype(np.float32)
     made = ImageFormat(name, border)
     ((image,), (plain,)) = on_all(lambda: (round_image(torch.from_numpy(x), torch.tensor([scale]), None, made),))

@@ -220,6 +220,7 @@ def convolve(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    """Convolves in plain torch, with zeros before and after every dimension in turn."""
     before, after = list(padding[::2]), list(padding[1::2])
     if before != after:
         x = torch.nn.functional.pad(x, _torch_padding(padding))
@@ -237,6 +238,7 @@ def _torch_padding(padding: Sequence[int]) -> list[int]:
 def output_size(
     shape: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
+    """The size of the result, from the shapes of input and weight."""
     return [
         (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1
         for i, size in enumerate(shape[2:])

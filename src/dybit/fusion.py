@@ -1,7 +1,7 @@
 """Fuses a quantized model for inference: between quantized convolutions, activations stay integers.
 
-Must not know recipes, calibration or files. The model is traced with ``torch.fx``. A convolution takes up the addition and
-the clamping (ReLU, ReLU6 …) that follow it, rounds its results as the next convolutions want their inputs, border
+Must not know recipes, calibration or files. The model is traced with ``torch.fx``. A convolution takes up the addition
+and the clamping (ReLU, ReLU6 …) that follow it, rounds its results as the next convolutions want their inputs, border
 included, and hands them on as an image of significands (:mod:`dybit.image`).
 """
 
@@ -68,7 +68,7 @@ class FusedConv(nn.Module):
         self.register_buffer("out_offset", out_offset, persistent=False)
         self._prepared: tuple[Prepared, tuple[Tensor | None, ...], list[int]] | None = None
         conv = cast(nn.Conv2d, layer)
-        self._options = (
+        self._options: tuple[Any, ...] = (
             (*conv.stride,), padding, (*conv.dilation,), conv.groups, source.name, source.border,
             *limits, keep, *((out.name, out.border) if out else ("", ())),
         )  # fmt: skip
@@ -76,12 +76,12 @@ class FusedConv(nn.Module):
     def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolves an image: results and the next image, of which one may be empty (:class:`dybit.image.Prepared`)."""
         buffers, bias = self.layer._buffers, self.layer._parameters.get("bias")
-        scales = (buffers["input_scale"], buffers.get("input_offset"), *self._buffers.values())
+        scales = (cast(Tensor, buffers["input_scale"]), buffers.get("input_offset"), self.out_scale, self.out_offset)
         if not unwatched(image, bias):
             return conv_image(image, addend, self.layer.quantized_tensor(), bias, *scales, *self._options)
         parts = (*(buffers.get(name) for name in _WEIGHT), bias, *scales)
         if not self._fits(image, parts):
-            made = Prepared(image.shape, self.layer.quantized_tensor(), bias, *scales, *self._options)  # type: ignore[arg-type]
+            made = Prepared(image.shape, self.layer.quantized_tensor(), bias, *scales, *self._options)
             self._prepared = (made, parts, _versions(parts))
         assert self._prepared is not None
         return self._prepared[0].run(image, addend)
@@ -137,7 +137,7 @@ class Rounding(nn.Module):
 class Fused(nn.Module):
     """A fused model; :func:`fuse` makes it.
 
-    Where images cannot stand for the activations, the model runs layer by layer as it did: for NaN, of which there is no
+    Where images cannot stand for the activations, the model runs layer by layer as it did: for NaN, which has no
     significand, for inputs that are not float32, and where gradients are recorded. Under ``torch.compile`` and
     ``torch.export``, which see the graph alone, NaN raises :class:`DyBitError`.
 
@@ -208,10 +208,9 @@ def fuse(model: nn.Module) -> nn.Module:
     """Fuses a quantized model for inference.
 
     Convolutions with static input scales take up a residual addition and a ReLU, ReLU6 or clamp behind them, and hand
-    their results on as integers where only such convolutions, zero padding or nothing but what is taken up follows;
-    results that others want, too, are given in floating point as well. With the compiled kernels the outputs are those of
-    the model bit for bit (layout may differ: they are channels-last). In plain torch they are equal but for the order
-    of floating-point sums.
+    their results on as integers to such convolutions that follow, also behind zero padding; results that others want,
+    too, are given in floating point as well. With the compiled kernels the outputs are those of the model bit for bit
+    (though laid out channels-last). In plain torch floating-point sums may differ in their order.
 
     Args:
         model: A model after :func:`dybit.quantize_`, in evaluation mode. It is not changed; layers are shared with it.
@@ -307,7 +306,11 @@ def _in_place(node: fx.Node, value: fx.Node) -> bool:
     first = bool(node.args) and node.args[0] is value
     if node.op == "call_method":
         return first and str(node.target).endswith("_")
-    return node.kwargs.get("inplace") is True or any(arg is True for arg in node.args) or (first and node.target in _IN_PLACE)
+    return (
+        node.kwargs.get("inplace") is True
+        or any(arg is True for arg in node.args)
+        or (first and node.target in _IN_PLACE)
+    )
 
 
 def _take_up(stage: _Stage, module: fx.GraphModule, order: dict[fx.Node, int], own: set[fx.Node]) -> None:
@@ -316,11 +319,11 @@ def _take_up(stage: _Stage, module: fx.GraphModule, order: dict[fx.Node, int], o
     if user is not None and user.op != "call_module" and user.target in _ADDITIONS and not user.kwargs:
         others = [arg for arg in user.args if arg is not stage.result]
         other = others[0] if len(user.args) == 2 and len(others) == 1 else None
-        if isinstance(other, fx.Node) and not _in_place(user, other) and not _overwritten(other):
-            # Of two convolutions the later adds; the other is then computed already.
-            if not (other in own and len(other.users) == 1 and order[other] > order[stage.conv]):
-                stage.addend = other
-                stage.taken.append(user)
+        # Of two convolutions the later adds; the other is then computed already.
+        rival = other in own and len(other.users) == 1 and order[other] > order[stage.conv]  # type: ignore[union-attr,index]
+        if isinstance(other, fx.Node) and not rival and not _in_place(user, other) and not _overwritten(other):
+            stage.addend = other
+            stage.taken.append(user)
     user = _only_user(stage.result)
     limits = None if user is None else _limits(user, module)
     if user is not None and limits is not None:
@@ -349,6 +352,7 @@ def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
     if node.target is functional.relu6:
         return 0.0, 6.0
     values = [*node.args[1:3]]
+    defaults: list[Any]
     if node.target is functional.hardtanh:
         names, defaults = ("min_val", "max_val"), [-1.0, 1.0]
     elif node.target in _CLAMPS:
@@ -366,7 +370,9 @@ def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
 def _zeros(node: fx.Node, root: nn.Module, count: int) -> tuple[int, ...] | None:
     """The zeros that a node adds before and after each of the last dimensions; None if it is no such padding."""
     module = _called(node, root)
-    if isinstance(module, nn.ZeroPad1d | nn.ZeroPad2d | nn.ZeroPad3d | nn.ConstantPad1d | nn.ConstantPad2d | nn.ConstantPad3d):
+    if isinstance(
+        module, nn.ZeroPad1d | nn.ZeroPad2d | nn.ZeroPad3d | nn.ConstantPad1d | nn.ConstantPad2d | nn.ConstantPad3d
+    ):
         padding: Any = module.padding
         value: Any = module.value
     elif node.op == "call_function" and node.target is functional.pad:
@@ -376,7 +382,11 @@ def _zeros(node: fx.Node, root: nn.Module, count: int) -> tuple[int, ...] | None
         padding, value = named["pad"], named.get("value")
     else:
         return None
-    whole = isinstance(padding, tuple | list) and len(padding) <= count and all(isinstance(n, int) and n >= 0 for n in padding)
+    whole = (
+        isinstance(padding, tuple | list)
+        and len(padding) <= count
+        and all(isinstance(n, int) and n >= 0 for n in padding)
+    )
     return _paired([*padding, *(0,) * (count - len(padding))]) if whole and not value else None
 
 
@@ -420,7 +430,8 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
         image, source = images[key]
         following = consumers.get(stage.result, [])
         sharers = [other for other in following if other.rounding == following[0].rounding]
-        out, scales = None, (None, None)
+        out: ImageFormat | None = None
+        scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if sharers:
             out, scales = ImageFormat(following[0].rounding[0], _border(sharers)), following[0].scales
             fused += 1
