@@ -20,7 +20,7 @@ from dybit import kernels
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.image import ImageFormat, Prepared, UnknownError, conv_image, round_image
 from dybit.layers import Quantized, is_convolution
-from dybit.linear import unwatched
+from dybit.linear import _unwatched
 
 _INFINITY = float("inf")
 _WEIGHT = ("weight", "weight_scale", "weight_choice", "weight_tensor_scale")
@@ -77,7 +77,7 @@ class FusedConv(nn.Module):
         """Convolves an image: results and the next image, of which one may be empty (:class:`dybit.image.Prepared`)."""
         buffers, bias = self.layer._buffers, self.layer._parameters.get("bias")
         scales = (cast(Tensor, buffers["input_scale"]), buffers.get("input_offset"), self.out_scale, self.out_offset)
-        if not unwatched(image, bias):
+        if not _unwatched(image, bias):
             return conv_image(image, addend, self.layer.quantized_tensor(), bias, *scales, *self._options)
         parts = (*(buffers.get(name) for name in _WEIGHT), bias, *scales)
         if not self._fits(image, parts):

@@ -157,7 +157,7 @@ def _compute(
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
-def unwatched(x: Tensor, bias: Tensor | None) -> bool:
+def _unwatched(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody records, traces or transforms what happens to a tensor, so that no operator need be called.
 
     Torch's dispatch of an operator written in Python costs more than a small product.
@@ -264,7 +264,7 @@ def linear(
     Raises:
         DyBitError: ``x`` or ``bias`` has another shape or is not floating point.
     """
-    if unwatched(x, bias):
+    if _unwatched(x, bias):
         return _compute(x, weight, bias, input_scale, input_offset, input_format, reach, input_group_size)
     return cast(
         Tensor,
