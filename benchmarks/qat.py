@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dybit import Recipe, prepare_qat_
-from dybit.demo.classifiers import DigitViT, SignalCNN
+from dybit.demo.classifiers import DigitCNN, DigitViT, SignalCNN
 from dybit.demo.toy import Labelled, digits, mnist1d
 from dybit.qat.model import BatchNorm
 
@@ -48,6 +48,7 @@ def halves(seed: int) -> Labelled:
 # name: model, data, epochs in FP32, epochs of quantization-aware training, layers that keep 8 bits
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Labelled], int, int, tuple[str, str]]] = {
     "cnn": (lambda: SignalCNN(12), signals, 20, 8, ("features.0", "head")),
+    "digits": (lambda: DigitCNN(8), halves, 30, 15, ("features.0", "head")),
     "vit": (lambda: DigitViT(), halves, 60, 20, ("embed", "head")),
 }
 # name: weights and activations by width. Inputs that are never negative take the unsigned form of the format.

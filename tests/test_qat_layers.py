@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -109,40 +111,44 @@ def test_autocast_and_half_precision():
         assert expected.dtype == torch.bfloat16 and torch.equal(convert_(half)(x), expected)
 
 
-def worker(rank, folder, observe):
-    """One of two processes that train on different halves of the data."""
+def work(folder):
+    """One of two processes that train on different halves of the data, with calibration and without."""
     torch.set_num_threads(1)
     group = torch.distributed
-    group.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    group.init_process_group("gloo")
+    rank = group.get_rank()
     try:
-        data = batches(6)
-        recipe = Recipe(weights=3, activations=4, variants="all")
-        model = prepare_qat_(
-            mlp(), recipe, None if observe else [data[0][0]], observe=2, refresh_every=3, hysteresis=0.0
-        )
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(wrapped.parameters(), 0.05)
-        for (x,) in data:
-            optimizer.zero_grad()
-            wrapped(x[rank::2] if observe else x[4 * rank : 4 * rank + 4]).square().sum().backward()
-            optimizer.step()
-        wrapped(data[0][0])  # copies the buffers once more
-        torch.save(model.eval().state_dict(), f"{folder}/{observe}{rank}.pt")
+        for observe in (False, True):
+            data = batches(6)
+            recipe = Recipe(weights=3, activations=4, variants="all")
+            model = prepare_qat_(
+                mlp(), recipe, None if observe else [data[0][0]], observe=2, refresh_every=3, hysteresis=0.0
+            )
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            optimizer = torch.optim.SGD(wrapped.parameters(), 0.05)
+            for (x,) in data:
+                optimizer.zero_grad()
+                wrapped(x[rank::2] if observe else x[4 * rank : 4 * rank + 4]).square().sum().backward()
+                optimizer.step()
+            wrapped(data[0][0])  # copies the buffers once more
+            torch.save(model.eval().state_dict(), f"{folder}/{observe}{rank}.pt")
     finally:
         group.destroy_process_group()
 
 
-@pytest.mark.parametrize("observe", [False, True])
-def test_two_processes(tmp_path, observe):
-    torch.multiprocessing.spawn(worker, (str(tmp_path), observe), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{observe}{rank}.pt") for rank in range(2))
-    assert first and all(torch.equal(first[key], second[key]) for key in first)
-    assert int(first["0.weight_quantizer.passes"]) == 7
-    model = prepare_qat_(mlp(), Recipe(weights=3, activations=4, variants="all"))
-    model.load_state_dict(first)
-    with torch.no_grad():
-        expected = model(*batches(1)[0])
-        assert torch.equal(convert_(model)(*batches(1)[0]), expected)
+def test_two_processes_of_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for observe in (False, True):
+        first, second = (torch.load(tmp_path / f"{observe}{rank}.pt") for rank in range(2))
+        assert first and all(torch.equal(first[key], second[key]) for key in first)
+        assert int(first["0.weight_quantizer.passes"]) == 7
+        model = prepare_qat_(mlp(), Recipe(weights=3, activations=4, variants="all"))
+        model.load_state_dict(first)
+        with torch.no_grad():
+            expected = model(*batches(1)[0])
+            assert torch.equal(convert_(model)(*batches(1)[0]), expected)
 
 
 def test_what_layers_say():
@@ -151,3 +157,7 @@ def test_what_layers_say():
         model = prepare_qat_(mlp(), RECIPES["w4a4"], [batches(1)[0][0]])
     assert "PreparedLinear" in repr(model) and "dybit4spare/channel" in repr(model)
     assert "seen=0" in repr(prepare_qat_(mlp(), RECIPES["w4a4"]))
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])

@@ -163,6 +163,30 @@ def test_conversion_needs_observed_inputs():
         convert_(model)
 
 
+def test_bad_calibration():
+    model, bad = mlp(), batches(1)[0][0].clone()
+    bad[0, 3] = math.nan
+    with pytest.raises(DyBitError, match="calibration gives layer '0' inputs with NaN or infinity"):
+        prepare_qat_(model, RECIPES["w4a4"], [bad])
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear] and model.training
+    prepare_qat_(model, RECIPES["w4a4"], [batches(1)[0][0]])
+
+
+def test_what_calibration_never_reaches_is_observed_in_training():
+    model = nn.ModuleDict({"used": nn.Linear(12, 3), "later": nn.Linear(12, 3)})
+    model.forward = lambda x: model["used"](x)
+    with pytest.warns(DyBitWarning, match="later"):
+        prepare_qat_(model, RECIPES["w4a4"], [batches(1)[0][0]], observe=2)
+    assert model["used"].static_input.ready and not model["later"].static_input.ready
+    model.forward = lambda x: model["used"](x) + model["later"](x)
+    train(model, batches(3))
+    with torch.no_grad():
+        expected = model(*batches(1)[0])
+        assert model["later"].static_input.ready
+        convert_(model)
+        assert torch.equal(model(*batches(1)[0]), expected)
+
+
 def test_three_bits_are_midrise_unless_the_recipe_says_otherwise():
     def families(**fields):
         model = prepare_qat_(mlp(), Recipe(**fields))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dybit import rivals
 from dybit.qat.rounding import Layout, learning_factor, round_input, round_weight
@@ -111,3 +112,29 @@ def test_nan_stays_nan():
     for family, choice in (("int4", None), ("dybit4", torch.zeros(1, 1, dtype=torch.uint8))):
         rounded = round_units(x, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), choice, family)
         assert rounded.isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("name", ["dybit4", "dybit3mid", "ant4", "nf4"])
+@pytest.mark.parametrize("columns", [16, 700])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_compiled_kernels_round_to_the_same_bits(name, columns, mixed, monkeypatch):
+    count, rows = len(rivals.family(name).books), 40
+    choice = (torch.arange(rows) % count if mixed else torch.full((rows,), count - 1)).to(torch.uint8)[:, None]
+    x, scale = torch.randn(rows, columns) * 3, torch.rand(rows, 1) + 0.2
+    x[0, 0], x[1, 1], scale[2] = math.nan, math.inf, -0.5
+    arguments = (x, torch.zeros(rows, 1), scale, scale, None if count == 1 else choice, name)
+    step, first = torch.tensor([0.3]), rivals.family(name).books[0].name
+    inputs = (x, torch.zeros(1), None, step, step, None, first)
+    plain = round_units(*arguments), round_input(*inputs)
+    monkeypatch.undo()
+    for expected, found in zip(plain, (round_units(*arguments), round_input(*inputs)), strict=True):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_tensors_without_memory(monkeypatch):
+    monkeypatch.undo()
+    with FakeTensorMode():
+        x = torch.empty(4, 16)
+        assert round_input(x, torch.zeros(1), None, torch.ones(1), torch.ones(1), None, "s4").shape == x.shape
+        assert round_units(x, torch.zeros(4, 1), torch.ones(4, 1), torch.ones(4, 1), None, "s4").shape == x.shape

@@ -81,8 +81,7 @@ class _Quantizer(nn.Module):
         """
         if not self.training or in_backward():
             return False
-        self.passes += 1
-        return self.schedule.due(int(self.passes))
+        return self.schedule.due(int(self.passes.add_(1)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantizer:
         """Moves tensors but keeps their types: scales in half precision would be other scales."""
@@ -267,7 +266,8 @@ class InputQuantizer(_Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Rounds an input, floating point of any shape; before there is a scale, returns its values as they are."""
         due = self.count()
-        self.settle()
+        if not self.ready:
+            self.settle()
         if not self.ready:
             if self.training and not in_backward():
                 self._observe(x.detach())
