@@ -24,6 +24,7 @@ from dybit.calibrate import iterate
 from dybit.errors import DyBitError
 from dybit.plan import Plan
 from dybit.ptq.brecq import brecq_
+from dybit.ptq.distill import distill_
 from dybit.ptq.equalize import equalize_
 from dybit.ptq.reconstruct import adaround_
 from dybit.ptq.rotate import rotate_
@@ -78,6 +79,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "bias": correction(correct_bias_),
     "adaround": correction(adaround_),
     "brecq": correction(brecq_),
+    "distill": correction(distill_),
 }
 
 
