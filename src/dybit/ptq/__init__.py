@@ -33,7 +33,7 @@ from dybit.ptq.sequential import gptq_
 from dybit.ptq.smooth import smooth_
 from dybit.ptq.statistics import correct_bias_, match_statistics_
 
-__all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
+__all__ = ["ALGORITHMS", "ROUNDINGS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
 
 _STAGES = ("transform", "rounding", "correction")
 
@@ -81,6 +81,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "brecq": correction(brecq_),
     "distill": correction(distill_),
 }
+ROUNDINGS = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.stage == 1)
 
 
 def resolve(algorithm: str | Sequence[str] | None, model: nn.Module | None, *, calibrated: bool) -> tuple[str, ...]:
