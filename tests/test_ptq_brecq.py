@@ -8,7 +8,7 @@ from torch import nn
 import dybit
 from dybit.errors import DyBitError
 from dybit.model import quantized_layers
-from dybit.ptq import brecq, learning
+from dybit.ptq import brecq
 from dybit.ptq.brecq import brecq_, find_blocks
 from dybit.ptq.reconstruct import adaround_
 from helpers import build, inputs
@@ -77,7 +77,7 @@ def test_error_falls(network, data, recipe):
 
 
 def test_a_block_that_got_worse_is_left(network, data, monkeypatch):
-    monkeypatch.setattr(learning, "_FINE_RATE", 10.0)
+    monkeypatch.setattr(brecq, "_FINE_RATE", 10.0)
     quantized, reference = pair(network, data)
     before = quantized.stages.state_dict()
     brecq_(quantized, reference, data)

@@ -24,7 +24,6 @@ from dybit.calibrate import iterate
 from dybit.errors import DyBitError
 from dybit.plan import Plan
 from dybit.ptq.brecq import brecq_
-from dybit.ptq.distill import distill_
 from dybit.ptq.equalize import equalize_
 from dybit.ptq.reconstruct import adaround_
 from dybit.ptq.rotate import rotate_
@@ -79,7 +78,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "bias": correction(correct_bias_),
     "adaround": correction(adaround_),
     "brecq": correction(brecq_),
-    "distill": correction(distill_),
 }
 ROUNDINGS = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.stage == 1)
 

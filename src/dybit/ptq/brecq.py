@@ -7,7 +7,9 @@ how scales were chosen first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +17,16 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError
 from dybit.fidelity import output_tensor
-from dybit.layers import Quantized
-from dybit.ptq.learning import learn_
+from dybit.layers import Quantized, set_bias_
+from dybit.ptq.flips import Candidates
 from dybit.ptq.lockstep import Call, Progress, correctable, walk
-from dybit.ptq.reconstruct import round_layer_
+from dybit.ptq.reconstruct import round_layer_, store_
+from dybit.ptq.statistics import has_row_scales, stretch_
 
 _STEPS = 200
+_RATE = 0.003  # of choices, which go from 0 (down) to 1 (up)
+_FINE_RATE = 0.001  # of gains and biases, relative to the spread of the outputs
+_MARGIN = 0.1  # how far from a half a choice starts at least, so that it is not undone by the first steps
 _SEED = 0x0DB17
 
 
@@ -86,6 +92,53 @@ def find_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     return {path: inside for path, inside in found.items() if not any(o.startswith(f"{path}.") for o in found)}
 
 
+class _Learner:
+    """One layer while its rounding is learned: it runs as a floating-point layer with a weight that is made anew."""
+
+    def __init__(self, layer: Quantized, original: nn.Module) -> None:
+        self.layer = layer
+        self.spec = layer.weight_specs["weight"]
+        matrix = self.spec.to_matrix(original.get_parameter("weight").detach().float())
+        self.candidates = Candidates.of(matrix, layer.quantized_tensor())
+        self.up = self.candidates.now > self.candidates.other
+        self.low = torch.minimum(self.candidates.now, self.candidates.other)
+        self.span = (self.candidates.now - self.candidates.other).abs()
+        share = self.candidates.share
+        self.place = torch.where(self.up, share.clamp(min=0.5 + _MARGIN), share.clamp(max=0.5 - _MARGIN))
+        self.gain = torch.ones(self.spec.rows, 1)
+        bias = layer._parameters.get("bias")
+        self.bias = torch.zeros(self.spec.rows) if bias is None else bias.detach().float().clone()
+        self.stretching = has_row_scales(layer)
+        self.proxy = copy.deepcopy(original).requires_grad_(False)
+        for name in ("weight", "bias"):
+            self.proxy._parameters.pop(name, None)
+
+    def parameters(self) -> tuple[Tensor, list[Tensor]]:
+        """The choices, and the finer parameters."""
+        fine = [self.gain, self.bias] if self.stretching else [self.bias]
+        for tensor in (self.place, *fine):
+            tensor.requires_grad_()
+        return self.place, fine
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
+        """What the layer computes, with gradients for the parameters."""
+        # Rounded, with the gradient of what is rounded.
+        choice = self.place + ((self.place >= 0.5).float() - self.place).detach()
+        matrix = (self.low + choice * self.span) * self.candidates.scale * self.gain
+        proxy: Any = self.proxy
+        proxy.weight, proxy.bias = self.spec.from_matrix(matrix), self.bias
+        args = tuple(self.layer.round_input(x) if i == 0 else x for i, x in enumerate(args))
+        return proxy(*args, **kwargs)
+
+    def store(self) -> None:
+        """Gives the layer what was learned."""
+        self.candidates.flip((self.place.detach() >= 0.5) != self.up)
+        if self.stretching:
+            stretch_(self.layer, self.gain.detach().flatten().double())
+        store_(self.layer, self.candidates.now)
+        set_bias_(self.layer, self.bias.detach())
+
+
 def _learn(
     name: str,
     block: nn.Module,
@@ -101,18 +154,49 @@ def _learn(
         raise DyBitError(f"calibration gives block {name!r} outputs with NaN or infinity")
     if not power or not before:
         return
-
-    def loss(index: int) -> Tensor:
-        output = output_tensor(block.forward(*calls[index].args, **calls[index].kwargs))
-        return (output.float() - targets[index]).square().mean() / power
-
-    def error() -> float:
-        return _error(block, calls, targets)
-
-    learn_(parts.values(), loss, len(calls), error, steps=_STEPS, generator=generator)
+    learners = [_Learner(*part) for part in parts.values()]
+    choices, fine = zip(*(learner.parameters() for learner in learners), strict=True)
+    optimizer = torch.optim.Adam(
+        [{"params": choices, "lr": _RATE}, {"params": [p for some in fine for p in some], "lr": _FINE_RATE}]
+    )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
+    with torch.enable_grad(), _learning(learners):
+        for step in range(_STEPS):
+            if step % len(calls) == 0:
+                order = torch.randperm(len(calls), generator=generator).tolist()
+            index = order[step % len(calls)]
+            output = output_tensor(block.forward(*calls[index].args, **calls[index].kwargs))
+            loss = (output.float() - targets[index]).square().mean() / power
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for choice in choices:
+                    choice.clamp_(0, 1)
+    kept = [(dict(layer._buffers), dict(layer._parameters), layer.added_bias) for layer, _ in parts.values()]
+    for learner in learners:
+        learner.store()
+    if not _error(block, calls, targets) < before:
+        for (layer, _), (buffers, parameters, added) in zip(parts.values(), kept, strict=True):
+            layer._buffers.update(buffers)
+            layer._parameters.update(parameters)
+            layer.added_bias = added
 
 
 def _error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -> float:
     """The mean squared error of a block's outputs."""
     outputs = (output_tensor(block.forward(*call.args, **call.kwargs)).float() for call in calls)
     return sum(float((y - target).square().mean()) for y, target in zip(outputs, targets, strict=True)) / len(calls)
+
+
+@contextmanager
+def _learning(learners: list[_Learner]) -> Iterator[None]:
+    """Lets the learners stand in for their layers."""
+    for learner in learners:
+        learner.layer.forward = learner.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for learner in learners:
+            del learner.layer.__dict__["forward"]
