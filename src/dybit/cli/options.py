@@ -81,7 +81,7 @@ def chain(word: str | None, calibrated: bool) -> str | tuple[str, ...] | None:
 
 
 def chains(words: Sequence[str] | None) -> list[str]:
-    """Splits several chains of algorithms: at every +, and at commas between roundings, which exclude each other."""
+    """Splits several chains of algorithms: at every +, and at the commas between roundings, which exclude each other."""
     from dybit import ptq
 
     found: list[str] = []
