@@ -5,7 +5,6 @@ Must not know torch or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +46,7 @@ Algorithms = Annotated[
     typer.Option(
         metavar="NAMES",
         help="Post-training algorithms, as in dybit quantize; several chains, one row each, separated by +, or by "
-        "giving the option again; roundings, of which a chain has one, by commas, too. [rtn]",
+        "giving the option again. [rtn]",
     ),
 ]
 Workdir = Annotated[
@@ -78,18 +77,6 @@ def chain(word: str | None, calibrated: bool) -> str | tuple[str, ...] | None:
     except DyBitError as error:
         raise DyBitError(f"--algorithm {word!r}: {error}") from None
     return names
-
-
-def chains(words: Sequence[str] | None) -> list[str]:
-    """Splits several chains of algorithms: at every +, and at the commas between roundings, which exclude each other."""
-    from dybit import ptq
-
-    found: list[str] = []
-    for word in [part for given in words or [] for part in given.split("+")]:
-        names = [name.strip() for name in word.split(",")]
-        alternatives = all(name == "auto" or name in ptq.ROUNDINGS for name in names)
-        found += names if alternatives else [word]
-    return found
 
 
 def read_recipe(path: Path) -> Recipe:

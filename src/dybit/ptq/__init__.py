@@ -32,7 +32,7 @@ from dybit.ptq.sequential import gptq_
 from dybit.ptq.smooth import smooth_
 from dybit.ptq.statistics import correct_bias_, match_statistics_
 
-__all__ = ["ALGORITHMS", "ROUNDINGS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
+__all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
 
 _STAGES = ("transform", "rounding", "correction")
 
@@ -79,7 +79,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "adaround": correction(adaround_),
     "brecq": correction(brecq_),
 }
-ROUNDINGS = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.stage == 1)
 
 
 def resolve(algorithm: str | Sequence[str] | None, model: nn.Module | None, *, calibrated: bool) -> tuple[str, ...]:
