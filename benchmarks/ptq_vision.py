@@ -56,7 +56,7 @@ def main() -> None:
                     _width(weights),
                     activations,
                     group_size=arguments.group_size,
-                    rules={name: ends for name in ("_conv_stem", "_fc")} if ends else {},
+                    rules={name: ends for name in ("_conv_stem*", "_fc")} if ends else {},
                 )
                 start, cpu = time.perf_counter(), time.process_time()
                 quantized = quantize_(copy.deepcopy(model), recipe, calibration, algorithm=chain.split("+"))
