@@ -1,6 +1,6 @@
 """Post-training algorithms on EfficientNet-Lite0, format by format: how often the quantized network agrees with FP32.
 
-    python benchmarks/ptq_vision.py [--weights 4,int4,nf4] [--activations 8] [--group-size 32]
+    python benchmarks/ptq_vision.py [--weights 4,int4,nf4] [--activations 8] [--group-size 32] [--ends 8]
                                     [--algorithms rtn,statistics,adaround] [--crops 240] [--calibration-crops 64]
                                     [--seed 0] [--output result.json]
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--weights", default="4", help="widths or names of formats, separated by commas")
     parser.add_argument("--activations", help="width or format; default: floating point")
     parser.add_argument("--group-size", type=int, help="weights that share a scale; default: an output channel's")
+    parser.add_argument("--ends", help="weights of the first convolution and of the classifier; default: as all")
     parser.add_argument("--algorithms", default="rtn,bias,statistics,adaround", help="chains, separated by commas")
     parser.add_argument("--crops", type=int, default=240, help="to judge by")
     parser.add_argument("--calibration-crops", type=int, default=64)
@@ -50,7 +51,13 @@ def main() -> None:
     with Reference(model, evaluation, "logits") as reference:
         for weights in arguments.weights.split(","):
             for chain in arguments.algorithms.split(","):
-                recipe = Recipe(_width(weights), activations, group_size=arguments.group_size)
+                ends = {} if arguments.ends is None else {"weights": _width(arguments.ends), "group_size": None}
+                recipe = Recipe(
+                    _width(weights),
+                    activations,
+                    group_size=arguments.group_size,
+                    rules={name: ends for name in ("_conv_stem*", "_fc")} if ends else {},
+                )
                 start, cpu = time.perf_counter(), time.process_time()
                 quantized = quantize_(copy.deepcopy(model), recipe, calibration, algorithm=chain.split("+"))
                 row = {
