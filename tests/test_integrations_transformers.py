@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM
 
 import dybit
@@ -337,6 +338,56 @@ def test_codes_that_do_not_fit(stored, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_flipped_bits_of_codes_and_scales(stored, tmp_path):
+    folder = edited(stored, tmp_path, lambda c: None)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    parts = [entry["data_offsets"] for name, entry in header.items() if "proj.weight" in name]
+    assert len(parts) == 42  # codes, scales and choices of seven projections in two blocks
+    for i, (start, stop) in enumerate(parts):
+        place = (start, (start + stop) // 2, stop - 1)[i % 3]
+        damaged = bytearray(content)
+        damaged[8 + length + place] ^= 1 << (i % 8)
+        file.write_bytes(damaged)
+        with pytest.raises(dybit.CheckpointError, match="is damaged: the codes of 'model"):
+            AutoModelForCausalLM.from_pretrained(folder)
+    file.write_bytes(content)
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_truncated_files(stored, tmp_path):
+    folder = edited(stored, tmp_path, lambda c: None)
+    for name in ("model.safetensors", "config.json"):
+        content = (folder / name).read_bytes()
+        for share in (0.0, 0.01, 0.3, 0.9, 0.999):
+            (folder / name).write_bytes(content[: int(share * len(content))])
+            with pytest.raises((OSError, ValueError, RuntimeError, SafetensorError)):
+                AutoModelForCausalLM.from_pretrained(folder)
+        (folder / name).write_bytes(content)
+
+
+def test_no_flipped_bit_of_the_configuration_changes_the_result(stored, tmp_path):
+    folder = edited(stored, tmp_path, lambda c: None)
+    expected = run(AutoModelForCausalLM.from_pretrained(stored), "llama")
+    text = (folder / "config.json").read_text()
+    own = json.dumps(json.loads(text)["quantization_config"])
+    start = text.index(own)
+    silent = []
+    for place in range(start, start + len(own), max(1, len(own) // 120)):
+        damaged = bytearray(text, "utf-8")
+        damaged[place] ^= 1 << (place % 7)
+        (folder / "config.json").write_bytes(damaged)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        except Exception:  # of transformers, json or dybit: an error is what is asked for
+            continue
+        if not torch.equal(run(model, "llama"), expected):
+            silent.append(text[place - 20 : place + 20])
+    assert not silent
+
+
 def test_missing_codes(stored, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -368,6 +419,7 @@ def test_rules_that_match_nothing(llama):
 MAPPED = """
 import re, sys, threading, time
 import torch, dybit
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 def anonymous():

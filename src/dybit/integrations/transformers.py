@@ -8,6 +8,7 @@ initializes what a file lacks, a weight without values; it is swapped when all w
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -50,6 +51,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         layers: Of a saved model: groups of layers that are stored alike, each a mapping with ``modules`` (their names),
             ``weights`` (fields of :class:`dybit.tensor.TensorSpec`) and ``input``.
         tied: Of a saved model: from names of weights to those of the weights that they are tied to.
+        checksums: Of a saved model: from names of weights to the CRC-32 of their codes, scales and choices, as eight
+            hexadecimal digits, checked when it is loaded; a weight without one is not checked.
         format_version: Of ``layers`` and ``tied``.
         quant_method: Always ``"dybit"``.
         **fields: The fields of a recipe.
@@ -69,6 +72,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         *,
         layers: list[dict[str, Any]] | None = None,
         tied: dict[str, str] | None = None,
+        checksums: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **fields: Any,  # noqa: ANN401
@@ -86,6 +90,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(fields if recipe is None else recipe)
         self.layers = layers
         self.tied = tied or {}
+        self.checksums = checksums or {}
         if layers is None and self.recipe.activations is not None and self.recipe.activation_mode == "static":
             raise DyBitError(
                 f"activations={self.recipe.activations!r} are static and need calibration: set "
@@ -103,6 +108,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
             data["layers"] = copy.deepcopy(self.layers)
         if self.tied:
             data["tied"] = dict(self.tied)
+        if self.checksums:
+            data["checksums"] = dict(self.checksums)
         return data
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -119,6 +126,7 @@ class _Layer:
     dtype: torch.dtype
     recipe: LayerRecipe | None = None  # None for stored codes
     codes: dict[str, QuantizedTensor] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)  # by weight, of stored codes
 
 
 @register_quantizer(METHOD)
@@ -253,7 +261,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             dtype = getattr(module, weight_names(module)[0]).dtype
             shapes = {weight: tuple(getattr(module, weight).shape) for weight in names}
             specs = {key: _spec(weights, shape, module) for key, shape in shapes.items()}
-            self._layers[resolve(name)] = _Layer(module, specs, input_spec, dtype)
+            known = {weight: self.quantization_config.checksums.get(f"{name}.{weight}", "") for weight in specs}
+            self._layers[resolve(name)] = _Layer(module, specs, input_spec, dtype, checksums=known)
         ties = {
             _resolve_key(target, resolve): _resolve_key(s, resolve)
             for target, s in self.quantization_config.tied.items()
@@ -341,7 +350,7 @@ def _store_as_held_(model: Any) -> None:  # noqa: ANN401
 def _describe_(config: DyBitConfig, model: nn.Module) -> None:
     """Writes down how the layers of a model are stored, those that are alike in one group."""
     owners: dict[int, str] = {}
-    config.tied, layers = {}, quantized_layers(model)
+    config.tied, config.checksums, layers = {}, {}, quantized_layers(model)
     config.layers = describe((name, layer.weight_specs, layer.input_spec) for name, layer in layers.items())
     for name, layer in layers.items():
         for weight in layer.weight_specs:
@@ -349,6 +358,9 @@ def _describe_(config: DyBitConfig, model: nn.Module) -> None:
             source = owners.setdefault(id(layer._buffers[weight]), key)
             if source != key:
                 config.tied[key] = source
+            else:
+                stored = (layer._buffers[weight + suffix] for suffix in layer.weight_specs[weight].buffers())
+                config.checksums[key] = _checksum(cast(Tensor, part) for part in stored)
 
 
 def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
@@ -430,7 +442,19 @@ def _arrived_(name: str, layer: _Layer) -> dict[str, QuantizedTensor]:
         codes[weight] = QuantizedTensor(
             spec, parts[""], parts["_scale"], parts.get("_choice"), parts.get("_tensor_scale")
         )
+        if layer.checksums.get(weight, "") not in ("", _checksum(parts.values())):
+            raise CheckpointError(
+                f"the checkpoint is damaged: the codes of '{name}.{weight}' are not those that were saved"
+            )
     return codes
+
+
+def _checksum(parts: Iterable[Tensor]) -> str:
+    """CRC-32 of the bytes of some tensors, one after the other."""
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
