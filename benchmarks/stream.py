@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--method", default="absmax", choices=["absmax", "mse"])
     parser.add_argument("--workers", type=int, default=0, help="threads; 0: one a processor")
+    parser.add_argument("--format", default="dybit4spare", help="a family, of which groups choose, or one format")
     parser.add_argument("--folder", type=Path, help="where there is room; default: a temporary directory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -59,11 +60,11 @@ def main() -> None:
         reading = time.perf_counter() - start
         source = read_source(file)
         jobs = {
-            key: Job(TensorSpec("dybit4spare", SHAPE, "group", 64, choice="group"), options.method) for key in source
+            key: Job(TensorSpec(options.format, SHAPE, "group", 64, choice="group"), options.method) for key in source
         }
         start, cpu = time.perf_counter(), time.process_time()
         with PeakMemory() as peak:
-            quantize_files(source, jobs, Path(folder) / "out", {}, workers=options.workers, measure=False)
+            quantize_files(source, jobs, Path(folder) / "out", {}, workers=options.workers)
         seconds = time.perf_counter() - start
         result = {
             "file_gigabytes": round(count * size / 1e9, 2),
@@ -74,6 +75,7 @@ def main() -> None:
             "reading_alone_megabytes_per_second": round(count * size / reading / 1e6, 1),
             "peak_megabytes": round(peak.bytes / 1e6, 1),
             "bound_megabytes": round((3 * size + 300e6) / 1e6, 1),
+            "format": options.format,
             "method": options.method,
         }
     json.dump(result, sys.stdout, indent=2)

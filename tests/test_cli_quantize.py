@@ -316,6 +316,52 @@ def test_files_of_a_transformers_directory(tmp_path, shards, words):
     assert own.lm_head._buffers["weight"] is own.model.embed_tokens._buffers["weight"]
 
 
+@pytest.mark.parametrize("shards", ["5GB", "30KB"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
+def test_experts_in_files(tmp_path, name, shards):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts_per_tok=2,
+        **{"num_local_experts" if name == "Mixtral" else "num_experts": 12},
+    )  # fmt: skip
+    build = getattr(transformers, f"{name}ForCausalLM")
+    model = build(config).eval()
+    model.save_pretrained(tmp_path / "m", max_shard_size=shards)
+    recipe = tmp_path / "r.json"
+    recipe.write_text('{"weights": 4, "group_size": 16, "rules": {"*.layers.1.mlp.experts": {"weights": 3}}}')
+    file = tmp_path / "m" / f"model.safetensors{'.index.json' if shards == '30KB' else ''}"
+    shown = good("quantize", str(file), "-o", str(tmp_path / "q"), "--recipe", str(recipe))
+    assert "model.layers.0.mlp.experts.gate_up_proj" in shown and ".w1" not in shown
+    dybit.quantize_(model, dybit.Recipe.from_json(recipe.read_text()))
+    ids = torch.arange(8)[None]
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    own = dybit.load(tmp_path / "q", build(config))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(loaded(ids).logits, expected) and torch.equal(own(ids).logits, expected)
+
+
+def test_experts_in_files_that_are_kept(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    file, recipe = str(tmp_path / "m" / "model.safetensors"), tmp_path / "r.json"
+    recipe.write_text('{"rules": {"*.layers.1.mlp.experts": null}}')
+    good("quantize", file, "-o", str(tmp_path / "q"), "--recipe", str(recipe))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    first, second = (layer.mlp.experts for layer in loaded.model.layers)
+    assert first.weight_specs["down_proj"].bits == 4
+    assert torch.equal(second.gate_up_proj, model.model.layers[1].mlp.experts.gate_up_proj)
+    result = invoke("quantize", file, "-o", str(tmp_path / "r"), "--granularity", "tensor")
+    assert result.exit_code == 2 and "is stored in 6 parts" in result.stderr and not (tmp_path / "r").exists()
+
+
 def test_directories_of_transformers_that_do_not_fit(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "m").mkdir()

@@ -84,6 +84,8 @@ def test_rejects_other_architectures_and_tokenizers(tmp_path):
         gguf_llama.build(reader)
     with pytest.raises(DyBitError, match="pre-tokenizer 'llama-bpe'"):
         gguf_llama.vocabulary(reader)
+    with pytest.raises(DyBitError, match=r"tokenizer\.chat_template"):
+        gguf_llama.chat_template(reader)
 
 
 def test_tokenizer_applies_merges_and_keeps_special_tokens():

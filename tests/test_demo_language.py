@@ -1,7 +1,8 @@
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from dybit.demo import prose, smollm2, smollm2_batches, smollm2_tokenizer
+from dybit.demo import prose, smollm2, smollm2_batches, smollm2_chat_template, smollm2_tokenizer
 from dybit.errors import DyBitError
 
 
@@ -62,6 +63,13 @@ def test_tokenizer_splits_like_smollm(tokenizer):
     tokens = tokenizer.encode("In 2024 it's <|im_end|>").tokens
     assert tokens == ["In", "Ġ", "2", "0", "2", "4", "Ġit", "'s", "Ġ", "<|im_end|>"]
     assert tokenizer.encode("<|im_end|>").ids == [2]
+
+
+def test_chat_template_makes_a_prompt(tokenizer):
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=smollm2_chat_template())
+    turns = [{"role": "user", "content": "Hello"}]
+    text = wrapped.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert text.startswith("<|im_start|>system") and text.endswith("user\nHello<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_batches(tokenizer):

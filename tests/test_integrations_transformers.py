@@ -49,6 +49,9 @@ ARCHITECTURES = {
     "clip": ("CLIP", CLIP, "CLIPModel"),
     "whisper": ("Whisper", WHISPER, "WhisperForConditionalGeneration"),
     "mixtral": ("Mixtral", {**TEXT, **MLP, **GROUPED, "num_local_experts": 4}, "MixtralForCausalLM"),
+    "qwen_moe": ("Qwen2Moe", {**TEXT, **MLP, **GROUPED, "num_experts": 4, "num_experts_per_tok": 3,
+                              "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+                 "Qwen2MoeForCausalLM"),
 }  # fmt: skip
 RECIPES = {
     "weights": {"weights": 4, "group_size": 32},
@@ -133,9 +136,51 @@ def test_architectures(name, recipe, tmp_path):
         assert torch.equal(tokens, expected.generate(**inputs(name), max_new_tokens=4, do_sample=False))
 
 
-def test_experts_are_kept_in_floating_point(tmp_path):
-    model = dybit.quantize_(build("mixtral"), dybit.Recipe(weights=4))
-    assert not any("experts" in name for name in quantized_layers(model))
+def experts(model):
+    return model.model.layers[0].mlp.experts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen_moe"])
+def test_experts_compute_what_their_codes_say(name):
+    model = dybit.quantize_(build(name), dybit.Recipe(weights=4, group_size=32))
+    spec = experts(model).weight_specs["gate_up_proj"]
+    assert experts(model)._buffers["gate_up_proj"].shape == (spec.shape[0] * spec.shape[1], 2, 16, 1)
+    logits = run(model, name)
+    for implementation in ("eager", "grouped_mm"):
+        plain = dybit.dequantize_(copy.deepcopy(model))
+        plain.config._experts_implementation = implementation
+        assert type(experts(plain)).__name__ == type(experts(build(name))).__name__
+        assert torch.allclose(run(plain, name), logits, atol=1e-5)
+    assert spec.nbytes < 0.2 * experts(plain).gate_up_proj.nbytes
+
+
+def test_a_rule_for_experts(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "float")
+    rules = {"*.layers.0.mlp.experts": None, "*.experts": {"weights": 3}}
+    config = dybit.DyBitConfig(weights=4, rules=rules)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert experts(model).gate_up_proj.dtype == torch.float32 and not hasattr(experts(model), "weight_specs")
+    assert model.model.layers[1].mlp.experts.weight_specs["down_proj"].bits == 3
+    model.save_pretrained(tmp_path / "codes")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "codes", output_loading_info=True)
+    assert nothing_wrong(info) and torch.equal(run(again, "mixtral"), run(model, "mixtral"))
+    again.dequantize()
+    again.save_pretrained(tmp_path / "again")
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert nothing_wrong(info) and torch.allclose(run(plain, "mixtral"), run(model, "mixtral"), atol=1e-5)
+
+
+def test_calibrated_experts_are_attached(tmp_path):
+    model = build("mixtral")
+    dybit.quantize_(model, dybit.Recipe(weights=4, activations=8), [inputs("mixtral")], algorithm="gptq")
+    assert experts(model).input_spec.mode == "dynamic" and model.lm_head.input_spec.mode == "static"
+    attach_(model).save_pretrained(tmp_path / "hub")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert nothing_wrong(info) and torch.equal(run(again, "mixtral"), run(model, "mixtral"))
+    dybit.save(again, tmp_path / "own")
+    own = dybit.load(tmp_path / "own", build("mixtral"))
+    assert torch.equal(run(own, "mixtral"), run(model, "mixtral"))
+    assert torch.equal(run(copy.deepcopy(own), "mixtral"), run(model, "mixtral"))
 
 
 def test_layers_of_different_widths_load(llama, tmp_path):
@@ -318,6 +363,44 @@ def test_rules_that_match_nothing(llama):
     config = dybit.DyBitConfig(weights=4, rules={"lm_haed": None})
     with pytest.raises(dybit.DyBitError, match="rule 'lm_haed' matches no layer; did you mean 'lm_head'"):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+
+
+MAPPED = """
+import re, sys, threading, time
+import torch, dybit
+from transformers import AutoModelForCausalLM
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+ids = [torch.arange(48).view(2, 24)]
+for folder in sys.argv[1:]:
+    start = peak = anonymous()
+    if folder == sys.argv[1]:
+        threading.Thread(target=watch, daemon=True).start()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    dybit.quantize_(model, dybit.Recipe(weights=4, method="absmax"), ids, algorithm="rtn")
+print(peak - start)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_weights_stay_on_the_disk_while_they_are_calibrated(tmp_path):
+    fields = {**TEXT, "hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 32}
+    for name, layers in (("a", 1), ("b", 8)):
+        config = transformers.LlamaConfig(**{**fields, "num_hidden_layers": layers})
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    megabytes = (tmp_path / "b/model.safetensors").stat().st_size / 2**20
+    command = [sys.executable, "-c", MAPPED, str(tmp_path / "a"), str(tmp_path / "b")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert megabytes > 80 and float(result.stdout) < megabytes / 8 + 20  # the codes, and a layer at a time
 
 
 LOAD = "m = AutoModelForCausalLM.from_pretrained({!r}); print(type(m.lm_head).__name__)"

@@ -18,7 +18,7 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 LAYERS = [
     {"format", "codec", "packing", "rivals", "recipe", "candidate", "workload", "networks", "errors"},
     {"hadamard", "scale", "tensor", "ops", "codes", "extension", "kernels", "_kernels", "linear", "conv", "embedding"}
-    | {"ranking"},
+    | {"experts", "ranking", "ready"},
     {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity"}
     | {"trace", "stream"},
     {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}

@@ -14,7 +14,7 @@ from dybit.errors import DyBitError
 from dybit.format import variants
 from dybit.packing import packed_size
 from dybit.scale import Scales
-from dybit.tensor import QuantizedTensor, TensorSpec, check_weight, encode_matrix, quantize
+from dybit.tensor import QuantizedTensor, TensorSpec, check_weight, encode_matrix, quantize, quantize_judged
 from helpers import from_matrix, numpy_codes, numpy_units, numpy_weight
 
 FAMILIES = [f"dybit{bits}" for bits in range(2, 9)] + [
@@ -300,3 +300,39 @@ def test_scales_and_choices_of_some_rows(granularity, choice, scale):
     index = torch.tensor([36, 0, 5, 5, 21])
     for some, every in ((weight.scales(index), weight.scales()), (weight.choices(index), weight.choices())):
         assert torch.equal(some, every if every.shape[0] == 1 else every[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_value_that_is_not_finite_is_found(dtype, value):
+    for place in ((0, 0), (3, 6), (6, 10)):
+        weight = torch.randn(7, 11).to(dtype)
+        check_weight(weight)
+        weight[place] = value
+        with pytest.raises(DyBitError, match=rf"weight holds {value} at position \({place[0]}, {place[1]}\)"):
+            check_weight(weight)
+
+
+def test_the_error_comes_with_the_codes():
+    weight = torch.randn(13, 40)
+    for spec in (
+        TensorSpec("dybit4", (13, 40), "group", 16, choice="group"),
+        TensorSpec("dybit3spare", (13, 40), scale="pow2", choice="tensor"),
+        TensorSpec("nvfp4", (13, 40), "group", 16, "e4m3"),
+    ):
+        found, error = quantize_judged(weight, spec)
+        assert torch.equal(found.packed, quantize(weight, spec).packed)
+        assert error == pytest.approx((found.dequantize() - weight).square().sum().item(), rel=1e-4)
+
+
+def test_matrices_of_experts():
+    weight = torch.randn(3, 5, 16)
+    spec = TensorSpec("dybit4spare", (3, 5, 16), "group", 8, row_dims=2)
+    assert (spec.rows, spec.columns, spec.packed_shape) == (15, 16, (15, 2, 4, 1))
+    assert TensorSpec.from_dict(spec.to_dict()) == spec and spec.to_dict()["row_dims"] == 2
+    assert "row_dims" not in TensorSpec("dybit4", (3, 5, 16)).to_dict()
+    flat = quantize(weight.view(15, 16), TensorSpec("dybit4spare", (15, 16), "group", 8))
+    assert torch.equal(quantize(weight, spec).dequantize(), flat.dequantize().view(3, 5, 16))
+    for fields in ({"row_dims": 2, "shape": (3, 5)}, {"row_dims": 3}, {"row_dims": 2, "transposed": 1}):
+        with pytest.raises(DyBitError, match="row_dims must be 1, or 2 for a weight of three dimensions"):
+            TensorSpec(**{"family": "dybit4", "shape": (3, 5, 16), **fields})

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import Any, TypeGuard, cast
+from typing import Any, TypedDict, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,15 @@ from dybit.attention import attend
 from dybit.conv import conv
 from dybit.embedding import embedding
 from dybit.errors import DyBitError
+from dybit.experts import experts, mix
 from dybit.linear import linear
 from dybit.ops import fake_quantize, fake_quantize_dynamic
+from dybit.ready import Ready
 from dybit.tensor import QuantizedTensor, TensorSpec
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # weights of transformers' experts
 _SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features")
 _SUPPORTED = (nn.Linear, nn.Embedding, nn.MultiheadAttention, *_CONVOLUTIONS, *_TRANSPOSED)
 
@@ -157,6 +160,7 @@ class Quantized(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         """Moves buffers but keeps their types: scales in half precision would be other scales."""
         before = dict(self._buffers)
+        self.__dict__.pop("_ready", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
@@ -167,7 +171,8 @@ class Quantized(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Copies and pickles by the original class, since the quantized one is made at run time."""
-        return _rebuild, (original_class(self), tuple(self.weight_specs)), self.__dict__
+        state = {key: value for key, value in self.__dict__.items() if key != "_ready"}
+        return _rebuild, (original_class(self), tuple(self.weight_specs)), state
 
 
 class _QuantizedLinear(Quantized):
@@ -177,6 +182,13 @@ class _QuantizedLinear(Quantized):
         """Multiplies the only argument, whatever its name: (..., in_features) to (..., out_features)."""
         (x,) = (*args, *kwargs.values())
         bias = self._parameters.get("bias")
+        if not torch.compiler.is_compiling():
+            ready = self.__dict__.get("_ready")
+            if ready is None or not ready.fits(self._buffers):
+                ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
+            y = ready.multiply(x, bias)
+            if y is not None:
+                return cast(Tensor, y)
         spec, weight = self.input_spec, self.quantized_tensor()
         if spec is None:
             return linear(x, weight, bias)
@@ -190,6 +202,15 @@ class _QuantizedLinear(Quantized):
             reach=spec.reach or 1.0,
             input_group_size=spec.group_size or 0,
         )
+
+
+def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:
+    """What a linear layer keeps between its calls."""
+    if spec is None:
+        return Ready(weight)
+    if spec.mode == "static":
+        return Ready(weight, usable=False)
+    return Ready(weight, spec.format, spec.reach or 1.0, spec.group_size or 0)
 
 
 class _QuantizedConv(Quantized):
@@ -239,12 +260,42 @@ class _QuantizedAttention(Quantized):
         return attend(attention, *args, round_input=self.round_input, **kwargs)
 
 
+class _QuantizedExperts(Quantized):
+    """The experts of a mixture, all in one module: only those that are hit are multiplied, each with its rows."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' experts: (tokens, hidden), and the experts of every token with their weights."""
+        spec = self.input_spec
+        rounding = (spec.format, spec.reach or 1.0, spec.group_size or 0) if spec else ("", 1.0, 0)
+        up, down = (self.quantized_tensor(name) for name in expert_weights(self))
+        return mix(
+            lambda x, expert: experts(x, expert, up, *rounding),
+            expert_activation(self),
+            lambda x, expert: experts(x, expert, down, *rounding),
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+        )
+
+
+def expert_weights(module: nn.Module) -> tuple[str, str]:
+    """The names of the weights of a module of experts, in the order in which they are used."""
+    return _EXPERTS[0 if getattr(module, "has_gate", True) else 1], _EXPERTS[2]
+
+
+def expert_activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What lies between the two products of a module of experts."""
+    return cast(Callable[[Tensor], Tensor], module._apply_gate if getattr(module, "has_gate", True) else module.act_fn)
+
+
 def weight_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the weights of a module that can be quantized; empty for other modules."""
     if isinstance(module, nn.MultiheadAttention):
         return (
             ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         )
+    if is_experts(module):
+        return expert_weights(module)
     return ("weight",) if isinstance(module, _SUPPORTED) or _is_conv1d(module) else ()
 
 
@@ -256,6 +307,20 @@ def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module is an embedding table."""
     return isinstance(module, nn.Embedding)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is experts of transformers 5: matrices (out, in) stacked in parameters of three dimensions.
+
+    Transformers marks classes whose forward its other implementations can stand in for; so can ours. Experts with
+    biases, with norms of their own or with transposed matrices are not supported.
+    """
+    marks = vars(module)
+    plain = (marks.get("is_transposed"), marks.get("has_bias"), marks.get("has_post_expert_norm", False))
+    if any(mark is not False for mark in plain) or not hasattr(module, "_apply_gate"):
+        return False
+    held = [module._buffers.get(name, module._parameters.get(name)) for name in expert_weights(module)]
+    return all(tensor is not None and tensor.ndim == (3 if tensor.is_floating_point() else 4) for tensor in held)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -310,12 +375,26 @@ def _is_floating(x: object) -> bool:
 def channels(module: nn.Module, name: str = "weight") -> int:
     """The channels of the input that a weight multiplies."""
     weight = getattr(module, name)
+    if is_experts(module):
+        return int(weight.shape[2])
     return int(weight.shape[0]) if transposed(module) else int(weight.shape[1]) * channel_groups(module)
 
 
 def transposed(module: nn.Module) -> int:
     """0, or the channel groups of a weight that counts input channels first (see :class:`dybit.tensor.TensorSpec`)."""
     return module.groups if isinstance(module, _TRANSPOSED) else int(_is_conv1d(module))
+
+
+class Layout(TypedDict):
+    """The fields of a :class:`dybit.tensor.TensorSpec` that say which dimensions of a weight are its rows."""
+
+    transposed: int
+    row_dims: int
+
+
+def layout(module: nn.Module) -> Layout:
+    """How the weights of a module lie."""
+    return {"transposed": transposed(module), "row_dims": 2 if is_experts(module) else 1}
 
 
 def channel_groups(module: nn.Module) -> int:
@@ -378,6 +457,7 @@ def set_bias_(layer: Quantized, bias: Tensor) -> None:
 def unswap_(layer: Quantized) -> None:
     """Turns a quantized layer back into its floating-point class, in place, with the dequantized weights."""
     weights = {name: getattr(layer, name) for name in layer.weight_specs}
+    layer.__dict__.pop("_ready", None)
     for name in list(weights):
         for suffix in layer.weight_specs[name].buffers():
             del layer._buffers[name + suffix]
@@ -415,6 +495,8 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
         mixin = _QuantizedConv
     elif cls.forward is nn.MultiheadAttention.forward:
         mixin = _QuantizedAttention
+    elif set(names) & set(_EXPERTS):
+        mixin = _QuantizedExperts
 
     def reader(name: str) -> property:
         return property(lambda self: self.quantized_tensor(name).dequantize(self.float_dtype))

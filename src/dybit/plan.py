@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers import is_embedding, quantized_layers, weight_names
+from dybit.layers import is_embedding, is_experts, quantized_layers, weight_names
 from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensor import QuantizedTensor, check_weight
 
@@ -70,7 +70,8 @@ def _usable(name: str, module: nn.Module, recipe: LayerRecipe) -> bool:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         warnings.warn(f"layer {name!r} keeps floating point: max_norm changes its weights", DyBitWarning, stacklevel=4)
         return False
-    return recipe.weights is not None or (recipe.activations is not None and not is_embedding(module))
+    inputs_alone = recipe.activations is not None and not (is_embedding(module) or is_experts(module))
+    return recipe.weights is not None or inputs_alone
 
 
 def _check_layer(plan: Plan) -> None:

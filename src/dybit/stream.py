@@ -27,7 +27,7 @@ from dybit.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
 from dybit.errors import CheckpointError, DyBitError
 from dybit.recipe import Recipe
 from dybit.scale import Method
-from dybit.tensor import QuantizedTensor, TensorSpec, check_weight, quantize
+from dybit.tensor import QuantizedTensor, TensorSpec, quantize_judged
 
 _PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin on a byte
 _SYNC = 64  # pieces between two notes in the journal
@@ -61,11 +61,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Job:
-    """How a tensor is quantized: the fields of :func:`dybit.tensor.quantize`."""
+    """How a tensor is quantized: the fields of :func:`dybit.tensor.quantize`, and where the result goes.
+
+    Attributes:
+        row: Where the tensor is only a part of the weight that ``spec`` describes: its first row there.
+    """
 
     spec: TensorSpec
     method: Method = "mse"
     percentile: float = 99.99
+    row: int = 0
 
 
 @dataclass
@@ -152,6 +157,7 @@ def quantize_files(
     path: str | os.PathLike[str],
     layers: Mapping[str, Mapping[str, Any]],
     *,
+    names: Mapping[str, str] | None = None,
     shared: Mapping[str, str] | None = None,
     recipe: Recipe | None = None,
     extra: Mapping[str, str | Path] | None = None,
@@ -169,6 +175,7 @@ def quantize_files(
         jobs: By key; each key is in ``source``.
         path: The directory; a checkpoint of dybit that is there already is replaced.
         layers: The entries of the manifest (see :func:`dybit.checkpoint.write`).
+        names: The new names of tensors, by key. Those of several parts of a weight are the same.
         shared: Keys of tied tensors.
         recipe: The recipe, to be stored.
         extra: Further files by name: their text, or the file to copy.
@@ -177,13 +184,14 @@ def quantize_files(
         progress: Called with (done, total, key) in elements, after every piece.
 
     Returns:
-        What became of the tensors in ``jobs``.
+        What became of the weights in ``jobs``, by their new names.
 
     Raises:
-        DyBitError: A tensor holds NaN or infinity, or ``path`` is something else or cannot be written.
-        CheckpointError: A file became shorter.
+        DyBitError: A tensor holds NaN or infinity, is a part of a weight with a scale or codebook for the whole, or
+            ``path`` is something else or cannot be written.
+        CheckpointError: A file became shorter, or the parts of a weight are not the whole.
     """
-    run = _Run(source, jobs, Path(path), measure)
+    run = _Run(source, jobs, names or {}, Path(path), measure)
     try:
         run.pieces_done(workers or os.cpu_count() or 1, progress)
         run.finish(layers, shared or {}, recipe, extra or {})
@@ -198,18 +206,23 @@ def quantize_files(
 class _Run:
     """One call of :func:`quantize_files`."""
 
-    def __init__(self, source: Mapping[str, Stored], jobs: Mapping[str, Job], path: Path, measure: bool) -> None:
+    def __init__(
+        self, source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str], path: Path, measure: bool
+    ) -> None:
         self.source, self.jobs, self.path, self.measure = source, jobs, path, measure
+        self.names = {key: names.get(key, key) for key in source}
         self.folder = path.parent / f".{path.name}.partial"
-        self.outcomes = {key: Outcome() for key in jobs}
-        self.header, self.places = _layout(source, jobs)
+        self.outcomes = {self.names[key]: Outcome() for key in jobs}
+        self.header, self.places = _layout(source, jobs, self.names)
+        _check_parts(source, jobs, self.names)
         self.pieces = list(_pieces(source, jobs))
         digest = hashlib.sha256(self.header)
         for stored in {stored.file: stored for stored in source.values()}:
             status = stored.stat()
             digest.update(f"{stored.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         for key, job in sorted(jobs.items()):
-            digest.update(f"{key} {job.spec.key} {job.method} {job.percentile}\n".encode())
+            fields = (key, job.spec.key, job.method, job.percentile, self.names[key], job.row)
+            digest.update(f"{' '.join(map(str, fields))}\n".encode())
         self.plan = digest.hexdigest()
 
     def pieces_done(self, workers: int, progress: Progress | None) -> None:
@@ -218,8 +231,8 @@ class _Run:
         total = sum(self._weight(piece) for piece in self.pieces)
         count = sum(self._weight(self.pieces[i]) for i in done)
         for i in done:
-            if self.pieces[i].key in self.outcomes:
-                self.outcomes[self.pieces[i].key].whole = False
+            if self.pieces[i].key in self.jobs:
+                self.outcomes[self.names[self.pieces[i].key]].whole = False
         threads = torch.get_num_threads()
         files = {file: os.open(file, os.O_RDONLY) for file in {s.file for s in self.source.values()}}
         target = os.open(self.folder / TENSORS, os.O_RDWR)
@@ -269,7 +282,7 @@ class _Run:
 
     def _weight(self, piece: _Piece) -> int:
         stored = self.source[piece.key]
-        rows = self.jobs[piece.key].spec.rows if piece.key in self.jobs else max(1, stored.nbytes)
+        rows = _rows(stored, self.jobs[piece.key]) if piece.key in self.jobs else max(1, stored.nbytes)
         return (piece.stop - piece.start) * math.prod(stored.shape) // rows
 
     def _open(self) -> set[int]:
@@ -299,7 +312,7 @@ class _Run:
 
     def _add(self, key: str, part: Outcome | None) -> None:
         if part is not None:
-            outcome = self.outcomes[key]
+            outcome = self.outcomes[self.names[key]]
             outcome.signal, outcome.noise = outcome.signal + part.signal, outcome.noise + part.noise
             outcome.votes = {k: outcome.votes.get(k, 0) + part.votes.get(k, 0) for k in {**outcome.votes, **part.votes}}
 
@@ -308,32 +321,29 @@ class _Run:
         job = self.jobs.get(piece.key)
         if job is None:
             data = _read(files[stored.file], stored, piece.start, piece.stop - piece.start)
-            _put(target, data, self.places[piece.key][0] + piece.start)
+            _put(target, data, self.places[self.names[piece.key]][0] + piece.start)
             return None
-        spec = job.spec
-        row = stored.nbytes // stored.shape[0]
-        whole = piece.stop - piece.start == spec.rows
-        start, length = (0, stored.nbytes) if whole else (piece.start * row, (piece.stop - piece.start) * row)
-        data = _read(files[stored.file], stored, start, length)
-        part = spec if whole else replace(spec, shape=(piece.stop - piece.start, *spec.shape[1:]))
+        spec, count = job.spec, piece.stop - piece.start
+        whole = count == spec.rows
+        row = 0 if whole else stored.nbytes // _rows(stored, job)
+        data = _read(files[stored.file], stored, piece.start * row, count * row or stored.nbytes)
+        part = spec if whole else replace(spec, shape=(count, *spec.shape[spec.row_dims :]), row_dims=1)
         weight = torch.frombuffer(data, dtype=_TYPES[stored.dtype]).view(part.shape)
         try:
-            check_weight(weight)
-        except DyBitError as error:
-            raise DyBitError(f"{stored.file}, tensor {piece.key!r}: {error}") from None
-        codes = quantize(weight, part, method=job.method, percentile=job.percentile)
+            codes, error = quantize_judged(weight, part, method=job.method, percentile=job.percentile)
+        except DyBitError as failure:
+            raise DyBitError(f"{stored.file}, tensor {piece.key!r}: {failure}") from None
         for suffix, buffer in codes.buffers().items():
-            place, nbytes = self.places[piece.key + suffix]
-            _put(target, buffer, place + (0 if whole else _skip(suffix, spec, nbytes, piece.start)))
-        return _judge(weight, codes) if self.measure else None
+            place, nbytes = self.places[self.names[piece.key] + suffix]
+            _put(target, buffer, place + (0 if whole else _skip(suffix, spec, nbytes, job.row + piece.start)))
+        return _judge(weight, codes, error) if self.measure else None
 
 
-def _judge(weight: Tensor, codes: QuantizedTensor) -> Outcome:
-    choices, outcome, wide = codes.choices(), Outcome(), weight.float()
+def _judge(weight: Tensor, codes: QuantizedTensor, error: float) -> Outcome:
+    choices, outcome = codes.choices(), Outcome(noise=error)
     if choices is not None:
         outcome.votes = {i: n for i, n in enumerate(torch.bincount(choices.flatten().long()).tolist()) if n}
-    outcome.signal = float(wide.square().sum(dtype=torch.float64))
-    outcome.noise = float((codes.dequantize() - wide).square_().sum(dtype=torch.float64))
+    outcome.signal = float(torch.linalg.vector_norm(weight.float())) ** 2
     return outcome
 
 
@@ -344,17 +354,50 @@ def _skip(suffix: str, spec: TensorSpec, nbytes: int, rows: int) -> int:
     return nbytes // spec.rows * rows
 
 
-def _layout(source: Mapping[str, Stored], jobs: Mapping[str, Job]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _rows(stored: Stored, job: Job) -> int:
+    """The rows of a tensor that is quantized."""
+    return math.prod(stored.shape) // job.spec.columns
+
+
+def _in_one(spec: TensorSpec) -> bool:
+    """Whether a weight has to be quantized as a whole."""
+    return "tensor" in (spec.granularity, spec.choice) or spec.scale == "e4m3" or bool(spec.transposed)
+
+
+def _check_parts(source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str]) -> None:
+    """Checks that weights stored in parts are complete, and can be quantized part by part."""
+    parts: dict[str, list[str]] = {}
+    for key in jobs:
+        parts.setdefault(names[key], []).append(key)
+    for name, keys in parts.items():
+        spec = jobs[keys[0]].spec
+        spans = sorted((jobs[key].row, jobs[key].row + _rows(source[key], jobs[key])) for key in keys)
+        ends = [0, *(stop for _, stop in spans)]
+        if [start for start, _ in spans] != ends[:-1] or ends[-1] != spec.rows:
+            raise CheckpointError(f"{source[keys[0]].file}: the parts of {name!r} are not {spec.rows} rows")
+        unaligned = spec.choice_bits and spec.unit_shape(spec.choice)[1] == 1 and any(n % 8 for n, _ in spans)
+        if len(keys) > 1 and (_in_one(spec) or unaligned):
+            raise DyBitError(
+                f"{source[keys[0]].file}: {name!r} is stored in {len(keys)} parts, which cannot have "
+                f"granularity={spec.granularity!r}, scale={spec.scale!r} and choice={spec.choice!r} in common; "
+                "use a group_size"
+            )
+
+
+def _layout(
+    source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header of the result, and (first byte, size) of its tensors; wide types first, so that all are aligned."""
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for key, stored in source.items():
+        name = names[key]
         if key not in jobs:
-            tensors[key] = (stored.dtype, stored.shape, stored.nbytes)
+            tensors[name] = (stored.dtype, stored.shape, stored.nbytes)
             continue
         for suffix, (shape, dtype) in jobs[key].spec.buffers().items():
             if key + suffix in source and suffix:
                 raise CheckpointError(f"{stored.file} has a tensor {key + suffix!r} already: is it quantized?")
-            tensors[key + suffix] = (_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
+            tensors[name + suffix] = (_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
     order = sorted(tensors, key=lambda key: (-tensors[key][2] // max(1, math.prod(tensors[key][1])), key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, offset = {}, 0
@@ -375,10 +418,10 @@ def _pieces(source: Mapping[str, Stored], jobs: Mapping[str, Job]) -> Iterator[_
             yield from _cut(key, stored.nbytes, 4 * _PIECE)
             continue
         spec = jobs[key].spec
-        if "tensor" in (spec.granularity, spec.choice) or spec.scale == "e4m3" or spec.transposed:
+        if _in_one(spec):
             yield _Piece(key, 0, spec.rows)
         else:
-            yield from _cut(key, spec.rows, max(8, _PIECE // spec.columns // 8 * 8))
+            yield from _cut(key, _rows(stored, jobs[key]), max(8, _PIECE // spec.columns // 8 * 8))
 
 
 def _cut(key: str, count: int, step: int) -> Iterator[_Piece]:

@@ -25,7 +25,7 @@ from dybit.candidate import Candidate, mixed_recipe
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.fidelity import Kind, guess_kind, kl_divergence, output_tensor, run
 from dybit.fold import find_pairs, fold_
-from dybit.layers import Quantized, input_places, is_attention, is_embedding, weight_names
+from dybit.layers import Quantized, input_places, is_attention, is_embedding, is_experts, weight_names
 from dybit.model import bypass_fast_path_, make_plain_
 from dybit.plan import Plan, Ties, plan_layers
 from dybit.ptq.rounding import quantize_layer
@@ -136,7 +136,8 @@ class Subject:
             raise DyBitError("batches must hold at least one batch of calibration data, but are empty")
         keep = tuple((pattern, None) for pattern, changes in self.recipe.rules if changes is None)
         every = replace(self.recipe, weights=8, activations=None, embeddings=8, criterion="auto", rules=keep)
-        layers = [plan.name for plan in plan_layers(model, every)]  # checks the model before it is copied
+        # Checks the model before it is copied. Of experts it is not known which run, nor with how many rows.
+        layers = [plan.name for plan in plan_layers(model, every) if not is_experts(plan.module)]
         self.model = copy.deepcopy(model).eval()
         found = {name: self.model.get_submodule(name) for name in layers}
         for module in found.values():

@@ -23,6 +23,7 @@ from dybit.scale import GRANULARITIES, Granularity, Method, Scales, choose_scale
 
 _SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pow2": torch.uint8, "e4m3": torch.float8_e4m3fn}
 _POW2_BIAS = 64
+_ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_ELEMENTS = 1 << 40
 
 
@@ -39,6 +40,8 @@ class TensorSpec:
         choice: What shares a codebook.
         transposed: 0 where the first dimension of the weight counts output channels; else the number of channel groups
             of a weight of shape (in, out / groups, …), as transposed convolutions and transformers' ``Conv1D`` have.
+        row_dims: How many dimensions, counted from the first, number output channels: 1, or 2 for the matrices of
+            several experts in one weight of shape (experts, out, in).
 
     Attributes:
         bits: Width of a code.
@@ -58,6 +61,7 @@ class TensorSpec:
     scale: ScaleType = "fp32"
     choice: Granularity = "channel"
     transposed: int = 0
+    row_dims: int = 1
     # Plain attributes and not properties that look the family up: torch.compile reads them.
     bits: int = field(init=False, compare=False, repr=False)
     choice_bits: int = field(init=False, compare=False, repr=False)
@@ -89,7 +93,14 @@ class TensorSpec:
             raise DyBitError(f"transposed must be an integer of at least 0, not {self.transposed!r}")
         if self.transposed and self.shape[0] % self.transposed:
             raise DyBitError(f"transposed={self.transposed} does not divide the first dimension of shape {self.shape}")
-        object.__setattr__(self, "rows", self.shape[1] * self.transposed if self.transposed else self.shape[0])
+        stacked = self.row_dims == 2 and len(self.shape) == 3 and not self.transposed
+        if not isinstance(self.row_dims, int) or not (stacked or self.row_dims == 1):
+            raise DyBitError(
+                f"row_dims must be 1, or 2 for a weight of three dimensions that is not transposed, not "
+                f"{self.row_dims!r} with shape {self.shape} and transposed={self.transposed}"
+            )
+        rows = self.shape[1] * self.transposed if self.transposed else math.prod(self.shape[: self.row_dims])
+        object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "columns", math.prod(self.shape) // self.rows)
 
     @property
@@ -177,8 +188,11 @@ class TensorSpec:
         return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
+        """The fields as JSON values; ``row_dims`` only where it is not 1, since earlier versions do not know it."""
+        values = {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
+        if self.row_dims == 1:
+            del values["row_dims"]
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
@@ -187,8 +201,8 @@ class TensorSpec:
         Raises:
             DyBitError: A field is missing, unknown or bad.
         """
-        known = _stored_fields()
-        if not isinstance(data, Mapping) or set(data) != set(known) or not isinstance(data["shape"], list):
+        known = set(_stored_fields()) - {"row_dims"}
+        if not isinstance(data, Mapping) or set(data) - {"row_dims"} != known or not isinstance(data["shape"], list):
             raise DyBitError(f"a stored weight must have the fields {', '.join(sorted(known))}, not {data!r:.200}")
         return cls(**{**data, "shape": tuple(data["shape"])})
 
@@ -296,6 +310,18 @@ def quantize(
     Raises:
         DyBitError: ``weight`` has another shape, is not floating point, or holds NaN or infinity.
     """
+    return quantize_judged(weight, spec, method=method, percentile=percentile, importance=importance)[0]
+
+
+def quantize_judged(
+    weight: Tensor,
+    spec: TensorSpec,
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+) -> tuple[QuantizedTensor, float]:
+    """As :func:`quantize`, with the squared error over all elements, which the search for the scales knows."""
     check_weight(weight, spec.shape)
     matrix = spec.to_matrix(weight.detach())
     scales = choose_scales(
@@ -309,7 +335,7 @@ def quantize(
         percentile=percentile,
         importance=importance,
     )
-    return encode_matrix(matrix, spec, scales)
+    return encode_matrix(matrix, spec, scales), scales.error
 
 
 def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
@@ -398,6 +424,8 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
         raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
     if weight.is_meta:
         raise DyBitError("weight is on the meta device and has no values")
+    if weight.dtype in _ORDERED and all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
+        return  # either is NaN where any element is
     step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
     for start in range(0, weight.shape[0], step):
         bad = ~torch.isfinite(weight.detach()[start : start + step])

@@ -206,29 +206,33 @@ def _weights(weights: str | None, gaussian: bool, laplace: bool, pattern: str) -
             return [torch.randn(_SYNTHETIC_SHAPE, generator=generator)], "Gaussian samples"
         uniform = torch.rand(_SYNTHETIC_SHAPE, generator=generator, dtype=torch.float64) - 0.5
         return [(-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()], "Laplacian samples"
-    from dybit.layers import transposed, weight_names
+    from dybit.layers import Layout, layout, weight_names
     from dybit.tensor import TensorSpec, check_weight
 
-    found: dict[str, tuple[Tensor, int]] = {}
+    found: dict[str, tuple[Tensor, Layout]] = {}
     if sources.is_reference(weights):
         model = sources.load_model(weights, "WEIGHTS")
         for layer, module in model.named_modules():
             for name in weight_names(module):
-                found[f"{layer}.{name}".lstrip(".")] = getattr(module, name).detach(), transposed(module)
+                found[f"{layer}.{name}".lstrip(".")] = getattr(module, name).detach(), layout(module)
         from fnmatch import fnmatchcase
 
         found = {name: value for name, value in found.items() if fnmatchcase(name, pattern)}
     else:
         tensors = sources.read_safetensors(weights, "WEIGHTS", pattern)
-        found = {name: (tensor, 0) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        found = {
+            name: (tensor, Layout(transposed=0, row_dims=1))
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
+        }
     matrices = []
-    for name, (tensor, groups) in found.items():
+    for name, (tensor, shape) in found.items():
         if 2 <= tensor.ndim <= 5:
             try:
                 check_weight(tensor)
             except DyBitError as error:
                 raise DyBitError(f"WEIGHTS {weights!r}, tensor {name!r}: {error}") from None
-            matrices.append(TensorSpec("s4", tuple(tensor.shape), transposed=groups).to_matrix(tensor.float()))
+            matrices.append(TensorSpec("s4", tuple(tensor.shape), **shape).to_matrix(tensor.float()))
     if not matrices:
         raise DyBitError(
             f"WEIGHTS {weights!r} has no floating-point tensor of 2 to 5 dimensions that matches {pattern!r}"

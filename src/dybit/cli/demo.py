@@ -207,14 +207,14 @@ def _remark(subject: _Subject, outcomes: list[_Outcome], kind: Kind) -> None:
 
 def _draw(path: Path, model: nn.Module, title: str) -> None:
     """The 4-bit levels over a histogram of the network's weights, one scale per output channel."""
-    from dybit.layers import is_embedding, transposed, weight_names
+    from dybit.layers import is_embedding, layout, weight_names
     from dybit.tensor import TensorSpec
 
     matrices = []
     for module in model.modules():
         for name in () if is_embedding(module) else weight_names(module):
             weight = getattr(module, name).detach()
-            matrix = TensorSpec("s4", tuple(weight.shape), transposed=transposed(module)).to_matrix(weight)
+            matrix = TensorSpec("s4", tuple(weight.shape), **layout(module)).to_matrix(weight)
             if matrix.shape[1] >= _LEAST_COLUMNS:
                 matrices.append(matrix)
     total = sum(matrix.numel() for matrix in matrices)

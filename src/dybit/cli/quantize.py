@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dybit.layers import InputSpec
     from dybit.stream import Job, Outcome, Stored
+    from dybit.tensor import TensorSpec
 
 _WEIGHT_NAMES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 # A file has no layers: that a table is one of embeddings can be told by its name only.
@@ -195,13 +196,14 @@ def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tup
     with progress("quantizing") as bar:
         try:
             outcomes = stream.quantize_files(
-                source, plan.jobs, output, plan.entries, shared=plan.shared, recipe=recipe, extra=plan.extra,
-                workers=workers, progress=bar.update,
+                source, plan.jobs, output, plan.entries, names=plan.names, shared=plan.shared, recipe=recipe,
+                extra=plan.extra, workers=workers, progress=bar.update,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped") from None
     sizes = (4 * math.prod(t.shape) if t.dtype in stream.FLOATS else t.nbytes for t in source.values())
-    return [_file_row(key, plan.jobs[key], outcome) for key, outcome in outcomes.items()], sum(sizes)
+    specs = {plan.names.get(key, key): job.spec for key, job in plan.jobs.items()}
+    return [_file_row(name, specs[name], outcome) for name, outcome in outcomes.items()], sum(sizes)
 
 
 @dataclass
@@ -210,16 +212,19 @@ class _FilePlan:
 
     jobs: dict[str, Job] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     extra: dict[str, str | Path] = field(default_factory=dict)
 
-    def add(self, layer: str, kind: str, key: str, stored: Stored, job: Job, inputs: InputSpec | None) -> None:
-        """Adds a weight."""
+    def add(
+        self, layer: str, kind: str, name: str, key: str, stored: Stored, job: Job, inputs: InputSpec | None
+    ) -> None:
+        """Adds a weight of a layer, or a part of it."""
         self.jobs[key] = job
         dtype = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[stored.dtype]
         entry = {"kind": kind, "dtype": dtype, "weights": {}, "input": inputs.to_dict() if inputs else None}
         weights = self.entries.setdefault(layer, entry)["weights"]
-        weights[key.rpartition(".")[2]] = job.spec.to_dict()
+        weights[name] = job.spec.to_dict()
 
 
 def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe) -> _FilePlan | None:
@@ -229,23 +234,25 @@ def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe)
     if not (path.parent / "config.json").is_file():
         return None
     try:
-        from dybit.integrations.transformers import plan_files
+        from dybit.integrations.files import plan_files
     except MissingExtraError as error:
         note(f"note: {error}; the result will load with dybit.load only")
         return None
     found = plan_files(path.parent, [key for key, stored in source.items() if stored.dtype in FLOATS], recipe)
     plan = _FilePlan()
-    for key, (layer, kind, spec) in found.weights.items():
-        how = recipe.layer(layer)
-        if source[key].shape != spec.shape:
-            raise CheckpointError(f"{path}: {key!r} has shape {source[key].shape}, config.json says {spec.shape}")
-        job = Job(spec, how.method if how else recipe.method, how.percentile if how else recipe.percentile)
-        plan.add(layer, kind, key, source[key], job, found.inputs[layer])
+    for key, weight in found.weights.items():
+        how = recipe.layer(weight.layer)
+        if source[key].shape != weight.shape:
+            raise CheckpointError(f"{path}: {key!r} has shape {source[key].shape}, config.json says {weight.shape}")
+        method, percentile = (how.method, how.percentile) if how else (recipe.method, recipe.percentile)
+        job = Job(weight.spec, method, percentile, weight.row)
+        plan.add(weight.layer, weight.kind, weight.name, key, source[key], job, found.inputs[weight.layer])
+    plan.names = found.names
     for name, key in found.tied.items():
         layer = name.rpartition(".")[0]
-        plan.add(layer, "", name, source[key], plan.jobs[key], found.inputs[layer])
-        del plan.jobs[name]
-        plan.shared |= {name + suffix: key + suffix for suffix in plan.jobs[key].spec.buffers()}
+        plan.add(layer, "", name.rpartition(".")[2], key, source[key], plan.jobs[key], found.inputs[layer])
+        kept = plan.names.get(key, key)
+        plan.shared |= {name + suffix: kept + suffix for suffix in plan.jobs[key].spec.buffers()}
     plan.extra["config.json"] = found.config
     for file in sorted(path.parent.iterdir()):  # the tokenizer and what else belongs to the model
         weights = file.suffix in (".safetensors", *_PICKLES) or file.name.endswith(".index.json")
@@ -276,14 +283,14 @@ def _plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> _Fil
             continue
         for key in keys:
             job = Job(weight_spec(how, source[key].shape), how.method, how.percentile)
-            plan.add(layer, "weight", key, source[key], job, None)
+            plan.add(layer, "weight", key.rpartition(".")[2], key, source[key], job, None)
     return plan
 
 
-def _file_row(key: str, job: Job, outcome: Outcome) -> LayerRow:
-    books = job.spec.formats.books
+def _file_row(name: str, spec: TensorSpec, outcome: Outcome) -> LayerRow:
+    books = spec.formats.books
     votes = sorted((outcome.votes or {0: 1}).items(), key=lambda item: -item[1])
     shares = tuple((books[index].name, count / sum(n for _, n in votes)) for index, count in votes)
     decibels = 10 * math.log10(outcome.signal / outcome.noise) if outcome.signal and outcome.noise else math.inf
-    name = key.removesuffix(".weight") or key
-    return LayerRow(name, job.spec, None, shares if outcome.whole else (), decibels if outcome.whole else None)
+    name = name.removesuffix(".weight") or name
+    return LayerRow(name, spec, None, shares if outcome.whole else (), decibels if outcome.whole else None)

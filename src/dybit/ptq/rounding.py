@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from dybit.calibrate import InputStatistics, calibrate, choose_dynamic_input, choose_input
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers import InputSpec, channel_groups, channels, is_embedding, swap_, transposed, weight_names
+from dybit.layers import (
+    InputSpec,
+    channel_groups,
+    channels,
+    is_embedding,
+    is_experts,
+    layout,
+    swap_,
+    weight_names,
+)
 from dybit.plan import Plan, Ties
 from dybit.recipe import LayerRecipe
 from dybit.tensor import QuantizedTensor, TensorSpec, quantize
@@ -104,7 +113,7 @@ def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose:
             parameter = getattr(module, name)
             found = ties.get(parameter)
             if found is None:
-                spec = weight_spec(recipe, tuple(parameter.shape), transposed(module))
+                spec = weight_spec(recipe, tuple(parameter.shape), **layout(module))
                 found = choose(parameter, name, spec) if choose else None
                 found = found or _round(parameter, name, spec, recipe, module, seen)
             weights[name] = found
@@ -112,7 +121,7 @@ def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose:
     swap_(module, weights, *layer_input(recipe, module, seen))
 
 
-def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0) -> TensorSpec:
+def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0, row_dims: int = 1) -> TensorSpec:
     """How a recipe that quantizes weights stores one of some shape; see :class:`dybit.tensor.TensorSpec`."""
     family = recipe.weight_family
     assert family is not None
@@ -124,6 +133,7 @@ def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0
         recipe.scale_type,
         recipe.variant_granularity or recipe.scale_granularity,
         transposed,
+        row_dims,
     )
 
 
@@ -145,6 +155,8 @@ def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.M
         moments = [seen.second_moment(i) for i in range(3)]
         fits = all(moment.numel() == spec.columns for moment in moments)
         return torch.stack(moments).repeat_interleave(spec.rows // 3, dim=0) if fits else None
+    if name == "down_proj" and is_experts(module):
+        return None  # its inputs are inside
     groups = channel_groups(module)
     index = {"k_proj_weight": 1, "v_proj_weight": 2}.get(name, 0)
     moment = seen.second_moment(index)
@@ -158,10 +170,15 @@ def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.M
 def layer_input(
     recipe: LayerRecipe, module: nn.Module, seen: InputStatistics | None = None
 ) -> tuple[InputSpec | None, Tensor | None, Tensor | None]:
-    """How a layer's inputs are rounded, with the scale and offset of static ones; None for inputs that are kept."""
+    """How a layer's inputs are rounded, with the scale and offset of static ones; None for inputs that are kept.
+
+    Those of experts always have dynamic scales: half of them are made inside, where calibration does not look.
+    """
     families = recipe.activation_families
     if families is None or is_embedding(module):
         return None, None, None
+    if is_experts(module):
+        return choose_dynamic_input(seen, families[0], recipe.activation_group_size), None, None
     if recipe.activation_mode == "dynamic":
         family = families[0]
         if seen is not None and seen.seen and seen.low >= 0 and families[1] is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dybit.calibrate import InputStatistics, observing, run_batch
 from dybit.errors import DyBitError
-from dybit.layers import is_embedding, transposed, weight_names
+from dybit.layers import is_embedding, is_experts, layout, weight_names
 from dybit.plan import Plan, Ties
 from dybit.ptq import blocks
 from dybit.ptq.gptq import DEFAULTS, Settings, gptq
@@ -144,7 +144,7 @@ class _Run:
     def _kept(self, plan: Plan, name: str) -> QuantizedTensor | None:
         """A weight that an earlier run finished."""
         shape = tuple(getattr(plan.module, name).shape)
-        return self.store.get(f"{plan.name}.{name}", weight_spec(plan.recipe, shape, transposed(plan.module)))
+        return self.store.get(f"{plan.name}.{name}", weight_spec(plan.recipe, shape, **layout(plan.module)))
 
     @contextmanager
     def _gathering(self, part: Sequence[Plan]) -> Iterator[Hessians]:
@@ -158,7 +158,8 @@ class _Run:
 
 
 def _is_target(plan: Plan) -> bool:
-    return plan.recipe.weight_family is not None and not is_embedding(plan.module)
+    kept = is_embedding(plan.module) or is_experts(plan.module)  # these are rounded to the nearest
+    return plan.recipe.weight_family is not None and not kept
 
 
 def _within(plan: Plan, block: blocks.Block) -> bool:
@@ -171,7 +172,7 @@ def _needs(plan: Plan) -> int:
         return 0
     names = weight_names(plan.module)
     return sum(
-        size(plan.module, weight_spec(plan.recipe, tuple(getattr(plan.module, n).shape), transposed(plan.module)))
+        size(plan.module, weight_spec(plan.recipe, tuple(getattr(plan.module, n).shape), **layout(plan.module)))
         for n in names
     )
 

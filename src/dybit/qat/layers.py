@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dybit.attention import attend
-from dybit.layers import InputSpec, round_dynamic, round_inputs, weight_names
+from dybit.experts import mix, multiply_by_torch
+from dybit.layers import InputSpec, expert_activation, expert_weights, round_dynamic, round_inputs, weight_names
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -104,6 +105,23 @@ class _PreparedAttention(Prepared):
         return attend(attention, *args, round_input=round_once, **kwargs)
 
 
+class _PreparedExperts(Prepared):
+    """The experts of a mixture; where inputs are rounded, so are those of the second product, inside."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' experts."""
+        self.count_pass()
+        up, down = (getattr(self, name) for name in expert_weights(self))  # rounded once
+        return mix(
+            lambda x, expert: multiply_by_torch(self.round_input(x), expert, up),
+            expert_activation(self),
+            lambda x, expert: multiply_by_torch(self.round_input(x), expert, down),
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+        )
+
+
 def prepare_layer_(
     module: nn.Module,
     weights: Mapping[str, WeightQuantizer],
@@ -164,6 +182,8 @@ def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         mixin = _PreparedEmbedding
     elif cls.forward is nn.MultiheadAttention.forward:
         mixin = _PreparedAttention
+    elif "down_proj" in names:
+        mixin = _PreparedExperts
 
     def reader(name: str) -> property:
         return property(lambda self: self.weight_quantizer_of(name)(self._parameters[name]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers import Quantized, is_embedding, quantized_layers, swap_, unswap_
+from dybit.layers import Quantized, is_embedding, is_experts, quantized_layers, swap_, unswap_
 from dybit.model import quantize_
 from dybit.ptq import Progress
 from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_
@@ -157,7 +157,8 @@ def _prepare_layer_(
         quantizers[name] = known[key]
     spec = layer.input_spec
     static = None
-    if recipe.activations is not None and recipe.activation_mode == "static" and not is_embedding(layer):
+    kept = is_embedding(layer) or is_experts(layer)  # experts' inputs are dynamic
+    if recipe.activations is not None and recipe.activation_mode == "static" and not kept:
         static = InputQuantizer(recipe, schedule, learned)
         if spec is not None and spec.mode == "static":
             static.set_(spec, cast(Tensor, layer._buffers["input_scale"]), layer._buffers.get("input_offset"))

@@ -1,0 +1,207 @@
+"""Checkpoints of transformers that are quantized without being loaded: what is to become of every tensor in the files.
+
+Must not know how files are read and written (:mod:`dybit.stream`), nor the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from dybit.errors import CheckpointError, DyBitWarning
+from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, describe
+from dybit.layers import InputSpec
+from dybit.recipe import Recipe
+from dybit.tensor import TensorSpec
+
+
+class FileWeight(NamedTuple):
+    """A tensor in a file that is a weight, or rows of one.
+
+    Attributes:
+        layer: The layer.
+        kind: Its class.
+        name: Of the weight in the layer.
+        spec: How the weight is stored.
+        row: The first row of the tensor in the weight.
+        shape: The shape that the tensor must have.
+    """
+
+    layer: str
+    kind: str
+    name: str
+    spec: TensorSpec
+    row: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """What is to become of a transformers checkpoint that is quantized without being loaded.
+
+    Attributes:
+        weights: By the keys in the file.
+        names: From the keys in the file to other names, where the model has them.
+        inputs: How inputs are rounded, by layer.
+        tied: From names of weights that are not in the file to the keys that they are tied to.
+        config: The text of the new ``config.json``.
+    """
+
+    weights: dict[str, FileWeight]
+    names: dict[str, str]
+    inputs: dict[str, InputSpec | None]
+    tied: dict[str, str]
+    config: str
+
+
+def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
+    """The model of a transformers directory without values.
+
+    Raises:
+        CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        with torch.device("meta"):
+            model = architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
+    except Exception as error:  # anything can be in a file
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{folder / 'config.json'} cannot be built by transformers: {reason:.300}") from None
+    if text.get("quantization_config") is not None:
+        raise CheckpointError(f"{folder / 'config.json'} is quantized already")
+    return model
+
+
+def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
+    """Finds what a recipe makes of the checkpoint in a directory, by building its model without values.
+
+    Args:
+        folder: Where ``config.json`` is.
+        keys: The names of the floating-point tensors.
+        recipe: The recipe; its activations are kept or dynamic.
+
+    Raises:
+        CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
+        DyBitError: As :func:`dybit.model.plan_layers`.
+    """
+    model = build_empty(folder)
+    quantizer = DyBitQuantizer(DyBitConfig(recipe), pre_quantized=False)
+    quantizer._plan(model)
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, str] = {}  # key in the file by the name in the model
+    for key in keys:
+        near = [key, prefix + key, key.removeprefix(prefix)]
+        name = next((n for n in near if quantizer.param_needs_quantization(model, n)), None)
+        if name is not None:
+            found[name] = key
+    plain = set(found.values())
+    merged, names = _merged(model, quantizer, [key for key in keys if key not in plain])
+    tied = {}
+    for key in list(quantizer._ties):
+        sources = [other for other in [key, *quantizer._tied_to(key)] if other in found]
+        for other in [key, *quantizer._tied_to(key)] if len(sources) == 1 else []:
+            if other not in found:
+                tied[other] = sources[0]
+    present = {*found, *merged, *tied}
+    layers = {
+        name: layer
+        for name, layer in quantizer._layers.items()
+        if all(f"{name}.{weight}" in present for weight in layer.specs)
+    }
+    weights = {}
+    for name, parts in {**{name: [(key, 0)] for name, key in found.items()}, **merged}.items():
+        module, weight = name.rpartition(".")[::2]
+        if module not in layers:
+            continue
+        spec = layers[module].specs[weight]
+        for index, (key, row) in enumerate(parts):
+            following = parts[index + 1][1] if index + 1 < len(parts) else spec.rows
+            shape = spec.shape if len(parts) == 1 else (following - row, spec.columns)
+            weights[key] = FileWeight(module, type(layers[module].module).__name__, weight, spec, row, shape)
+    names |= {key: f"{weight.layer}.{weight.name}" for key, weight in weights.items() if key not in plain}
+    stored = describe((n, layer.specs, layer.input) for n, layer in layers.items())
+    new = DyBitConfig(recipe, layers=stored, tied=tied)
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
+    return FilePlan(weights, names, {name: layer.input for name, layer in layers.items()}, tied, config)
+
+
+def _merged(
+    model: Any,  # noqa: ANN401
+    quantizer: DyBitQuantizer,
+    keys: Iterable[str],
+) -> tuple[dict[str, list[tuple[str, int]]], dict[str, str]]:
+    """Weights whose rows are in several tensors of the file, as transformers' table of conversions says.
+
+    Returns:
+        By the name of the weight: the tensors in the order of their rows, and their first rows; and the names that
+        other tensors have in the model, where they differ and there is such a weight.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if not hasattr(conversion, "operations")]
+    converters = [conversion for conversion in conversions if hasattr(conversion, "operations")]
+    collected: dict[str, dict[str, list[str]]] = {}
+    used: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    for key in keys:
+        renamed = key
+        for renaming in renamings:
+            renamed = renaming.rename_source_key(renamed)[0]
+        for converter in converters:
+            target, pattern = converter.rename_source_key(renamed)
+            if pattern is not None:
+                renamed = key  # stays, unless it becomes a part
+                if quantizer.param_needs_quantization(model, target):
+                    collected.setdefault(target, {}).setdefault(pattern, []).append(key)
+                    used[target] = converter
+                break
+        if renamed != key and renamed in known:
+            names[key] = renamed
+    merged = {}
+    for name, by_pattern in collected.items():
+        parts = _parts(used[name], by_pattern, model.get_parameter(name))
+        if parts is None:
+            layer = name.rpartition(".")[0]
+            message = f"layer {layer!r} keeps floating point: its weights are made of tensors in an unknown way"
+            warnings.warn(message, DyBitWarning, stacklevel=3)
+        else:
+            merged[name] = parts
+    return merged, names if merged else {}
+
+
+def _parts(converter: Any, by_pattern: Mapping[str, list[str]], weight: nn.Parameter) -> list[tuple[str, int]] | None:  # noqa: ANN401
+    """The tensors that are stacked to a weight (experts, rows, columns), in order; None for other conversions."""
+    operations = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    patterns = [pattern for pattern in converter.source_patterns if pattern in by_pattern]
+    if weight.ndim != 3 or operations not in (
+        [("MergeModulelist", 0)],
+        [("MergeModulelist", 0), ("Concatenate", 1)],
+    ):
+        return None
+    experts, rows = weight.shape[0], weight.shape[1] // len(patterns)
+    by_expert = [sorted(by_pattern[pattern], key=_natural) for pattern in patterns]
+    if any(len(found) != experts for found in by_expert):
+        return None
+    return [
+        (by_expert[place][expert], expert * weight.shape[1] + place * rows)
+        for expert in range(experts)
+        for place in range(len(patterns))
+    ]
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts numbers in a key by their value."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", key)]
