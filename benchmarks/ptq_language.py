@@ -5,8 +5,8 @@ nf4:64+int8/gptq or dybit4plain?variant_granularity=tensor/plain. INPUTS are dyn
 for every GROUP features; FIELD is any other of a recipe; the algorithm ``plain`` is rounding to the nearest without
 calibration. Every configuration adds a line of JSON to the results, with the surprise and the divergence of every
 sequence of 512 tokens; what is there is not run again. ``--report`` prints the table, with standard errors over
-sequences, paired against the first configuration of the same bits, group and algorithm. Only one model is in memory while
-it is quantized; the original's logits are in a file beside the results.
+sequences, paired against the first of the configurations. Only one model is in memory while it is quantized; the
+original's logits are in a file beside the results.
 
     python benchmarks/ptq_language.py dybit4/gptq nf4/gptq
     python benchmarks/ptq_language.py --report dybit4/gptq nf4/gptq
@@ -74,7 +74,7 @@ def reference(options, inputs):
 
 
 def judge(model, inputs, kept):
-    """Of every sequence: mean surprise of both models at the next token, divergence (nats), agreement of the top token."""
+    """Of every sequence: mean surprise of both models, divergence (nats), agreement of the top token."""
     rows = []
     for index, (ids, logits) in enumerate(logits_of(model, inputs)):
         sums = np.zeros(4)
