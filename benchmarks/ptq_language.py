@@ -112,8 +112,12 @@ def measure(word, data, inputs, kept):
 def read(options):
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     rows = [json.loads(line) for line in lines]
-    same = [row for row in rows if (row["calibration"], row["evaluation"]) == (options.calibration, options.evaluation)]
-    return {row["configuration"]: row for row in same}
+    found = {}
+    for row in rows:
+        step, rest = divmod(options.stride, row.get("stride", 1))
+        if (row["calibration"], row["evaluation"], rest) == (options.calibration, options.evaluation, 0):
+            found[row["configuration"]] = row | {name: row[name][::step] for name in ("fp32", "surprise", "kl", "top")}
+    return found
 
 
 def spread(values):
@@ -152,6 +156,7 @@ def main():
     parser.add_argument("configurations", nargs="*")
     parser.add_argument("--calibration", type=int, default=8192, help="tokens")
     parser.add_argument("--evaluation", type=int, default=20480, help="tokens")
+    parser.add_argument("--stride", type=int, default=1, help="evaluate on every so many-th sequence only")
     parser.add_argument("--results", type=Path, default=Path("build/language/results.jsonl"))
     parser.add_argument("--report", action="store_true", help="print the table only")
     options = parser.parse_args()
@@ -167,8 +172,8 @@ def main():
     for word in options.configurations:
         if word in read(options):
             continue
-        row = measure(word, data, inputs, kept)
-        row |= {"calibration": options.calibration, "evaluation": options.evaluation}
+        row = measure(word, data, inputs[:: options.stride], kept[:: options.stride])
+        row |= {name: getattr(options, name) for name in ("calibration", "evaluation", "stride")}
         with options.results.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         shown = [f"{word}: perplexity {math.exp(statistics.mean(row['surprise'])):.3f}", f"KL {np.mean(row['kl']):.4f}"]
