@@ -269,7 +269,8 @@ def write_page(path: Path, found: Sequence[tuple[Cell, dict[str, Any]]], title: 
             point = values["bits"], values[name], cell.weights
             lines.setdefault(f"{stem} {cell.algorithm}", []).append(point)
     page = path.suffix.lower() in _HTML  # which has the title itself
-    figure = curves(lines, "" if page else title, "bits per weight, scales and choices counted", label, logarithmic=name == "kl")
+    across = "bits per weight, scales and choices counted"
+    figure = curves(lines, "" if page else title, across, label, logarithmic=name == "kl")
     if not page:
         save(figure, path)
         return
