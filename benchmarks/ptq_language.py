@@ -125,13 +125,18 @@ def spread(values):
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
+def above(values, others):
+    """The mean difference and its standard error, in words."""
+    mean, error = spread([a - b for a, b in zip(values, others, strict=True)])
+    return f"{mean:+.4f} ± {error:.4f}"
+
+
 def report(options):
     rows = read(options)
     words = options.configurations or list(rows)
-    print(
-        "| configuration | bits | perplexity | of FP32 | KL, nats | same top token | surprise less than the first's |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    names = ("configuration", "bits", "perplexity", "of FP32", "KL (nats)", "same top token")
+    print(f"| {' | '.join(names)} | surprise above the first's | KL above the first's |")
+    print("|---|---|---|---|---|---|---|---|")
     first = None
     for word in words:
         if word not in rows:
@@ -140,12 +145,11 @@ def report(options):
         first = first or row
         ratio, error = spread([a - b for a, b in zip(row["surprise"], row["fp32"], strict=True)])
         kl, kl_error = spread(row["kl"])
-        lead, lead_error = spread([a - b for a, b in zip(row["surprise"], first["surprise"], strict=True)])
-        beside = "" if row is first else f"{lead:+.4f} ± {lead_error:.4f}"
+        beside = ["", ""] if row is first else [above(row[name], first[name]) for name in ("surprise", "kl")]
         print(
             f"| {word} | {row['bits']:.3f} | {math.exp(statistics.mean(row['surprise'])):.2f} "
             f"| {math.exp(ratio):.4f} ± {math.exp(ratio) * error:.4f} | {kl:.4f} ± {kl_error:.4f} "
-            f"| {100 * statistics.mean(row['top']):.1f} % | {beside} |"
+            f"| {100 * statistics.mean(row['top']):.1f} % | {' | '.join(beside)} |"
         )
     if first:
         print(f"\nFP32 perplexity {math.exp(statistics.mean(first['fp32'])):.3f}")
