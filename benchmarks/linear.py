@@ -1,29 +1,34 @@
-"""Packed linear layers against FP32, torch's INT8 and ONNX Runtime: paired, interleaved, weights from memory.
+"""Packed linear layers against FP32, torch's INT8, ONNX Runtime and llama.cpp: paired, weights from memory.
 
-Run ``python benchmarks/linear.py`` (``--help`` for options). Every round times each contestant once, in a new order, on
-the next of several copies of its weights, so that the weights of single rows come from memory and all see the same
+Run ``python benchmarks/linear.py`` (``--help`` for options). Every round times each contestant once, in a new order,
+on the next of several copies of its weights, so that the weights of single rows come from memory and all see the same
 disturbances. Printed are medians of the rounds, the quartiles of the paired ratios, and the share of a floor: the
-bytes of the weights over the read bandwidth for few rows, the products over the integer peak for many; both are
-measured in the same run. With one thread the clock is the thread's processor time, so that other programs on the
-machine disturb the memory but do not count; with more it is the wall's.
+bytes of the weights over the read bandwidth, or the products over the integer peak, whichever takes longer. Both are
+measured in the same run: memory read in order, and a loop of the path's byte multiplication on registers alone
+(vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak. With one thread
+the clock is the thread's processor time, so that other programs on the machine disturb the memory but do not count;
+with more it is the wall's.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.util
 import json
 import platform
 import random
 import statistics
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dybit import kernels, packing, rivals
+from dybit import extension, kernels, packing, rivals
 from dybit.tensor import QuantizedTensor, TensorSpec
 
 Runs = list[Callable[[], object]]
@@ -109,6 +114,70 @@ def onnx_runs(x: torch.Tensor, rows: int, threads: int) -> Runs:
     return runs
 
 
+GGML_TYPES = {"Q4_0": 2, "Q4_K": 12, "IQ4_NL": 20}
+
+
+def ggml_library(directory: Path | None) -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
+    """The base and CPU libraries of ggml, of a directory or of the package llama-cpp-python; None if there are none."""
+    if directory is None:
+        found = importlib.util.find_spec("llama_cpp")
+        if found is None or found.origin is None:
+            return None
+        directory = Path(found.origin).parent / "lib"
+    paths = [next(iter(sorted(directory.glob(f"libggml-{part}.*"))), None) for part in ("base", "cpu")]
+    if None in paths:
+        return None
+    base, cpu = (ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in paths)
+    for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph", "ggml_get_data"):
+        getattr(base, name).restype = ctypes.c_void_p
+    return base, cpu
+
+
+class GgmlPool(ctypes.Structure):
+    """ggml_init_params."""
+
+    _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def ggml_runs(libraries: tuple[ctypes.CDLL, ctypes.CDLL], kind: str, x: torch.Tensor, rows: int, threads: int) -> Runs:
+    """Graphs of one ggml_mul_mat, each with a weight of its own, quantized from random numbers."""
+    base, cpu = libraries
+    cpu.ggml_cpu_init()
+    pointer, columns, batch = ctypes.c_void_p, x.shape[1], x.shape[0]
+    values, runs = torch.randn(rows, columns), []
+    first, size, work = pointer(), 0, (128 if batch > 4 else 32) << 20  # every run takes some of its pool, for good
+    for _ in range(12 if batch <= 4 else 2):
+        context = pointer(base.ggml_init(GgmlPool(rows * columns + batch * (rows + columns) * 16 + work, None, False)))
+        weight = pointer(
+            base.ggml_new_tensor_2d(context, GGML_TYPES[kind], ctypes.c_int64(columns), ctypes.c_int64(rows))
+        )
+        inputs = pointer(base.ggml_new_tensor_2d(context, 0, ctypes.c_int64(columns), ctypes.c_int64(batch)))
+        data = pointer(base.ggml_get_data(weight))
+        if runs:
+            ctypes.memmove(data, first, size)
+        else:
+            base.ggml_quantize_chunk.restype = ctypes.c_size_t
+            size = base.ggml_quantize_chunk(
+                GGML_TYPES[kind], pointer(values.data_ptr()), data, ctypes.c_int64(0), ctypes.c_int64(rows),
+                ctypes.c_int64(columns), None,
+            )  # fmt: skip
+            first = data
+        ctypes.memmove(pointer(base.ggml_get_data(inputs)), x.data_ptr(), x.numel() * 4)
+        product = pointer(base.ggml_mul_mat(context, weight, inputs))
+        graph = pointer(base.ggml_new_graph(context))
+        base.ggml_build_forward_expand(graph, product)
+        run = lambda c=context, g=graph: cpu.ggml_graph_compute_with_ctx(c, g, threads)  # noqa: E731
+        weakref.finalize(run, base.ggml_free, context)
+        runs.append(run)
+    result = torch.frombuffer(
+        (ctypes.c_float * (batch * rows)).from_address(base.ggml_get_data(product)), dtype=torch.float32
+    )
+    runs[-1]()
+    expected = (x @ values.T).flatten()
+    assert (result - expected).norm() < 0.2 * expected.norm(), f"ggml's {kind} product is wrong"
+    return runs
+
+
 def measure(contestants: dict[str, Runs], seconds: float, limit: int = 400) -> dict[str, list[float]]:
     """Times in milliseconds, one of every contestant in each round."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -130,19 +199,19 @@ def measure(contestants: dict[str, Runs], seconds: float, limit: int = 400) -> d
 
 
 def bandwidth() -> float:
-    """GB/s of reading, by a matrix times a vector in FP32 over several matrices."""
-    x = torch.randn(1, 4096)
-    times = measure({"read": float_runs(x, 4096)}, 1.0)["read"]
-    return 4096 * 4096 * 4 / statistics.median(times) / 1e6
+    """GB/s of reading memory in order."""
+    memory, threads = torch.ones(COPIES_BYTES, dtype=torch.uint8), torch.get_num_threads()
+    part = COPIES_BYTES // 4
+    reads: Runs = [lambda i=i: extension.read_all(memory.data_ptr() + i * part, part, threads) for i in range(4)]
+    return part / statistics.median(measure({"read": reads}, 1.0)["read"]) / 1e6
 
 
 def integer_peak() -> float:
-    """10⁹ products a second of the byte kernel at its best: one long group, so that nothing is scaled on the way."""
-    x = torch.randn(384, 2048)
-    weight = random_weight("s4r2", 256, 2048, None)
-    packed = kernels.PackedWeight(weight, kernels.input_format("s8r1"))
-    times = measure({"peak": [lambda: packed.linear(x, reach=1.9)]}, 1.0, 4000)["peak"]
-    return 384 * 256 * 2048 / statistics.median(times) / 1e6
+    """10⁹ products of bytes a second, in registers alone."""
+    count, threads = 20000, torch.get_num_threads()
+    products = extension.multiply_bytes(count, threads)
+    times = measure({"peak": [lambda: extension.multiply_bytes(count, threads)]}, 1.0, 4000)["peak"]
+    return products / statistics.median(times) / 1e6
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -163,7 +232,12 @@ def cases() -> list[tuple[str, str, str, int, int | None]]:
 
 
 def run_case(
-    case: tuple[str, str, str, int, int | None], rows: int, threads: int, seconds: float, machine: dict[str, float]
+    case: tuple[str, str, str, int, int | None],
+    rows: int,
+    threads: int,
+    seconds: float,
+    machine: dict[str, float],
+    ggml: tuple[ctypes.CDLL, ctypes.CDLL] | None,
 ) -> dict[str, object]:
     name, family, inputs, m, group = case
     x = torch.randn(m, 4096)
@@ -175,6 +249,8 @@ def run_case(
             contestants["ort 4-bit"] = onnx_runs(x, rows, threads)
         except ImportError:
             print("(onnxruntime and onnx are not installed: left out)")
+        if ggml:
+            contestants |= {f"llama.cpp {kind}": ggml_runs(ggml, kind, x, rows, threads) for kind in GGML_TYPES}
     times = measure(contestants, seconds)
     median = {key: statistics.median(value) for key, value in times.items()}
     ratios = {
@@ -183,7 +259,8 @@ def run_case(
         if key != "dybit"
     }
     reading = size / machine["read_gb_s"] / 1e6
-    computing = m * rows * 4096 / machine["peak_gmac_s"] / 1e6
+    wide = inputs in ("s8", "u8")  # significands of 16 bits
+    computing = m * rows * 4096 / machine["peak_gmac_s"] / 1e6 * (2 if wide else 1) if machine["peak_gmac_s"] else 0
     floor = max(reading, computing)
     row = {"case": name, "rows": m, "n": rows, "group": group, "threads": threads, "isa": kernels.isa(), "ms": median}
     return row | {"faster_than": ratios, "floor_ms": floor, "floor": "read" if reading > computing else "compute"}
@@ -203,8 +280,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[4096, 11008], help="N of the layers; K is 4096")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--isa", nargs="+", default=[kernels.isa()])
+    parser.add_argument("--ggml", type=Path, help="where libggml-base and -cpu are, if not in llama-cpp-python")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    ggml = ggml_library(options.ggml)
+    if ggml is None:
+        print("(llama-cpp-python is not installed: llama.cpp is left out)")
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     results, machines = [], []
@@ -220,7 +301,7 @@ def main() -> None:
             print("|---|---|---|---|---|---|---|---|---|")
             for rows in options.rows:
                 for case in cases():
-                    results.append(run_case(case, rows, threads, options.seconds, machine))
+                    results.append(run_case(case, rows, threads, options.seconds, machine, ggml))
                     print(show(results[-1]), flush=True)
     if options.json:
         cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Whole image classifiers: FP32 against packed W4A8, paired and interleaved, one picture of 224×224.
+"""Whole image classifiers: FP32 against packed W4A8, layer by layer and fused, paired and interleaved, 224×224.
 
 Run ``python benchmarks/vision.py``; EfficientNet-Lite0 needs the demo's models, and ResNet-18 is defined here, with
 random weights: speed does not depend on them. Weights have 4 bits with a scale and a variant for every
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dybit import Recipe, kernels, quantize_
+from dybit import Recipe, fuse, kernels, quantize_
 from dybit.fold import find_pairs, fold_
 
 
@@ -74,7 +74,8 @@ def main() -> None:
     recipe = Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax")
     results = []
     print(
-        f"{kernels.isa()}\n\n| model | batch | threads | FP32 ms | dybit ms | times faster |\n|---|---|---|---|---|---|"
+        f"{kernels.isa()}\n\n| model | batch | threads | FP32 ms | dybit ms | times faster "
+        "| fused ms | times faster |\n|---|---|---|---|---|---|---|---|"
     )
     for name, make in MODELS.items():
         exact = make()
@@ -83,6 +84,7 @@ def main() -> None:
         picture = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         picture = picture.to(memory_format=torch.channels_last)
         models = {"fp32": exact, "dybit": quantize_(copy.deepcopy(exact), recipe, calibration=[picture[:1]])}
+        models["fused"] = fuse(models["dybit"])
         for threads in options.threads:
             torch.set_num_threads(threads)
             clock = time.thread_time if threads == 1 else time.perf_counter
@@ -99,14 +101,19 @@ def main() -> None:
                             begin = clock()
                             models[key](x)
                             times[key].append((clock() - begin) * 1e3)
-                ratio = np.percentile([a / b for a, b in zip(times["fp32"], times["dybit"], strict=True)], [25, 50, 75])
+                ratios = {
+                    key: np.percentile(np.divide(times["fp32"], times[key]), [25, 50, 75]).tolist() for key in models
+                }
                 median = {key: statistics.median(value) for key, value in times.items()}
-                results.append(
-                    {"model": name, "batch": batch, "threads": threads, "ms": median, "ratio": ratio.tolist()}
-                )
+                results.append({"model": name, "batch": batch, "threads": threads, "ms": median, "ratio": ratios})
                 print(
-                    f"| {name} | {batch} | {threads} | {median['fp32']:.1f} | {median['dybit']:.1f} "
-                    f"| {ratio[1]:.2f}× ({ratio[0]:.2f} to {ratio[2]:.2f}) |",
+                    f"| {name} | {batch} | {threads} | {median['fp32']:.1f} | "
+                    + " | ".join(
+                        f"{median[key]:.1f} | {middle:.2f}× ({lower:.2f} to {upper:.2f})"
+                        for key, (lower, middle, upper) in ratios.items()
+                        if key != "fp32"
+                    )
+                    + " |",
                     flush=True,
                 )
     if options.json:

@@ -35,7 +35,7 @@ int safe_sums(int max_weight, int max_input, bool input_is_signed) {
 }
 
 InputKind input_kind(int storage, int max_weight, int max_input, bool is_signed) {
-  const bool bytes = storage < 16 && max_input <= (is_signed ? 127 : 255);
+  const bool bytes = storage <= 8 && max_input <= (is_signed ? 127 : 255);
   if (!bytes || safe_sums(max_weight, max_input, is_signed) < 1) return InputKind::kSigned16;
   return is_signed ? InputKind::kSigned8 : InputKind::kUnsigned8;
 }
@@ -74,15 +74,65 @@ DYBIT_INLINE inline __m256i decode(const uint8_t* p, __m256i table, __m256i bias
   }
 }
 
-// The same as 16 bits, columns 8·i ….
+// Significands by code of rows 8h + r and 8h + 4 + r; for kRuns all tables of Runs in their order.
 template <int kStorage>
-DYBIT_INLINE inline __m256i decode16(const uint8_t* p, __m256i table, int h, int r, int i) {
+struct Tables {
+  __m256i of[2][4] = {};
+  void load(const Weight&, const int8_t* tables, const uint8_t* choices) { load_tables(tables, choices, of); }
+};
+
+template <>
+struct Tables<kRuns> {
+  alignas(32) int8_t entries[2][4][7][32];
+
+  void load(const Weight& w, const int8_t*, const uint8_t* choices) {
+    for (int row = 0; row < kBlockRows; ++row) {
+      const int8_t* from = w.runs[choices[row]].step;
+      for (int i = 0; i < 7; ++i)
+        _mm_store_si128((__m128i*)(entries[row / 8][row % 4][i] + row / 4 % 2 * 16),
+                        _mm_load_si128((const __m128i*)(from + 16 * i)));
+    }
+  }
+};
+
+template <int kStorage>
+constexpr bool kHasTables = kStorage < 8 || kStorage == kRuns;
+
+// Significands of 16 bits from 32 indices into Runs: of the even bytes, then of the odd ones.
+DYBIT_INLINE inline void decode_runs(__m256i index, const int8_t (*tables)[32], __m256i& even, __m256i& odd) {
+  auto look = [&](int i, __m256i at) DYBIT_INLINE {
+    return _mm256_shuffle_epi8(_mm256_load_si256((const __m256i*)tables[i]), at);
+  };
+  const __m256i h = _mm256_and_si256(_mm256_srli_epi16(index, 4), _mm256_set1_epi8(15));
+  // Their low four bits where the run is the top or bottom one; else negative, for which vpshufb gives zero.
+  static_assert(Runs::kTop == 7 && Runs::kBottom == 15);
+  const __m256i far = _mm256_set1_epi8(7 << 4);
+  const __m256i top = _mm256_subs_epi8(index, far);
+  const __m256i bottom = _mm256_subs_epi8(_mm256_xor_si256(index, _mm256_set1_epi8(char(0x80))), far);
+  const __m256i step = look(0, h);
+  const __m256i low = _mm256_or_si256(look(1, h), _mm256_or_si256(look(3, top), look(5, bottom)));
+  const __m256i high = _mm256_or_si256(look(2, h), _mm256_or_si256(look(4, top), look(6, bottom)));
+  const __m256i low8 = _mm256_set1_epi16(255);
+  even = _mm256_add_epi16(_mm256_or_si256(_mm256_and_si256(low, low8), _mm256_slli_epi16(high, 8)),
+                          _mm256_maddubs_epi16(_mm256_and_si256(index, _mm256_set1_epi16(15)), step));
+  odd = _mm256_add_epi16(_mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(low8, high)),
+                         _mm256_maddubs_epi16(_mm256_and_si256(index, _mm256_set1_epi16(15 << 8)), step));
+}
+
+// The same as 16 bits: w[i] of columns 8·i ….
+template <int kStorage>
+DYBIT_INLINE inline void decode16(const uint8_t* p, const Tables<kStorage>& tables, int h, int r, __m256i w[4]) {
   if constexpr (kStorage == 16) {
-    return load256(p + (4 * i + r) * 64 + 32 * h);
+    for (int i = 0; i < 4; ++i) w[i] = load256(p + (4 * i + r) * 64 + 32 * h);
+  } else if constexpr (kStorage == kRuns) {
+    for (int s = 0; s < 2; ++s)
+      decode_runs(load256(p + (4 * s + r) * 64 + 32 * h), tables.entries[h][r], w[2 * s], w[2 * s + 1]);
   } else {
-    const __m256i bytes = decode<kStorage>(p, table, _mm256_setzero_si256(), h, r, i / 2);
-    const __m256i twice = i % 2 ? _mm256_unpackhi_epi8(bytes, bytes) : _mm256_unpacklo_epi8(bytes, bytes);
-    return _mm256_srai_epi16(twice, 8);
+    for (int s = 0; s < 2; ++s) {
+      const __m256i bytes = decode<kStorage>(p, tables.of[h][r], _mm256_setzero_si256(), h, r, s);
+      w[2 * s] = _mm256_srai_epi16(_mm256_unpacklo_epi8(bytes, bytes), 8);
+      w[2 * s + 1] = _mm256_srai_epi16(_mm256_unpackhi_epi8(bytes, bytes), 8);
+    }
   }
 }
 
@@ -119,6 +169,7 @@ struct Job {
   const uint8_t* x;
   int64_t x_stride;  // bytes
   int bias;
+  const int32_t* corrections = nullptr;
 
   const uint8_t* choices(int block, int s) const {
     return w.choices + (size_t(block) * (w.choice_by_segment ? w.segment_count : 1) + (w.choice_by_segment ? s : 0)) * 16;
@@ -148,12 +199,12 @@ void stream_block(const Job& job, int block) {
   const Weight& w = job.w;
   const uint8_t* p = w.codes + size_t(block) * w.chunk_count * w.chunk_bytes;
   alignas(32) float total[kBlockRows] = {};
-  alignas(32) __m256i table[2][4] = {};
+  Tables<kStorage> tables;
   const __m256i bias = _mm256_set1_epi8(char(job.bias));
   constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
   for (int s = 0; s < w.segment_count; ++s) {
     const Segment& segment = w.segments[s];
-    if (kStorage < 8 && (s == 0 || w.choice_by_segment)) load_tables(job.tables, job.choices(block, s), table);
+    if (kHasTables<kStorage> && (s == 0 || w.choice_by_segment)) tables.load(w, job.tables, job.choices(block, s));
     __m256i sum[2][4];
     unroll<8>([&](auto i) DYBIT_INLINE { sum[i / 4][i % 4] = _mm256_setzero_si256(); });
     const uint8_t* x = job.x + size_t(segment.chunk) * kChunk * kSize;
@@ -166,13 +217,14 @@ void stream_block(const Job& job, int block) {
       unroll<8>([&](auto hr) DYBIT_INLINE {
         constexpr int h = hr / 4, r = hr % 4;
         if constexpr (kP == Product::kSigned16) {
+          __m256i weights[4];
+          decode16<kStorage>(p, tables, h, r, weights);
           unroll<4>([&](auto i) DYBIT_INLINE {
-            const __m256i weights = decode16<kStorage>(p, table[h][r], h, r, i);
-            sum[h][r] = _mm256_add_epi32(sum[h][r], multiply<kP>(weights, xs[i]));
+            sum[h][r] = _mm256_add_epi32(sum[h][r], multiply<kP>(weights[i], xs[i]));
           });
         } else {
-          const __m256i a = multiply<kP>(decode<kStorage>(p, table[h][r], bias, h, r, 0), xs[0]);
-          const __m256i b = multiply<kP>(decode<kStorage>(p, table[h][r], bias, h, r, 1), xs[1]);
+          const __m256i a = multiply<kP>(decode<kStorage>(p, tables.of[h][r], bias, h, r, 0), xs[0]);
+          const __m256i b = multiply<kP>(decode<kStorage>(p, tables.of[h][r], bias, h, r, 1), xs[1]);
           const __m256i both = kTwo ? widen(_mm256_add_epi16(a, b)) : _mm256_add_epi32(widen(a), widen(b));
           sum[h][r] = _mm256_add_epi32(sum[h][r], both);
         }
@@ -195,97 +247,130 @@ void unpack_panel(const Job& job, int block, int first, int last, uint8_t* panel
   const Weight& w = job.w;
   constexpr int kParts = kP == Product::kSigned16 ? 4 : 2;
   const __m256i bias = _mm256_set1_epi8(char(job.bias));
-  __m256i table[2][4] = {};
+  Tables<kStorage> tables;
   for (int s = first; s < last; ++s) {
     const Segment& segment = w.segments[s];
-    if (kStorage < 8) load_tables(job.tables, job.choices(block, s), table);
+    if (kHasTables<kStorage> && (s == first || w.choice_by_segment)) tables.load(w, job.tables, job.choices(block, s));
     const uint8_t* p = w.codes + (size_t(block) * w.chunk_count + segment.chunk) * w.chunk_bytes;
-    for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes)
-      for (int i = 0; i < kParts; ++i, panel += 256)
-        for (int h = 0; h < 2; ++h) {
-          __m256i weights[4];
-          for (int r = 0; r < 4; ++r) {
-            if constexpr (kParts == 4)
-              weights[r] = decode16<kStorage>(p, table[h][r], h, r, i);
-            else
-              weights[r] = decode<kStorage>(p, table[h][r], bias, h, r, i);
-          }
-          transpose(weights);
-          for (int q = 0; q < 4; ++q) _mm256_store_si256((__m256i*)(panel + 64 * q + 32 * h), weights[q]);
+    for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes, panel += 256 * kParts)
+      for (int h = 0; h < 2; ++h) {
+        __m256i weights[4][4];  // by r
+        for (int r = 0; r < 4; ++r) {
+          if constexpr (kParts == 4)
+            decode16<kStorage>(p, tables, h, r, weights[r]);
+          else
+            for (int i = 0; i < 2; ++i) weights[r][i] = decode<kStorage>(p, tables.of[h][r], bias, h, r, i);
         }
+        for (int i = 0; i < kParts; ++i) {
+          __m256i part[4] = {weights[0][i], weights[1][i], weights[2][i], weights[3][i]};
+          transpose(part);
+          for (int q = 0; q < 4; ++q) _mm256_store_si256((__m256i*)(panel + 256 * i + 64 * q + 32 * h), part[q]);
+        }
+      }
   }
 }
 
-// The sums of one input row and 16 rows of weights. Named and not an array: GCC would keep an array in memory.
-struct Two {
-  __m256i low, high;
-};
-
-template <Product kP, int kSums>
-DYBIT_INLINE inline Two multiply_add(Two sum, const uint8_t* panel, const uint8_t* x) {
-  auto product = [&](int q, int h) DYBIT_INLINE {
-    int32_t word;
-    std::memcpy(&word, x + 4 * q, 4);
-    return multiply<kP>(_mm256_load_si256((const __m256i*)(panel + 64 * q + 32 * h)), _mm256_set1_epi32(word));
-  };
-  auto total = [&](int h) DYBIT_INLINE {
-    auto add = [](__m256i a, __m256i b) DYBIT_INLINE {
-      return kP == Product::kSigned16 ? _mm256_add_epi32(a, b) : _mm256_add_epi16(a, b);
-    };
-    __m256i part = product(0, h);
-    if constexpr (kSums > 1) part = add(part, product(1, h));
-    if constexpr (kSums > 2) part = add(add(part, product(2, h)), product(3, h));
-    return kP == Product::kSigned16 ? part : widen(part);
-  };
-  return {_mm256_add_epi32(sum.low, total(0)), _mm256_add_epi32(sum.high, total(1))};
+// Sums of products of a segment, out[m][row], from start[m] on; kSums words of columns (4 bytes) are summed before they
+// are widened. corrections (or null): of each input row, see Corrections. By itself as in avx512.cc.
+template <Product kP, int kSums, int kM, bool kCorrected>
+[[gnu::noinline]] void sum_words(const uint8_t* panel, const uint8_t* x, int64_t x_stride, int words,
+                                 const int32_t* corrections, int64_t correction_stride, const int32_t* start,
+                                 int32_t* out) {
+  __m256i sum[kM][2];
+  unroll<kM * 2>([&](auto i) DYBIT_INLINE { sum[i / 2][i % 2] = _mm256_set1_epi32(start[i / 2]); });
+  for (int k = 0; k < words; k += kSums, panel += 64 * kSums, x += 4 * kSums) {
+    unroll<kM>([&](auto m) DYBIT_INLINE {
+      auto add = [](__m256i a, __m256i b) DYBIT_INLINE {
+        return kP == Product::kSigned16 ? _mm256_add_epi32(a, b) : _mm256_add_epi16(a, b);
+      };
+      __m256i part[2];
+      if constexpr (kCorrected) part[0] = part[1] = _mm256_set1_epi32(corrections[m * correction_stride]);
+      unroll<kSums>([&](auto q) DYBIT_INLINE {
+        int32_t word;
+        std::memcpy(&word, x + m * x_stride + 4 * q, 4);
+        const __m256i xs = _mm256_set1_epi32(word);
+        unroll<2>([&](auto h) DYBIT_INLINE {
+          const __m256i product = multiply<kP>(_mm256_load_si256((const __m256i*)(panel + 64 * q + 32 * h)), xs);
+          if constexpr (q == 0 && !kCorrected)
+            part[h] = product;
+          else
+            part[h] = add(part[h], product);
+        });
+      });
+      unroll<2>([&](auto h) DYBIT_INLINE {
+        sum[m][h] = _mm256_add_epi32(sum[m][h], kP == Product::kSigned16 ? part[h] : widen(part[h]));
+      });
+    });
+    if constexpr (kCorrected) ++corrections;
+  }
+  unroll<kM * 2>([&](auto i) DYBIT_INLINE { _mm256_store_si256((__m256i*)(out + 8 * i), sum[i / 2][i % 2]); });
 }
 
 // kM input rows times a panel, kSums products summed before they are widened.
-template <Product kP, int kSums, int kM>
+template <Product kP, int kSums, int kM, bool kCorrected>
 void tile(const Job& job, const uint8_t* panel, int block, int first, int last, int m0) {
   const Weight& w = job.w;
   constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
   alignas(32) float total[kM][kBlockRows] = {};
+  alignas(32) int32_t sums[kM * kBlockRows];
   const int rows = std::min(kBlockRows, w.rows - block * kBlockRows);
   if (first)
     for (int m = 0; m < kM; ++m)
       std::memcpy(total[m], job.out.data + (m0 + m) * job.out.stride + block * kBlockRows, sizeof(float) * rows);
   const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
   for (int s = first; s < last; ++s) {
-    auto start = [&](int m) DYBIT_INLINE {
-      const bool biased = kP == Product::kSigned8 && m < kM;
-      const __m256i sum = biased ? _mm256_set1_epi32(-job.correction(m0 + m, s)) : _mm256_setzero_si256();
-      return Two{sum, sum};
-    };
-    Two sum0 = start(0), sum1 = start(1), sum2 = start(2), sum3 = start(3);
+    int32_t start[kM] = {};
+    if (kP == Product::kSigned8 && !kCorrected)
+      for (int m = 0; m < kM; ++m) start[m] = -job.correction(m0 + m, s);
     const int words = w.segments[s].chunks * kChunk * kSize / 4;  // a multiple of 8
-    for (int k = 0; k < words; k += kSums, panel += 64 * kSums, x += 4 * kSums) {
-      sum0 = multiply_add<kP, kSums>(sum0, panel, x);
-      if constexpr (kM > 1) sum1 = multiply_add<kP, kSums>(sum1, panel, x + job.x_stride);
-      if constexpr (kM > 2) sum2 = multiply_add<kP, kSums>(sum2, panel, x + 2 * job.x_stride);
-      if constexpr (kM > 3) sum3 = multiply_add<kP, kSums>(sum3, panel, x + 3 * job.x_stride);
-    }
-    const Two sums[4] = {sum0, sum1, sum2, sum3};
+    const int64_t stride = job.x_stride / 4 / kSums;
+    const int32_t* corrections =
+        kCorrected ? job.corrections + m0 * stride + w.segments[s].chunk * kChunk / 4 / kSums : nullptr;
+    sum_words<kP, kSums, kM, kCorrected>(panel, x, job.x_stride, words, corrections, stride, start, sums);
+    panel += size_t(words) * 64;
+    x += words * 4;
     const __m256 low = _mm256_loadu_ps(job.scales(block, s)), high = _mm256_loadu_ps(job.scales(block, s) + 8);
     for (int m = 0; m < kM; ++m) {
       float* t = total[m];
-      _mm256_store_ps(t, add_segment(job, sums[m].low, _mm256_load_ps(t), low, m0 + m, s));
-      _mm256_store_ps(t + 8, add_segment(job, sums[m].high, _mm256_load_ps(t + 8), high, m0 + m, s));
+      auto part = [&](int h) { return _mm256_load_si256((const __m256i*)(sums + m * kBlockRows + 8 * h)); };
+      _mm256_store_ps(t, add_segment(job, part(0), _mm256_load_ps(t), low, m0 + m, s));
+      _mm256_store_ps(t + 8, add_segment(job, part(1), _mm256_load_ps(t + 8), high, m0 + m, s));
     }
   }
   for (int m = 0; m < kM; ++m) store_totals(job, total[m], m0 + m, block, last == w.segment_count);
 }
 
-template <Product kP, int kSums>
+template <Product kP, int kSums, bool kCorrected = false>
 void tiles(const Job& job, const uint8_t* panel, int block, int first, int last) {
   int m = 0;
-  for (; m + kTileRows <= job.in.rows; m += kTileRows) tile<kP, kSums, kTileRows>(job, panel, block, first, last, m);
+  for (; m + kTileRows <= job.in.rows; m += kTileRows)
+    tile<kP, kSums, kTileRows, kCorrected>(job, panel, block, first, last, m);
   switch (job.in.rows - m) {
-    case 3: tile<kP, kSums, 3>(job, panel, block, first, last, m); break;
-    case 2: tile<kP, kSums, 2>(job, panel, block, first, last, m); break;
-    case 1: tile<kP, kSums, 1>(job, panel, block, first, last, m); break;
+    case 3: tile<kP, kSums, 3, kCorrected>(job, panel, block, first, last, m); break;
+    case 2: tile<kP, kSums, 2, kCorrected>(job, panel, block, first, last, m); break;
+    case 1: tile<kP, kSums, 1, kCorrected>(job, panel, block, first, last, m); break;
     default: break;
   }
+}
+
+// What biased weights add to the sums of 16 bits: for every input row and kSums words of its columns, minus bias times the
+// sums of the even and of the odd pairs of columns. With it in the sum, only the sum of unbiased products must fit 16
+// bits, not what it passes on the way, which wraps: so twice as many fit.
+template <int kSums>
+const int32_t* corrections(const Job& job) {
+  static thread_local std::vector<int32_t> memory;
+  const int64_t groups = job.x_stride / 4 / kSums;
+  memory.resize(size_t(groups) * job.in.rows);
+  for (int m = 0; m < job.in.rows; ++m) {
+    const int8_t* x = reinterpret_cast<const int8_t*>(job.x + m * job.x_stride);
+    int32_t* out = memory.data() + m * groups;
+    for (int64_t g = 0; g < groups; ++g, x += 4 * kSums) {
+      int even = 0, odd = 0;
+      for (int q = 0; q < kSums; ++q) even += x[4 * q] + x[4 * q + 1], odd += x[4 * q + 2] + x[4 * q + 3];
+      out[g] = int32_t(uint32_t(uint16_t(-job.bias * even)) | uint32_t(uint16_t(-job.bias * odd)) << 16);
+    }
+  }
+  return memory.data();
 }
 
 uint8_t* panel_memory() {
@@ -294,10 +379,12 @@ uint8_t* panel_memory() {
 }
 
 template <int kStorage, Product kP>
-void run(const Job& job, int first_block, int last_block) {
+void run(Job job, int first_block, int last_block) {
   const int sums = safe_sums(job.w.max_weight, job.in.max_input, kP == Product::kSigned8);
   const int most = int(kPanelBytes / (size_t(kChunk) * kBlockRows * (kP == Product::kSigned16 ? 2 : 1)));
   uint8_t* panel = panel_memory();
+  const bool corrected = kP == Product::kSigned8 && sums < 4 && job.in.rows > 1;
+  if (corrected) job.corrections = sums >= 2 ? corrections<4>(job) : corrections<2>(job);
   for (int block = first_block; block < last_block; ++block) {
     if (job.in.rows == 1) {
       sums >= 2 ? stream_block<kStorage, kP, true>(job, block) : stream_block<kStorage, kP, false>(job, block);
@@ -308,7 +395,11 @@ void run(const Job& job, int first_block, int last_block) {
       for (last = first; last < job.w.segment_count && chunks + job.w.segments[last].chunks <= most; ++last)
         chunks += job.w.segments[last].chunks;
       unpack_panel<kStorage, kP>(job, block, first, last, panel);
-      if (kP == Product::kSigned16 || sums >= 4)
+      if (corrected && sums >= 2)
+        tiles<kP, 4, kP == Product::kSigned8>(job, panel, block, first, last);
+      else if (corrected)
+        tiles<kP, 2, kP == Product::kSigned8>(job, panel, block, first, last);
+      else if (kP == Product::kSigned16 || sums >= 4)
         tiles<kP, 4>(job, panel, block, first, last);
       else if (sums >= 2)
         tiles<kP, 2>(job, panel, block, first, last);
@@ -325,6 +416,9 @@ void run_storage(const Job& job, int first_block, int last_block) {
     case 3: run<3, kP>(job, first_block, last_block); break;
     case 4: run<4, kP>(job, first_block, last_block); break;
     case 8: run<8, kP>(job, first_block, last_block); break;
+    case kRuns:
+      if constexpr (kP == Product::kSigned16) run<kRuns, kP>(job, first_block, last_block);
+      break;
     default:
       if constexpr (kP == Product::kSigned16) run<16, kP>(job, first_block, last_block);
   }
@@ -394,7 +488,7 @@ void float_blocks(const Weight& w, const Input& in, const Output& out, int first
   auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
   auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
   for (int block = first_block; block < last_block; ++block) {
-    if (w.storage == 16)
+    if (w.storage > 8)
       float_linear<int16_t>(w, in, out, block, words, float_sums);
     else
       float_linear<int8_t>(w, in, out, block, bytes, float_sums);
@@ -405,7 +499,7 @@ void dequantize(const Weight& w, float* out, int first_block, int last_block) {
   auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
   auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
   for (int block = first_block; block < last_block; ++block) {
-    if (w.storage == 16)
+    if (w.storage > 8)
       dequantize_block<int16_t>(w, out, block, words);
     else
       dequantize_block<int8_t>(w, out, block, bytes);
@@ -428,10 +522,20 @@ void linear(const Weight& w, const Input& in, const Output& out, int first_block
 
 void encode(const EncodeTask& task, int first_row, int last_row) { encode_rows(task, first_row, last_row); }
 
+int64_t multiply(int64_t count) {
+  constexpr int kChains = 12;  // enough for what an instruction takes until its result is there
+  __m256i part[kChains], x = _mm256_set1_epi8(1);
+  unroll<kChains>([&](auto i) DYBIT_INLINE { part[i] = _mm256_set1_epi32(i); });
+  for (int64_t k = 0; k < count; ++k)
+    unroll<kChains>([&](auto i) DYBIT_INLINE { part[i] = _mm256_maddubs_epi16(part[i], x); });
+  unroll<kChains>([&](auto i) DYBIT_INLINE { x = _mm256_xor_si256(x, part[i]); });
+  return count * kChains * 32 + (_mm256_extract_epi8(x, 0) & 1);
+}
+
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode, dequantize, &kAvx2Codes};
+const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode, dequantize, &kAvx2Codes, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

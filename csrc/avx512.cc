@@ -77,11 +77,67 @@ DYBIT_INLINE inline void decode(const uint8_t* p, const __m512i table[4], __m512
   });
 }
 
+// The codebooks of the four registers' rows, one a lane: in the order of Runs, for each r.
+struct RunTables {
+  alignas(64) int8_t entries[7][4][64];
+
+  void load(const Runs* runs, const uint8_t* choices) {
+    for (int row = 0; row < kBlockRows; ++row) {
+      const int8_t* from = runs[choices[row]].step;
+      for (int i = 0; i < 7; ++i)
+        _mm_store_si128((__m128i*)(entries[i][row % 4] + row / 4 * 16), _mm_load_si128((const __m128i*)(from + 16 * i)));
+    }
+  }
+};
+
+// Significands of 16 bits from 64 indices into Runs: of the even bytes, then of the odd ones.
+DYBIT_INLINE inline void decode_runs(__m512i index, const RunTables& tables, int r, __m512i& even, __m512i& odd) {
+  auto table = [&](int i) DYBIT_INLINE { return _mm512_load_si512(tables.entries[i][r]); };
+  const __m512i low4 = _mm512_set1_epi8(15), low8 = _mm512_set1_epi16(255);
+  const __m512i h = _mm512_and_si512(_mm512_srli_epi16(index, 4), low4);
+  const __mmask64 top = _mm512_cmpeq_epi8_mask(h, _mm512_set1_epi8(Runs::kTop));
+  const __mmask64 bottom = _mm512_cmpeq_epi8_mask(h, low4);
+  const __m512i step = _mm512_shuffle_epi8(table(0), h);
+  __m512i low = _mm512_shuffle_epi8(table(1), h), high = _mm512_shuffle_epi8(table(2), h);
+  const __m512i l = _mm512_and_si512(index, low4);
+  low = _mm512_mask_shuffle_epi8(low, top, table(3), l);
+  high = _mm512_mask_shuffle_epi8(high, top, table(4), l);
+  low = _mm512_mask_shuffle_epi8(low, bottom, table(5), l);
+  high = _mm512_mask_shuffle_epi8(high, bottom, table(6), l);
+  // Where the mask is set the first, else the second.
+  auto choose = [&](__m512i a, __m512i b) DYBIT_INLINE { return _mm512_ternarylogic_epi32(low8, a, b, 0xca); };
+  even = _mm512_add_epi16(choose(low, _mm512_slli_epi16(high, 8)),
+                          _mm512_maddubs_epi16(_mm512_and_si512(index, _mm512_set1_epi16(15)), step));
+  odd = _mm512_add_epi16(choose(_mm512_srli_epi16(low, 8), high),
+                         _mm512_maddubs_epi16(_mm512_and_si512(index, _mm512_set1_epi16(15 << 8)), step));
+}
+
+// What a storage is decoded with: significands by code of the rows of register r, one a lane.
+template <int kStorage>
+struct Tables {
+  __m512i of[4] = {};
+  void load(const Weight&, const int8_t* tables, const uint8_t* choices) { load_tables(tables, choices, of); }
+  operator const __m512i*() const { return of; }
+};
+
+template <>
+struct Tables<kRuns> : RunTables {
+  void load(const Weight& w, const int8_t*, const uint8_t* choices) { RunTables::load(w.runs, choices); }
+};
+
+template <int kStorage>
+constexpr bool kHasTables = kStorage < 8 || kStorage == kRuns;
+
 // The same as 16 bits: w[eighth of the columns][r].
 template <int kStorage>
-DYBIT_INLINE inline void decode16(const uint8_t* p, const __m512i table[4], __m512i w[4][4]) {
+DYBIT_INLINE inline void decode16(const uint8_t* p, const Tables<kStorage>& table, __m512i w[4][4]) {
   if constexpr (kStorage == 16) {
     unroll<16>([&](auto i) DYBIT_INLINE { w[i / 4][i % 4] = load512(p + i * 64); });
+  } else if constexpr (kStorage == kRuns) {
+    unroll<8>([&](auto i) DYBIT_INLINE {
+      constexpr int s = i / 4, r = i % 4;
+      decode_runs(load512(p + i * 64), table, r, w[2 * s][r], w[2 * s + 1][r]);
+    });
   } else {
     __m512i bytes[2][4];
     decode<kStorage, 0>(p, table, bytes);
@@ -145,17 +201,32 @@ void stream_block(const Job& job, int block, int m0) {
   const Weight& w = job.w;
   const uint8_t* p = w.codes + size_t(block) * w.chunk_count * w.chunk_bytes;
   __m512 total[kM];
-  __m512i table[4] = {};
+  Tables<kStorage> table;
   unroll<kM>([&](auto m) DYBIT_INLINE { total[m] = _mm512_setzero_ps(); });
   for (int s = 0; s < w.segment_count; ++s) {
     const Segment& segment = w.segments[s];
-    if (kStorage < 8 && (s == 0 || w.choice_by_segment)) load_tables(job.tables, job.choices(block, s), table);
+    if (kHasTables<kStorage> && (s == 0 || w.choice_by_segment)) table.load(w, job.tables, job.choices(block, s));
     __m512i sum[kM][4];
     unroll<kM * 4>([&](auto i) DYBIT_INLINE { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
     constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
     const uint8_t* x = job.x + m0 * job.x_stride + size_t(segment.chunk) * kChunk * kSize;
     for (int c = 0; c < segment.chunks; ++c, x += kChunk * kSize) {
       for (size_t line = 0; line < w.chunk_bytes; line += 64) _mm_prefetch((const char*)p + 3072 + line, _MM_HINT_T0);
+      if constexpr (kStorage == kRuns) {  // multiplied as they are decoded: a whole chunk takes too many registers
+        unroll<8>([&](auto i) DYBIT_INLINE {
+          constexpr int s = i / 4, r = i % 4;
+          __m512i even, odd;
+          decode_runs(load512(p + 64 * i), table, r, even, odd);
+          unroll<kM>([&](auto m) DYBIT_INLINE {
+            auto xs = [&](int eighth) DYBIT_INLINE {
+              return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + m * job.x_stride + 16 * eighth)));
+            };
+            sum[m][r] = multiply_add<kP>(multiply_add<kP>(sum[m][r], even, xs(2 * s)), odd, xs(2 * s + 1));
+          });
+        });
+        p += w.chunk_bytes;
+        continue;
+      }
       constexpr int kParts = kSize == 2 ? 4 : 2;
       __m512i weights[kParts][4];
       if constexpr (kSize == 2)
@@ -187,10 +258,11 @@ void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* pane
   const int blocks = std::min(kUnit, w.blocks - block0);
   const int chunk0 = w.segments[first].chunk;
   for (int j = 0; j < blocks; ++j) {
-    __m512i table[4] = {};
+    Tables<kStorage> table;
     for (int s = first; s < last; ++s) {
       const Segment& segment = w.segments[s];
-      if (kStorage < 8) load_tables(job.tables, job.choices(block0 + j, s), table);
+      if (kHasTables<kStorage> && (s == first || w.choice_by_segment))
+        table.load(w, job.tables, job.choices(block0 + j, s));
       const uint8_t* p = w.codes + (size_t(block0 + j) * w.chunk_count + segment.chunk) * w.chunk_bytes;
       uint8_t* to = panel + (size_t(segment.chunk - chunk0) * 4 * kParts * kUnit + j) * 64;
       for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes) {
@@ -208,22 +280,24 @@ void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* pane
   }
 }
 
-// The sums of one input row and the blocks of a unit. Named and not an array: GCC would keep an array in memory.
-struct Four {
-  __m512i a, b, c, d;
-};
-
-// Of the first kBlocks blocks.
-template <Product kP, int kBlocks>
-DYBIT_INLINE inline Four multiply_add(Four sum, Four w, const uint8_t* x) {
-  int32_t word;
-  std::memcpy(&word, x, 4);
-  const __m512i xs = _mm512_set1_epi32(word);
-  sum.a = multiply_add<kP>(sum.a, w.a, xs);
-  if constexpr (kBlocks > 1) sum.b = multiply_add<kP>(sum.b, w.b, xs);
-  if constexpr (kBlocks > 2) sum.c = multiply_add<kP>(sum.c, w.c, xs);
-  if constexpr (kBlocks > 3) sum.d = multiply_add<kP>(sum.d, w.d, xs);
-  return sum;
+// Sums of products of a segment: out[m][j][row] over kM input rows and kBlocks blocks, from start[m] on. By itself, and
+// its results in memory, so that the sums stay in registers inside the loop: GCC spills them where more surrounds it.
+template <Product kP, int kM, int kBlocks>
+[[gnu::noinline]] void sum_words(const uint8_t* panel, const uint8_t* x, int64_t x_stride, int words,
+                                 const int32_t* start, int32_t* out) {
+  __m512i sum[kM][kBlocks];
+  unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE { sum[i / kBlocks][i % kBlocks] = _mm512_set1_epi32(start[i / kBlocks]); });
+  for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
+    __m512i weights[kBlocks];
+    unroll<kBlocks>([&](auto j) DYBIT_INLINE { weights[j] = _mm512_load_si512(panel + 64 * j); });
+    unroll<kM>([&](auto m) DYBIT_INLINE {
+      int32_t word;
+      std::memcpy(&word, x + m * x_stride, 4);
+      const __m512i xs = _mm512_set1_epi32(word);
+      unroll<kBlocks>([&](auto j) DYBIT_INLINE { sum[m][j] = multiply_add<kP>(sum[m][j], weights[j], xs); });
+    });
+  }
+  unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE { _mm512_store_si512(out + 16 * i, sum[i / kBlocks][i % kBlocks]); });
 }
 
 // kM input rows times kBlocks blocks of a panel. y holds the totals between panels.
@@ -232,6 +306,7 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
   const Weight& w = job.w;
   constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
   alignas(64) float total[kM][kBlocks][kBlockRows];
+  alignas(64) int32_t sums[kM * kBlocks * kBlockRows];
   const bool begins = first == 0, ends = last == w.segment_count;
   auto mask = [&](int j) DYBIT_INLINE {
     const int rows = w.rows - (block0 + j) * kBlockRows;
@@ -245,32 +320,19 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
       for (int j = 0; j < kBlocks; ++j) _mm512_store_ps(total[m][j], _mm512_maskz_loadu_ps(mask(j), place(m, j)));
   const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
   for (int s = first; s < last; ++s) {
-    auto start = [&](int m) DYBIT_INLINE {
-      const bool biased = kP == Product::kSigned8 && m < kM;
-      const __m512i sum = biased ? _mm512_set1_epi32(-job.correction(m0 + m, s)) : _mm512_setzero_si512();
-      return Four{sum, sum, sum, sum};
-    };
-    Four sum0 = start(0), sum1 = start(1), sum2 = start(2), sum3 = start(3), sum4 = start(4), sum5 = start(5);
+    int32_t start[kM] = {};
+    if (kP == Product::kSigned8)
+      for (int m = 0; m < kM; ++m) start[m] = -job.correction(m0 + m, s);
     const int words = w.segments[s].chunks * kChunk * kSize / 4;
-    for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
-      Four weights{_mm512_load_si512(panel), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-      if constexpr (kBlocks > 1) weights.b = _mm512_load_si512(panel + 64);
-      if constexpr (kBlocks > 2) weights.c = _mm512_load_si512(panel + 128);
-      if constexpr (kBlocks > 3) weights.d = _mm512_load_si512(panel + 192);
-      sum0 = multiply_add<kP, kBlocks>(sum0, weights, x);
-      if constexpr (kM > 1) sum1 = multiply_add<kP, kBlocks>(sum1, weights, x + job.x_stride);
-      if constexpr (kM > 2) sum2 = multiply_add<kP, kBlocks>(sum2, weights, x + 2 * job.x_stride);
-      if constexpr (kM > 3) sum3 = multiply_add<kP, kBlocks>(sum3, weights, x + 3 * job.x_stride);
-      if constexpr (kM > 4) sum4 = multiply_add<kP, kBlocks>(sum4, weights, x + 4 * job.x_stride);
-      if constexpr (kM > 5) sum5 = multiply_add<kP, kBlocks>(sum5, weights, x + 5 * job.x_stride);
-    }
-    const Four sums[6] = {sum0, sum1, sum2, sum3, sum4, sum5};
+    sum_words<kP, kM, kBlocks>(panel, x, job.x_stride, words, start, sums);
+    panel += size_t(words) * 64 * kUnit;
+    x += words * 4;
     const bool final = ends && s + 1 == last;
     unroll<kBlocks>([&](auto j) DYBIT_INLINE {
       const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
       const __m512 bias = _mm512_loadu_ps(job.out.bias + (block0 + j) * kBlockRows);
       unroll<kM>([&](auto m) DYBIT_INLINE {
-        const __m512i part = j == 0 ? sums[m].a : j == 1 ? sums[m].b : j == 2 ? sums[m].c : sums[m].d;
+        const __m512i part = _mm512_load_si512(sums + (m * kBlocks + j) * kBlockRows);
         const __m512 before = s ? _mm512_load_ps(total[m][j]) : _mm512_setzero_ps();
         const __m512 after = add_segment(job, part, before, scale, m0 + m, s);
         if (final)
@@ -343,13 +405,16 @@ void run_storage(const Job& job, int first_block, int last_block) {
     case 3: run<3, kP>(job, first_block, last_block); break;
     case 4: run<4, kP>(job, first_block, last_block); break;
     case 8: run<8, kP>(job, first_block, last_block); break;
+    case kRuns:
+      if constexpr (kP == Product::kSigned16) run<kRuns, kP>(job, first_block, last_block);
+      break;
     default:
       if constexpr (kP == Product::kSigned16) run<16, kP>(job, first_block, last_block);
   }
 }
 
 InputKind input_kind(int storage, int, int max_input, bool is_signed) {
-  if (storage == 16 || max_input > (is_signed ? 127 : 255)) return InputKind::kSigned16;
+  if (storage > 8 || max_input > (is_signed ? 127 : 255)) return InputKind::kSigned16;
   return is_signed ? InputKind::kSigned8 : InputKind::kUnsigned8;
 }
 
@@ -395,6 +460,7 @@ void float_blocks(const Weight& w, const Input& in, const Output& out, int first
         case 3: float_block<3>(w, in, out, block, m); break;
         case 4: float_block<4>(w, in, out, block, m); break;
         case 8: float_block<8>(w, in, out, block, m); break;
+        case kRuns: float_block<kRuns>(w, in, out, block, m); break;
         default: float_block<16>(w, in, out, block, m);
       }
 }
@@ -403,7 +469,7 @@ void dequantize(const Weight& w, float* out, int first_block, int last_block) {
   auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
   auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
   for (int block = first_block; block < last_block; ++block) {
-    if (w.storage == 16)
+    if (w.storage > 8)
       dequantize_block<int16_t>(w, out, block, words);
     else
       dequantize_block<int8_t>(w, out, block, bytes);
@@ -426,10 +492,20 @@ void linear(const Weight& w, const Input& in, const Output& out, int first_block
 
 void encode(const EncodeTask& task, int first_row, int last_row) { encode_rows(task, first_row, last_row); }
 
+int64_t multiply(int64_t count) {
+  constexpr int kChains = 12;  // enough for what an instruction takes until its result is there
+  __m512i sum[kChains], x = _mm512_set1_epi8(1);
+  unroll<kChains>([&](auto i) DYBIT_INLINE { sum[i] = _mm512_set1_epi32(i); });
+  for (int64_t k = 0; k < count; ++k)
+    unroll<kChains>([&](auto i) DYBIT_INLINE { sum[i] = _mm512_dpbusd_epi32(sum[i], x, x); });
+  unroll<kChains>([&](auto i) DYBIT_INLINE { x = _mm512_xor_si512(x, sum[i]); });
+  return count * kChains * 64 + (_mm512_reduce_add_epi32(x) & 1);
+}
+
 }  // namespace
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize, &kAvx512Codes};
+const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize, &kAvx512Codes, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

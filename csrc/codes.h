@@ -15,6 +15,7 @@ namespace dybit {
 
 struct GatherTask;
 struct DepthwiseTask;
+struct FinishTask;
 
 constexpr int kMaxLevels = 256;
 constexpr int kLanes = 16;  // of a sum: element i belongs to lane i mod 16
@@ -56,6 +57,10 @@ struct CodeKernels {
   // Rows of a product from an image of significands; sums: [rows][segments] of 8-bit ones, or null.
   void (*gather)(const GatherTask&, const int64_t* origins, int rows, uint8_t* out, int32_t* sums);
   void (*depthwise)(const DepthwiseTask&, int places, float* out);
+  // Adds, clamps, stores and rounds results; whether one that is rounded is NaN.
+  bool (*finish)(const FinishTask&, int rows);
+  // Significands of one kind as another that holds them: bytes as 16 bits, any as FP32.
+  void (*convert)(InputKind from, const void* x, int64_t count, InputKind to, void* out);
 };
 
 constexpr int kMixColumns = 64, kMixUnits = 6;

@@ -29,6 +29,15 @@ struct Indices {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(v[0], v[1]), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   }
+  template <class T>
+  DYBIT_INLINE void store_as(T* p) const {
+    if constexpr (sizeof(T) == 1) {
+      const __m256i byte = _mm256_set1_epi32(255);
+      Indices{{_mm256_and_si256(v[0], byte), _mm256_and_si256(v[1], byte)}}.store_bytes(reinterpret_cast<uint8_t*>(p));
+    } else {
+      _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(v[0], v[1]), 0xd8));
+    }
+  }
 };
 
 struct Lanes {
@@ -68,6 +77,13 @@ struct Lanes {
   DYBIT_INLINE Lanes minus_product(Lanes b, Lanes c) const {
     return make([&](int h) DYBIT_INLINE { return _mm256_fnmadd_ps(v[h], b.v[h], c.v[h]); });
   }
+  DYBIT_INLINE Lanes at_least(Lanes low) const {
+    return make([&](int h) DYBIT_INLINE { return _mm256_max_ps(low.v[h], v[h]); });
+  }
+  DYBIT_INLINE Lanes at_most(Lanes high) const {
+    return make([&](int h) DYBIT_INLINE { return _mm256_min_ps(high.v[h], v[h]); });
+  }
+  DYBIT_INLINE Indices nearest() const { return {{_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])}}; }
   DYBIT_INLINE Lanes or_nan_of(Lanes b) const {
     return make([&](int h) DYBIT_INLINE {
       return _mm256_blendv_ps(v[h], _mm256_set1_ps(__builtin_nanf("")), _mm256_cmp_ps(b.v[h], b.v[h], _CMP_UNORD_Q));
@@ -103,6 +119,18 @@ struct Table {
     return Lanes::make([&](int h) DYBIT_INLINE { return _mm256_i32gather_ps(table, index.v[h], 4); });
   }
 };
+
+// Of bytes, a multiple of 32: differences from the least byte, summed eight at a time.
+DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
+  const __m256i sign = _mm256_set1_epi8(char(-128));
+  __m256i sum = _mm256_setzero_si256();
+  for (int k = 0; k < count; k += 32) {
+    const __m256i above = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(values + k)), sign);
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(above, _mm256_setzero_si256()));
+  }
+  const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  return _mm_cvtsi128_si32(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half))) - 128 * count;
+}
 
 #include "codes.inc"
 

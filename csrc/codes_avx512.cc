@@ -25,6 +25,13 @@ struct Indices {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
   }
   DYBIT_INLINE void store_bytes(uint8_t* p) const { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+  template <class T>
+  DYBIT_INLINE void store_as(T* p) const {
+    if constexpr (sizeof(T) == 1)
+      store_bytes(reinterpret_cast<uint8_t*>(p));
+    else
+      _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v));
+  }
 };
 
 struct Lanes {
@@ -41,6 +48,9 @@ struct Lanes {
   DYBIT_INLINE Lanes operator/(Lanes b) const { return {_mm512_div_ps(v, b.v)}; }
   DYBIT_INLINE Lanes plus_product(Lanes b, Lanes c) const { return {_mm512_fmadd_ps(v, b.v, c.v)}; }
   DYBIT_INLINE Lanes minus_product(Lanes b, Lanes c) const { return {_mm512_fnmadd_ps(v, b.v, c.v)}; }
+  DYBIT_INLINE Lanes at_least(Lanes low) const { return {_mm512_max_ps(low.v, v)}; }
+  DYBIT_INLINE Lanes at_most(Lanes high) const { return {_mm512_min_ps(high.v, v)}; }
+  DYBIT_INLINE Indices nearest() const { return {_mm512_cvtps_epi32(v)}; }
   DYBIT_INLINE Lanes or_nan_of(Lanes b) const {
     const __mmask16 unknown = _mm512_cmp_ps_mask(b.v, b.v, _CMP_UNORD_Q);
     return {_mm512_mask_mov_ps(v, unknown, _mm512_set1_ps(__builtin_nanf("")))};
@@ -102,6 +112,18 @@ struct Table {
     return {_mm512_i32gather_ps(index.v, table, 4)};
   }
 };
+
+// Of bytes, a multiple of 32: differences from the least byte, summed eight at a time.
+DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
+  const __m256i sign = _mm256_set1_epi8(char(-128));
+  __m256i sum = _mm256_setzero_si256();
+  for (int k = 0; k < count; k += 32) {
+    const __m256i above = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(values + k)), sign);
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(above, _mm256_setzero_si256()));
+  }
+  const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  return _mm_cvtsi128_si32(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half))) - 128 * count;
+}
 
 #include "codes.inc"
 

@@ -24,6 +24,10 @@ struct Indices {
   void store_bytes(uint8_t* p) const {
     for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(lane[i]);
   }
+  template <class T>
+  void store_as(T* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = T(lane[i]);
+  }
 };
 
 struct Lanes {
@@ -63,6 +67,24 @@ struct Lanes {
   Lanes minus_product(Lanes b, Lanes c) const {
     return make([&](int i) { return __builtin_fmaf(-lane[i], b.lane[i], c.lane[i]); });
   }
+  // Those of NaN stay NaN.
+  Lanes at_least(Lanes low) const {
+    return make([&](int i) { return lane[i] < low.lane[i] ? low.lane[i] : lane[i]; });
+  }
+  Lanes at_most(Lanes high) const {
+    return make([&](int i) { return lane[i] > high.lane[i] ? high.lane[i] : lane[i]; });
+  }
+  // Integers, ties to even, of numbers below 2^22 in magnitude; of NaN any.
+  Indices nearest() const {
+    Indices result;
+    for (int i = 0; i < kLanes; ++i) {
+      const float moved = lane[i] + 12582912.0f;  // 1.5 · 2^23
+      int32_t bits;
+      std::memcpy(&bits, &moved, sizeof bits);
+      result.lane[i] = int32_t(uint32_t(bits) - 0x4b400000u);
+    }
+    return result;
+  }
   Lanes or_nan_of(Lanes b) const {
     return make([&](int i) { return b.lane[i] == b.lane[i] ? lane[i] : __builtin_nanf(""); });
   }
@@ -91,6 +113,13 @@ struct Table {
     return Lanes::make([&](int i) { return table[index.lane[i]]; });
   }
 };
+
+// Of bytes, a multiple of 32.
+int32_t sum_of(const int8_t* values, int count) {
+  int32_t sum = 0;
+  for (int k = 0; k < count; ++k) sum += values[k];
+  return sum;
+}
 
 #include "codes.inc"
 

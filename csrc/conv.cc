@@ -17,13 +17,56 @@ namespace {
 
 constexpr size_t kTileBytes = size_t(1) << 18;  // of gathered rows, to stay in the L2 cache
 constexpr int kLeastTile = 96;                  // rows: fewer would not pay for unpacking the weights
+constexpr int kPartBlocks = 4;                  // whose results are finished while they are in the L1 cache
+constexpr int64_t kLittle = 50000;              // elements that are not worth a second thread
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t volume(const Extent& extent) { return int64_t(extent[0]) * extent[1] * extent[2]; }
 
-bool has_border(const ConvGeometry& g) {
-  for (int d = 0; d < 3; ++d)
-    if (g.before[d] || g.after[d]) return true;
-  return false;
+bool any(const Extent& extent) { return extent[0] || extent[1] || extent[2]; }
+
+Extent minus(const Extent& a, const Extent& b) { return {a[0] - b[0], a[1] - b[1], a[2] - b[2]}; }
+
+Extent padded_by(const Extent& before, const Extent& size, const Extent& after) {
+  Extent result;
+  for (int d = 0; d < 3; ++d) result[d] = before[d] + size[d] + after[d];
+  return result;
+}
+
+Extent at_place(int64_t place, const Extent& places) {
+  return {int(place / places[2] / places[1]), int(place / places[2] % places[1]), int(place % places[2])};
+}
+
+// A place among those of all samples, in order.
+struct Cursor {
+  Extent place;
+  int64_t sample;
+
+  Cursor(int64_t index, const Extent& places) {
+    const int64_t per_sample = int64_t(places[0]) * places[1] * places[2];
+    place = at_place(index % per_sample, places);
+    sample = index / per_sample;
+  }
+
+  // Within a line, or to the start of the next. Whether to the next.
+  bool advance(int count, const Extent& places) {
+    place[2] += count;
+    if (place[2] < places[2]) return false;
+    place[2] = 0;
+    if (++place[1] == places[1]) {
+      place[1] = 0;
+      if (++place[0] == places[0]) {
+        place[0] = 0;
+        ++sample;
+      }
+    }
+    return true;
+  }
+};
+
+// Where in an image a place of a sample lies, in places.
+int64_t inside(const Extent& place, int64_t sample, const Extent& padded) {
+  return ((sample * padded[0] + place[0]) * padded[1] + place[1]) * padded[2] + place[2];
 }
 
 Rounding rounding_of(const InputFormat& format, float scale, const float* offset) {
@@ -47,12 +90,101 @@ uint8_t* scratch(size_t bytes) {
 
 float unit_of(const InputFormat& format) { return std::ldexp(1.0f, format.magnitude_bits - 1); }
 
+// Zeros in the border of an image.
+void clear_border(const Image& image, int batch, const Extent& size) {
+  if (!any(image.before) && !any(image.after)) return;
+  const Extent padded = image.padded(size);
+  const size_t pixel = size_t(image.pitch) * image.element(), line = pixel * padded[2];
+  uint8_t* to = image.data;
+  for (int i = 0; i < batch * padded[0] * padded[1]; ++i, to += line) {
+    const int d = i / padded[1] % padded[0] - image.before[0], h = i % padded[1] - image.before[1];
+    if (d < 0 || d >= size[0] || h < 0 || h >= size[1]) {
+      std::memset(to, 0, line);
+    } else {
+      std::memset(to, 0, pixel * image.before[2]);
+      std::memset(to + line - pixel * image.after[2], 0, pixel * image.after[2]);
+    }
+  }
+}
+
+// Finishes some channels of `rows` results, which lie [rows][from_stride] and are those of the places from `start` on.
+bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& places, int channels, const float* from,
+                 int64_t from_stride, bool from_padded, int64_t start, int rows, int first, int last) {
+  const Image* image = finish.image;
+  const int64_t at = start * channels + first;
+  FinishTask task{from,
+                  from_stride,
+                  from_padded,
+                  finish.addend ? finish.addend + at : nullptr,
+                  finish.y ? finish.y + at : nullptr,
+                  channels,
+                  finish.low,
+                  finish.high,
+                  &finish.rounding,
+                  image ? image->kind : InputKind::kUnsigned8,
+                  nullptr,
+                  last - first,
+                  image && last == channels ? image->pitch - first : last - first};
+  if (!image) return codes.finish(task, rows);
+  const Extent padded = image->padded(places);
+  const int64_t pixel = int64_t(image->pitch) * image->element();
+  Cursor at_row(start, places);
+  auto target = [&] {
+    const Extent& p = at_row.place;
+    const Extent inner{p[0] + image->before[0], p[1] + image->before[1], p[2] + image->before[2]};
+    return image->data + inside(inner, at_row.sample, padded) * pixel + int64_t(first) * image->element();
+  };
+  // Where nothing lies between places, those of a line are one row.
+  if (image->pitch == channels && from_stride == channels && first == 0 && last == channels) {
+    bool unknown = false;
+    for (int row = 0, count; row < rows; row += count) {
+      count = std::min(rows - row, places[2] - at_row.place[2]);
+      uint8_t* to = target();
+      task.images = &to;
+      task.channels = task.padded = count * channels;
+      unknown |= codes.finish(task, 1);
+      task.from += int64_t(count) * channels;
+      if (task.addend) task.addend += int64_t(count) * channels;
+      if (task.y) task.y += int64_t(count) * channels;
+      at_row.advance(count, places);
+    }
+    return unknown;
+  }
+  auto** targets = reinterpret_cast<uint8_t**>(scratch<6>(size_t(rows) * sizeof(uint8_t*)));
+  uint8_t* to = target();
+  for (int row = 0; row < rows; ++row) {
+    targets[row] = to;
+    to = at_row.advance(1, places) ? target() : to + pixel;
+  }
+  task.images = targets;
+  return codes.finish(task, rows);
+}
+
 }  // namespace
 
-Extent ConvGeometry::padded(const Extent& size) const {
-  Extent result;
-  for (int d = 0; d < 3; ++d) result[d] = before[d] + size[d] + after[d];
-  return result;
+Extent ConvGeometry::padded(const Extent& size) const { return padded_by(before, size, after); }
+
+Extent Image::padded(const Extent& size) const { return padded_by(before, size, after); }
+
+bool Finish::plain() const { return !addend && !image && low == -kInfinity && high == kInfinity; }
+
+bool round_to_image(const float* x, int batch, const Extent& size, const Rounding* rounding, bool by_sample,
+                    const Image& image, int threads) {
+  const CodeKernels& codes = *kernels().codes;
+  const int64_t places = volume(size), step = std::max<int64_t>(1, (1 << 14) / image.channels);
+  const int steps = int((places + step - 1) / step);
+  clear_border(image, batch, size);
+  std::atomic<bool> unknown{false};
+  parallel_for(batch * steps, places * batch * image.channels < kLittle ? 1 : threads, [&](int i) {
+    const int64_t sample = i / steps, start = i % steps * step;
+    const int rows = int(std::min(step, places - start));
+    const Finish finish{nullptr, nullptr, -kInfinity, kInfinity, &image, rounding[by_sample ? sample : 0]};
+    const int64_t at = sample * places + start;
+    if (finish_some(codes, finish, size, image.channels, x + at * image.channels, image.channels, false, at, rows, 0,
+                    image.channels))
+      unknown = true;
+  });
+  return !unknown;
 }
 
 Extent ConvGeometry::output(const Extent& size) const {
@@ -75,64 +207,87 @@ Conv::Conv(std::vector<const PackedWeight*> weights, const ConvGeometry& geometr
               weight->weight().chunk_count == first.chunk_count;
 }
 
-std::vector<GatherRun> Conv::runs(const PackedWeight& weight, int group, const Extent& padded, int element_bytes) const {
+std::vector<GatherRun> Conv::runs(const PackedWeight& weight, int group, const Extent& padded, const Image& image) const {
   const ConvGeometry& g = geometry_;
-  const int per_group = g.channels / g.groups, taps = int(volume(g.kernel));
+  const int per_group = g.channels / g.groups, taps = int(volume(g.kernel)), element = image.element();
   const Weight& w = weight.weight();
   std::vector<GatherRun> result;
   const Segment* segment = w.segments;
   auto source = [&](int tap, int channel) {
-    const int k2 = tap % g.kernel[2], k1 = tap / g.kernel[2] % g.kernel[1], k0 = tap / g.kernel[2] / g.kernel[1];
-    const int64_t pixel = (int64_t(k0) * g.dilation[0] * padded[1] + k1 * g.dilation[1]) * padded[2] + k2 * g.dilation[2];
-    return (pixel * g.channels + group * per_group + channel) * element_bytes;
+    const Extent k = at_place(tap, g.kernel);
+    const int64_t pixel = inside({k[0] * g.dilation[0], k[1] * g.dilation[1], k[2] * g.dilation[2]}, 0, padded);
+    return (pixel * image.pitch + group * per_group + channel) * element;
   };
   for (int column = 0; column < w.columns; ++column) {
     if (column == segment->start + segment->length) ++segment;
-    const int to = (segment->chunk * kChunk + column - segment->start) * element_bytes;
+    const int to = (segment->chunk * kChunk + column - segment->start) * element;
     const int64_t from = g.channel_major ? source(column % taps, column / taps) : source(column / per_group, column % per_group);
     if (!result.empty() && result.back().to + result.back().bytes == to && result.back().from + result.back().bytes == from)
-      result.back().bytes += element_bytes;
+      result.back().bytes += element;
     else
-      result.push_back({to, from, element_bytes});
+      result.push_back({to, from, element});
   }
   return result;
 }
 
+// Whether the rows of the product are the places of an image, as they lie.
+bool Conv::whole_rows() const {
+  const ConvGeometry& g = geometry_;
+  return volume(g.kernel) == 1 && g.stride == Extent{1, 1, 1} && !any(g.before) && !any(g.after) && g.groups == 1 &&
+         weights_[0]->weight().segment_count == 1;
+}
+
+struct Conv::Run {
+  int batch;
+  Extent size;
+  const float* scales;  // of every sample
+  const float* offset;  // or null
+  int threads;
+};
+
 bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads) const {
   if (!alike_) return false;
+  const CodeKernels& codes = *weights_[0]->kernels().codes;
+  const int64_t elements = volume(input.size) * geometry_.channels;
+  const int pitch = whole_rows() ? weights_[0]->weight().chunk_count * kChunk : geometry_.channels;
+  Image image{nullptr, weights_[0]->kind(), geometry_.before, geometry_.after, geometry_.channels, pitch};
+  image.data = scratch<0>(size_t(volume(image.padded(input.size))) * pitch * image.element() * input.batch);
+  std::vector<float> scales(input.batch);
+  std::vector<Rounding> roundings(input.batch);
+  for (int sample = 0; sample < input.batch; ++sample) {
+    scales[sample] = sample_scale(input, codes, input.x + sample * elements, elements);
+    roundings[sample] = rounding_of(weights_[0]->input(), scales[sample], input.offset);
+  }
+  if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads)) return false;
+  const Finish finish{y, nullptr, -kInfinity, kInfinity, nullptr, {}};
+  return multiply({input.batch, input.size, scales.data(), input.offset, threads}, image, bias, finish);
+}
+
+bool Conv::run(const Image& image, int batch, const Extent& size, float scale, const float* offset, const float* bias,
+               const Finish& finish, int threads) const {
+  if (!alike_) return false;
+  const std::vector<float> scales(batch, scale);
+  const InputKind kind = weights_[0]->kind();
+  Image given = image;
+  if (kind != image.kind) {  // wide weights want wide inputs
+    if (kind != InputKind::kSigned16) return false;
+    const int64_t count = volume(image.padded(size)) * image.pitch * batch;
+    given.kind = kind;
+    given.data = scratch<0>(size_t(count) * 2);
+    weights_[0]->kernels().codes->convert(image.kind, image.data, count, kind, given.data);
+  }
+  if (finish.image) clear_border(*finish.image, batch, geometry_.output(size));
+  return multiply({batch, size, scales.data(), offset, threads}, given, bias, finish);
+}
+
+bool Conv::multiply(const Run& run, const Image& image, const float* bias, const Finish& finish) const {
   const ConvGeometry& g = geometry_;
   const Kernels& kernels = weights_[0]->kernels();
   const CodeKernels& codes = *kernels.codes;
-  const InputKind kind = weights_[0]->kind();
-  const InputFormat& format = weights_[0]->input();
-  const int size = kind == InputKind::kSigned16 ? 2 : 1;
-  const Extent padded = g.padded(input.size), places = g.output(input.size);
-  const int64_t pixel = int64_t(g.channels) * size, image = volume(padded) * pixel;
-  const int64_t elements = volume(input.size) * g.channels, per_sample = volume(places);
-
-  uint8_t* images = scratch<0>(size_t(image) * input.batch);
-  std::vector<float> sample_scales(input.batch);
-  std::atomic<bool> unknown{false};
-  if (has_border(g)) std::memset(images, 0, size_t(image) * input.batch);
-  const int lines = input.size[0] * input.size[1];
-  const int64_t line = int64_t(input.size[2]) * g.channels;
-  for (int sample = 0; sample < input.batch; ++sample)
-    sample_scales[sample] = sample_scale(input, codes, input.x + sample * elements, elements);
-  // Lines without borders follow each other, so several are one run.
-  const bool plain = !has_border(g);
-  const int step = int(std::clamp<int64_t>((int64_t(1) << 14) / std::max<int64_t>(1, line), 1, lines));
-  const int steps = (lines + step - 1) / step;
-  parallel_for(input.batch * steps, elements * input.batch < 50000 ? 1 : threads, [&](int i) {
-    const int sample = i / steps, first = i % steps * step, last = std::min(lines, first + step);
-    const Rounding rounding = rounding_of(format, sample_scales[sample], input.offset);
-    for (int at = first; at < last; at += plain ? last - first : 1) {
-      const int d = at / input.size[1] + g.before[0], h = at % input.size[1] + g.before[1];
-      uint8_t* to = images + sample * image + ((int64_t(d) * padded[1] + h) * padded[2] + g.before[2]) * pixel;
-      const int64_t count = plain ? line * (last - first) : line;
-      if (codes.significands(rounding, kind, input.x + sample * elements + at * line, count, to)) unknown = true;
-    }
-  });
-  if (unknown) return false;
+  const InputKind kind = image.kind;
+  const int size = image.element(), batch = run.batch, threads = run.threads;
+  const Extent padded = image.padded(run.size), places = g.output(run.size), corner = minus(image.before, g.before);
+  const int64_t pixel = int64_t(image.pitch) * size, per_sample = volume(places);
 
   const int rows = weights_[0]->weight().rows, outputs = rows * g.groups, blocks = weights_[0]->weight().blocks;
   std::vector<float> biases(size_t(g.groups) * blocks * kBlockRows, 0.0f);
@@ -140,57 +295,76 @@ bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads)
     for (int n = 0; n < rows; ++n) {
       float& b = biases[size_t(group) * blocks * kBlockRows + n];
       b = bias ? bias[group * rows + n] : 0.0f;
-      if (input.offset) b = std::fma(*input.offset, weights_[group]->row_sums()[n], b);
+      if (run.offset) b = std::fma(*run.offset, weights_[group]->row_sums()[n], b);
     }
 
   const Weight& first_weight = weights_[0]->weight();
   const size_t row_bytes = size_t(first_weight.chunk_count) * kChunk * size;
   const int segments = first_weight.segment_count;
-  const bool identity = volume(g.kernel) == 1 && g.stride == Extent{1, 1, 1} && plain && g.groups == 1 &&
-                        row_bytes == size_t(pixel) && segments == 1;
+  const bool identity =
+      whole_rows() && !any(image.before) && !any(image.after) && row_bytes == size_t(pixel);
+  const bool sums = kind == InputKind::kSigned8;
   std::vector<std::vector<GatherRun>> gathers(g.groups);
-  for (int group = 0; group < g.groups; ++group) gathers[group] = runs(*weights_[group], group, padded, size);
+  if (!identity)
+    for (int group = 0; group < g.groups; ++group) gathers[group] = runs(*weights_[group], group, padded, image);
 
-  const int64_t total = per_sample * input.batch;
-  const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes) / 6 * 6, kLeastTile, 1536);
+  const bool direct = finish.plain();
+  const float unit = unit_of(weights_[0]->input());
+  const int64_t total = per_sample * batch;
+  const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes) / 6 * 6, kLeastTile, direct ? 1536 : 96);
   const int64_t tiles = (total + tile - 1) / tile;
   // Where there are fewer tiles than threads, the rows of the weights are divided, too.
-  const int unit = kernels.unit_blocks, units = (blocks + unit - 1) / unit;
+  const int step_blocks = kernels.unit_blocks, units = (blocks + step_blocks - 1) / step_blocks;
   const int parts = tiles >= 2 * threads ? 1 : std::min<int>(units, int((2 * threads + tiles - 1) / tiles));
-  const bool sums = kind == InputKind::kSigned8;
   const int64_t work = total * rows * first_weight.columns * g.groups;
+  std::atomic<bool> unknown{false};
   parallel_for(int(tiles) * (threads > 1 ? parts : 1), work < 200000 ? 1 : threads, [&](int i) {
     const int part_count = threads > 1 ? parts : 1, part = i % part_count;
     const int64_t start = i / part_count * tile;
     const int m = int(std::min(tile, total - start));
-    const int first_block = units * part / part_count * unit;
-    const int last_block = std::min(blocks, units * (part + 1) / part_count * unit);
+    const int first_block = units * part / part_count * step_blocks;
+    const int last_block = std::min(blocks, units * (part + 1) / part_count * step_blocks);
     auto* origins = reinterpret_cast<int64_t*>(scratch<1>(size_t(m) * 8));
     auto* scales = reinterpret_cast<float*>(scratch<2>(size_t(m) * 4));
     auto* row_sums = reinterpret_cast<int32_t*>(scratch<3>(size_t(m) * segments * 4));
-    for (int row = 0; row < m; ++row) {
-      const int64_t at = start + row, sample = at / per_sample, place = at % per_sample;
-      const int64_t w = place % places[2], h = place / places[2] % places[1], d = place / places[2] / places[1];
-      origins[row] = sample * image +
-                     ((d * g.stride[0] * padded[1] + h * g.stride[1]) * padded[2] + w * g.stride[2]) * pixel;
-      scales[row] = sample_scales[sample] / unit_of(format);
+    Cursor at(start, places);
+    for (int row = 0; row < m; ++row, at.advance(1, places)) {
+      scales[row] = run.scales[at.sample] / unit;
+      const Extent& p = at.place;
+      origins[row] = pixel * (identity ? start + row
+                                       : inside({corner[0] + p[0] * g.stride[0], corner[1] + p[1] * g.stride[1],
+                                                 corner[2] + p[2] * g.stride[2]}, at.sample, padded));
     }
     for (int group = 0; group < g.groups; ++group) {
       const Weight& weight = weights_[group]->weight();
-      const uint8_t* data = images + start * pixel;
+      const uint8_t* data = image.data + start * pixel;
       if (!identity || sums) {
-        const GatherTask task{images,   gathers[group].data(), int(gathers[group].size()), weight.segments, segments, size,
-                              row_bytes};
-        uint8_t* gathered = scratch<4>(row_bytes * m);
+        const GatherTask task{image.data, gathers[group].data(), int(gathers[group].size()), weight.segments, segments,
+                              size,       row_bytes};
+        uint8_t* gathered = identity ? nullptr : scratch<4>(row_bytes * m);
         codes.gather(task, origins, m, gathered, sums ? row_sums : nullptr);
-        data = gathered;
+        if (gathered) data = gathered;
       }
       const Input in{m, kind, weights_[group]->max_input(), data, sums ? row_sums : nullptr, nullptr, scales};
-      const Output out{y + start * outputs + group * rows, outputs, biases.data() + size_t(group) * blocks * kBlockRows};
-      kernels.linear(weight, in, out, first_block, last_block);
+      const float* b = biases.data() + size_t(group) * blocks * kBlockRows;
+      if (direct) {
+        kernels.linear(weight, in, {finish.y + start * outputs + group * rows, outputs, b}, first_block, last_block);
+        continue;
+      }
+      const int step = std::max(step_blocks, kPartBlocks), width = step * kBlockRows;
+      auto* results = reinterpret_cast<float*>(scratch<7>(size_t(m) * width * sizeof(float)));
+      for (int block = first_block; block < last_block; block += step) {
+        const int end = std::min(last_block, block + step), channel = block * kBlockRows;
+        if (rows < end * kBlockRows)
+          for (int row = 0; row < m; ++row) std::memset(results + row * width + (end * kBlockRows - kBlockRows - channel), 0, 64);
+        kernels.linear(weight, in, {results - channel, width, b}, block, end);
+        if (finish_some(codes, finish, places, outputs, results, width, true, start, m, group * rows + channel,
+                        group * rows + std::min(rows, end * kBlockRows)))
+          unknown = true;
+      }
     }
   });
-  return true;
+  return !unknown;
 }
 
 Depthwise::Depthwise(const float* significands, const float* scales, const ConvGeometry& geometry,
@@ -214,72 +388,130 @@ Depthwise::Depthwise(const float* significands, const float* scales, const ConvG
   }
 }
 
+std::vector<float> Depthwise::biases(const float* bias, const float* offset) const {
+  std::vector<float> result(padded_channels_, 0.0f);
+  for (int channel = 0; channel < geometry_.channels; ++channel) {
+    result[channel] = bias ? bias[channel] : 0.0f;
+    if (offset) result[channel] = std::fma(*offset, sums_[channel], result[channel]);
+  }
+  return result;
+}
+
+// Some rows of the outputs of a sample, from FP32 inputs that are rounded on the way or from an image.
+struct Depthwise::Band {
+  const ConvInput* input;  // or null
+  const Image* image;
+  int sample, first, last;
+  Extent size;
+  float scale;
+  const float* offset;
+  const float* bias;
+  const Finish& finish;
+};
+
 bool Depthwise::run(const ConvInput& input, float* y, const float* bias, int threads) const {
   const CodeKernels& codes = *kernels().codes;
-  const Extent places = geometry_.output(input.size);
   const int64_t elements = volume(input.size) * geometry_.channels;
-  const int64_t outputs = volume(places) * geometry_.channels;
-  std::vector<float> biases(padded_channels_, 0.0f);
-  for (int channel = 0; channel < geometry_.channels; ++channel) {
-    biases[channel] = bias ? bias[channel] : 0.0f;
-    if (input.offset) biases[channel] = std::fma(*input.offset, sums_[channel], biases[channel]);
-  }
-  std::atomic<bool> unknown{false};
-  const bool divide = threads > 1 && elements * input.batch > 50000;
-  const int bands = divide ? std::clamp(places[1] / 4, 1, 2 * threads) : 1;
+  const std::vector<float> all = biases(bias, input.offset);
   std::vector<float> scales(input.batch);
   for (int sample = 0; sample < input.batch; ++sample)
     scales[sample] = sample_scale(input, codes, input.x + sample * elements, elements);
+  const Finish finish{y, nullptr, -kInfinity, kInfinity, nullptr, {}};
+  std::atomic<bool> unknown{false};
+  const int rows = geometry_.output(input.size)[1];
+  const bool divide = threads > 1 && elements * input.batch > kLittle;
+  const int bands = divide ? std::clamp(rows / 4, 1, 2 * threads) : 1;
   parallel_for(input.batch * bands, divide ? threads : 1, [&](int i) {
     const int sample = i / bands, band = i % bands;
-    const int first = int(int64_t(places[1]) * band / bands), last = int(int64_t(places[1]) * (band + 1) / bands);
-    if (!run_rows(input, sample, scales[sample], first, last, biases.data(), y + sample * outputs)) unknown = true;
+    if (!run_band({&input, nullptr, sample, int(int64_t(rows) * band / bands), int(int64_t(rows) * (band + 1) / bands),
+                   input.size, scales[sample], input.offset, all.data(), finish}))
+      unknown = true;
   });
   return !unknown;
 }
 
-// Rows of input are rounded when the first row of outputs needs them, and kept in as many slots as one needs.
-bool Depthwise::run_rows(const ConvInput& input, int sample, float scale, int first, int last, const float* bias,
-                         float* y) const {
+bool Depthwise::run(const Image& image, int batch, const Extent& size, float scale, const float* offset,
+                    const float* bias, const Finish& finish, int threads) const {
+  const std::vector<float> all = biases(bias, offset);
+  const Extent places = geometry_.output(size);
+  if (finish.image) clear_border(*finish.image, batch, places);
+  std::atomic<bool> unknown{false};
+  const int rows = places[1];
+  const bool divide = threads > 1 && volume(size) * geometry_.channels * batch > kLittle;
+  const int bands = divide ? std::clamp(rows / 4, 1, 2 * threads) : 1;
+  parallel_for(batch * bands, divide ? threads : 1, [&](int i) {
+    const int sample = i / bands, band = i % bands;
+    if (!run_band({nullptr, &image, sample, int(int64_t(rows) * band / bands), int(int64_t(rows) * (band + 1) / bands),
+                   size, scale, nullptr, all.data(), finish}))
+      unknown = true;
+  });
+  return !unknown;
+}
+
+// Rows of input become FP32 when the first row of outputs needs them, and are kept in as many slots as one needs.
+bool Depthwise::run_band(const Band& band) const {
   const ConvGeometry& g = geometry_;
   const CodeKernels& codes = *kernels().codes;
-  const Extent padded = g.padded(input.size), places = g.output(input.size);
-  const int64_t line = int64_t(input.size[2]) * g.channels, stride = int64_t(padded_channels_);
+  const Extent padded = g.padded(band.size), places = g.output(band.size);
+  const Image* image = band.image;
+  const int64_t line = int64_t(band.size[2]) * g.channels;
+  const int64_t stride = image && image->pitch >= padded_channels_ ? image->pitch : padded_channels_;
   const int slots = (g.kernel[1] - 1) * g.dilation[1] + 1;
-  const size_t slot = size_t(padded[2]) * padded_channels_;
+  const size_t slot = size_t(padded[2]) * stride;
   auto* ring = reinterpret_cast<float*>(scratch<5>(slot * slots * sizeof(float)));
-  std::memset(ring, 0, slot * slots * sizeof(float));
-  const float* x = input.x + int64_t(sample) * input.size[1] * line;
-  const Rounding rounding = rounding_of(input_, scale, input.offset);
+  if (!image || image->pitch != stride) std::memset(ring, 0, slot * slots * sizeof(float));
+  const float* x = image ? nullptr : band.input->x + int64_t(band.sample) * band.size[1] * line;
+  const Rounding rounding = rounding_of(input_, band.scale, band.offset);
   const int taps = g.kernel[1] * g.kernel[2];
   std::vector<const float*> sources(taps);
-  const DepthwiseTask task{weights_.data(), scales_.data(), bias, sources.data(), taps, g.channels, padded_channels_,
-                           g.stride[2] * stride, scale / unit_of(input_)};
+  const DepthwiseTask task{weights_.data(), scales_.data(), band.bias, sources.data(), taps, g.channels, padded_channels_,
+                           g.stride[2] * stride, band.scale / unit_of(input_)};
+  const bool plain = band.finish.plain();
+  float* results = plain ? nullptr : reinterpret_cast<float*>(scratch<7>(size_t(places[2]) * g.channels * sizeof(float)));
   bool unknown = false;
-  int next = first * g.stride[1];  // row of the padded image to round
-  for (int row = first; row < last; ++row) {
+  // Converts a row of an image, border and all; rounds a row of inputs.
+  auto from_image = [&](int row, float* to) {
+    const Extent whole = image->padded(band.size), corner = minus(image->before, g.before);
+    const uint8_t* from = image->data + inside({corner[0], corner[1] + row, corner[2]}, band.sample, whole) *
+                                            image->pitch * image->element();
+    if (image->pitch == stride) {
+      codes.convert(image->kind, from, int64_t(slot), InputKind::kFloat, to);
+    } else {
+      for (int w = 0; w < padded[2]; ++w)
+        codes.convert(image->kind, from + size_t(w) * image->pitch * image->element(), g.channels, InputKind::kFloat,
+                      to + w * stride);
+    }
+  };
+  auto from_input = [&](int row, float* to) {
+    const int from = row - g.before[1];
+    if (from < 0 || from >= band.size[1]) {
+      std::memset(to, 0, slot * sizeof(float));
+      return;
+    }
+    to += g.before[2] * stride;
+    if (stride == g.channels) {
+      unknown |= codes.significands(rounding, InputKind::kFloat, x + from * line, line, to);
+    } else {
+      for (int w = 0; w < band.size[2]; ++w)
+        unknown |= codes.significands(rounding, InputKind::kFloat, x + from * line + int64_t(w) * g.channels, g.channels,
+                                      to + w * stride);
+    }
+  };
+  int next = band.first * g.stride[1];  // row of the padded image
+  for (int row = band.first; row < band.last; ++row) {
     const int top = row * g.stride[1];
     for (next = std::max(next, top); next < top + slots; ++next) {
       float* to = ring + next % slots * slot;
-      const int from = next - g.before[1];
-      if (from < 0 || from >= input.size[1]) {
-        std::memset(to, 0, slot * sizeof(float));
-        continue;
-      }
-      to += g.before[2] * stride;
-      if (padded_channels_ == g.channels) {
-        unknown |= codes.significands(rounding, InputKind::kFloat, x + from * line, line, to);
-      } else {
-        for (int w = 0; w < input.size[2]; ++w)
-          unknown |= codes.significands(rounding, InputKind::kFloat, x + from * line + int64_t(w) * g.channels, g.channels,
-                                        to + w * stride);
-      }
+      image ? from_image(next, to) : from_input(next, to);
     }
     for (int tap = 0; tap < taps; ++tap) {
       const int h = top + tap / g.kernel[2] * g.dilation[1], w = tap % g.kernel[2] * g.dilation[2];
       sources[tap] = ring + h % slots * slot + w * stride;
     }
-    codes.depthwise(task, places[2], y + int64_t(row) * places[2] * g.channels);
+    const int64_t start = (int64_t(band.sample) * places[1] + row) * places[2];
+    codes.depthwise(task, places[2], plain ? band.finish.y + start * g.channels : results);
+    if (!plain)
+      unknown |= finish_some(codes, band.finish, places, g.channels, results, g.channels, false, start, places[2], 0, g.channels);
   }
   return !unknown;
 }

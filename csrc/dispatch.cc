@@ -28,9 +28,13 @@ std::vector<float> sample(const Kernels& kernels) {
   uint32_t state = 1;
   auto draw = [&state] { return (state = state * 1664525u + 1013904223u) >> 8; };
   constexpr int kRows = 19, kColumns = 77, kInputs = 7;
-  for (int bits : {2, 3, 4, 6, 8}) {
+  for (int bits : {2, 3, 4, 6, 7, 8}) {
     std::vector<int32_t> table(2 << bits);
-    for (int i = 0; i < 2 << bits; ++i) table[i] = int(draw() % (bits == 8 ? 8192 : 96)) - (bits == 8 ? 4096 : 48);
+    for (int i = 0; i < 2 << bits; ++i) {
+      table[i] = int(draw() % (bits == 8 ? 8192 : 96)) - (bits == 8 ? 4096 : 48);
+      // 7 bits: the form of Runs, two of the eight irregular
+      if (bits == 7) table[i] = i / 16 % 4 == 3 ? int(draw() % 8192) - 4096 : i / 16 * 100 - 800 + i % 16 * (i / 16 - 7);
+    }
     std::vector<uint8_t> packed(kRows * 80), choice(kRows * 2);
     for (auto& byte : packed) byte = uint8_t(draw());
     for (auto& book : choice) book = uint8_t(draw() & 1);

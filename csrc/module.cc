@@ -12,6 +12,7 @@
 #include "conv.h"
 #include "dispatch.h"
 #include "packed.h"
+#include "peak.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -124,14 +125,46 @@ bool convolve(const T& self, uintptr_t x, int batch, const dybit::Extent& size, 
   return self.run(input, writable<float>(y), pointer<float>(bias), threads);
 }
 
+// An image as Python passes it: address, kind, zeros before and after in three dimensions, channels, elements of a place.
+using Picture = std::tuple<uintptr_t, int, dybit::Extent, dybit::Extent, int, int>;
+
+dybit::Image image(const Picture& p) {
+  return {writable<uint8_t>(std::get<0>(p)), dybit::InputKind(std::get<1>(p)), std::get<2>(p), std::get<3>(p),
+          std::get<4>(p),                    std::get<5>(p)};
+}
+
+// Magnitude bits, longest run, signed, scale, offset.
+using Rounded = std::tuple<int, int, bool, float, float>;
+
+dybit::Rounding rounding(const Rounded& r) {
+  return {std::get<0>(r), std::get<1>(r), std::get<2>(r), false, 1.0f, std::get<3>(r), std::get<4>(r)};
+}
+
+template <class T>
+bool convolve_image(const T& self, const Picture& x, int batch, const dybit::Extent& size, float scale, uintptr_t offset,
+                    uintptr_t bias, uintptr_t y, uintptr_t addend, float low, float high, const Picture& out, const Rounded& format,
+                    int threads) {
+  const dybit::Image result = image(out);
+  const dybit::Finish finish{writable<float>(y), pointer<float>(addend),          low,
+                             high,               result.data ? &result : nullptr, rounding(format)};
+  return self.run(image(x), batch, size, scale, pointer<float>(offset), pointer<float>(bias), finish, threads);
+}
+
 void define_convolutions(nb::module_& m) {
   const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("round_to_image",
+        [](uintptr_t x, int batch, const dybit::Extent& size, const Rounded& format, const Picture& out, int threads) {
+          const dybit::Rounding r = rounding(format);
+          return dybit::round_to_image(pointer<float>(x), batch, size, &r, false, image(out), threads);
+        },
+        released);
   nb::class_<dybit::Conv>(m, "Conv")
       .def(nb::new_([](std::vector<const dybit::PackedWeight*> weights, const Extents& extents, int channels, int groups,
                        bool channel_major) {
         return new dybit::Conv(std::move(weights), geometry(extents, channels, groups, channel_major));
       }))
-      .def("run", &convolve<dybit::Conv>, released);
+      .def("run", &convolve<dybit::Conv>, released)
+      .def("run_image", &convolve_image<dybit::Conv>, released);
   nb::class_<dybit::Depthwise>(m, "Depthwise")
       .def(nb::new_([](uintptr_t significands, uintptr_t scales, const Extents& extents, int channels, int magnitude_bits,
                        int max_run, bool is_signed) {
@@ -139,7 +172,8 @@ void define_convolutions(nb::module_& m) {
                                     geometry(extents, channels, channels, false),
                                     {true, magnitude_bits, max_run, is_signed, 0});
       }))
-      .def("run", &convolve<dybit::Depthwise>, released);
+      .def("run", &convolve<dybit::Depthwise>, released)
+      .def("run_image", &convolve_image<dybit::Depthwise>, released);
 }
 
 }  // namespace
@@ -153,6 +187,13 @@ NB_MODULE(_kernels, m) {
     return names;
   });
   m.def("use", &dybit::use, "name"_a);
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("read_all",
+        [](uintptr_t memory, size_t bytes, int threads) {
+          return dybit::read_all(pointer<uint8_t>(memory), bytes, threads);
+        },
+        released);
+  m.def("multiply_bytes", &dybit::multiply_bytes, released);
   define_codes(m);
   nb::class_<dybit::PackedWeight>(m, "PackedWeight")
       .def(nb::new_(&make), nb::call_guard<nb::gil_scoped_release>(), "packed"_a, "rows"_a, "columns"_a, "bits"_a,

@@ -53,6 +53,7 @@ void place(uint8_t* chunk, int storage, int row, int column, int value) {
       break;
     case 4: chunk[r * 64 + byte] |= uint8_t(value << (s * 4)); break;
     case 8: chunk[(s * 4 + r) * 64 + byte] = uint8_t(value); break;
+    case kRuns: chunk[(s * 4 + r) * 64 + row / 4 * 16 + column % 8 * 2 + column / 8 % 2] = uint8_t(value); break;
     default: {
       const int16_t wide = int16_t(value);
       std::memcpy(chunk + (column / 8 * 4 + r) * 64 + row / 4 * 16 + column % 8 * 2, &wide, 2);
@@ -118,13 +119,54 @@ PackedWeight::PackedWeight(const Portable& p, const InputFormat& input, const Ke
   weight_.rows = int(p.rows);
   weight_.columns = int(p.columns);
   weight_.max_weight = largest;
-  weight_.storage = p.bits <= 4 && largest <= 127 ? p.bits : largest <= 127 ? 8 : 16;
+  weight_.storage = p.bits <= 4 && largest <= 127 ? p.bits : largest <= 127 ? 8 : make_runs(p, used) ? kRuns : 16;
   if (input.quantized) {
     max_input_ = max_significand(input.magnitude_bits, input.max_run);
     kind_ = kernels.input_kind(weight_.storage, largest, max_input_, input.is_signed);
   }
   cut(p);
   fill(p);
+}
+
+// Whether all codebooks that are used have the form of Runs, which are then made.
+bool PackedWeight::make_runs(const Portable& p, const std::vector<bool>& used) {
+  if (p.bits < 4) return false;
+  const int count = (1 << p.bits) / 16;
+  runs_.assign(kMaxBooks, Runs{});
+  run_index_.assign(size_t(p.books) * 16, 0);
+  auto split = [](int value, int8_t& low, int8_t& high) { low = int8_t(value), high = int8_t(value >> 8); };
+  for (int book = 0; book < p.books; ++book) {
+    if (!used[book]) continue;
+    Runs& runs = runs_[book];
+    auto values = [&](int i) { return p.significands + (size_t(book) << p.bits) + 16 * i; };
+    auto steady = [&](int i) {
+      const int step = values(i)[1] - values(i)[0];
+      bool same = std::abs(step) <= 127;
+      for (int l = 0; l < 16; ++l) same &= values(i)[l] == values(i)[0] + l * step;
+      return same;
+    };
+    std::vector<int> listed, free;  // runs that are given one by one, and places for the others
+    for (int h = 0; h < 16; ++h)
+      if (h != Runs::kTop && h != Runs::kBottom) free.push_back(h);
+    for (int i = 0, next = 0; i < count; ++i) {
+      if (!steady(i) || next == int(free.size())) {
+        listed.push_back(i);
+        continue;
+      }
+      const int h = free[next++];
+      run_index_[book * 16 + i] = uint8_t(h);
+      runs.step[h] = int8_t(values(i)[1] - values(i)[0]);
+      split(values(i)[0], runs.base_low[h], runs.base_high[h]);
+    }
+    if (listed.size() > 2) return false;
+    for (size_t place = 0; place < listed.size(); ++place) {
+      run_index_[book * 16 + listed[place]] = place ? Runs::kBottom : Runs::kTop;
+      for (int l = 0; l < 16; ++l)
+        split(values(listed[place])[l], (place ? runs.bottom_low : runs.top_low)[l],
+              (place ? runs.bottom_high : runs.top_high)[l]);
+    }
+  }
+  return true;
 }
 
 // Segments: the columns between the ends of groups, and no more than can be summed in 32 bits. A biased sum may wrap on
@@ -148,7 +190,7 @@ void PackedWeight::cut(const Portable& p) {
   weight_.segment_count = int(segments_.size());
   weight_.chunk_count = chunk;
   weight_.blocks = int((p.rows + kBlockRows - 1) / kBlockRows);
-  weight_.chunk_bytes = size_t(weight_.storage) * kBlockRows * kChunk / 8;
+  weight_.chunk_bytes = size_t(weight_.storage == kRuns ? 8 : weight_.storage) * kBlockRows * kChunk / 8;
 }
 
 void PackedWeight::fill(const Portable& p) {
@@ -186,7 +228,10 @@ void PackedWeight::fill(const Portable& p) {
       for (int k = 0; k < segment.length; ++k) {
         const int code = reader.next();
         uint8_t* chunk = codes_.get() + (block * weight_.chunk_count + segment.chunk + k / kChunk) * weight_.chunk_bytes;
-        place(chunk, weight_.storage, n, k % kChunk, weight_.storage <= 4 ? code : table[code]);
+        const int stored = weight_.storage <= 4        ? code
+                           : weight_.storage == kRuns ? run_index_[choice * 16 + code / 16] * 16 + code % 16
+                                                      : table[code];
+        place(chunk, weight_.storage, n, k % kChunk, stored);
         sum += table[code];
       }
       total += double(scale) * double(sum);
@@ -197,6 +242,7 @@ void PackedWeight::fill(const Portable& p) {
   weight_.scales = scales_.data();
   weight_.choices = choices_.data();
   weight_.tables = tables_.entries;
+  weight_.runs = runs_.data();
 }
 
 size_t PackedWeight::bytes() const {
@@ -240,7 +286,7 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   const int unit = kernels_.unit_blocks;
   const int units = (weight_.blocks + unit - 1) / unit;
   const size_t unit_bytes = size_t(unit) * weight_.chunk_count * weight_.chunk_bytes;
-  const int wanted = m > 4 ? 1 : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
+  const int wanted = m > 4 ? std::max(1, 8 / unit) : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
   const int step = std::max(1, std::min(wanted, units / std::max(1, 4 * threads)));
   const size_t work = size_t(m) * weight_.rows * padded;
   parallel_for((units + step - 1) / step, work < 200000 ? 1 : threads, [&](int i) {

@@ -54,6 +54,7 @@ class PackedWeight {
   size_t bytes() const;
 
  private:
+  bool make_runs(const Portable& portable, const std::vector<bool>& used);
   void cut(const Portable& portable);
   void fill(const Portable& portable);
 
@@ -74,6 +75,8 @@ class PackedWeight {
     int8_t entries[kMaxBooks * 16];
   };
   Tables tables_{};
+  std::vector<Runs> runs_;          // of the codebooks; storage kRuns only
+  std::vector<uint8_t> run_index_;  // [books][16]: which run 16 codes became
 };
 
 // The largest magnitude of a significand of a plain format.

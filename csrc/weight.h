@@ -22,8 +22,10 @@
 //    4    4           s0, s1                                                    (four bits each, r the register)
 //    8    8           the significand itself, a signed byte; registers s0 r0 … s0 r3, s1 r0 … s1 r3
 //   16   16           the significand itself, 16 bits; registers by eighths of the columns, then by r
+//   kRuns 8           an index of 8 bits, see Runs; registers as for 8, columns of a lane in the order 0 8 1 9 … 7 15
 //
-// Codes of 5 to 8 bits are stored as significands of 8 or 16 bits, whichever holds all that the weight may use.
+// Codes of 5 to 8 bits are stored as significands of 8 bits if all that the weight may use fit, else as indices into Runs
+// if its codebooks have that form, else as significands of 16 bits.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +36,7 @@ namespace dybit {
 constexpr int kBlockRows = 16;
 constexpr int kChunk = 32;
 constexpr int kMaxBooks = 32;
+constexpr int kRuns = 9;  // a storage, see above
 constexpr int kMaxSegment = 4096;  // columns; keeps a panel of unpacked weights in the L2 cache
 
 struct Segment {
@@ -43,21 +46,40 @@ struct Segment {
   int32_t input_group;
 };
 
+// A codebook of up to 256 significands of 16 bits as 16 runs, of 16 each: entry l of run h is base[h] + l · step[h], except
+// in runs kTop and kBottom, which are given one by one. A tapered code is like that: its step changes with the leading ones,
+// and only from three on within 16 codes. Steps times 15 fit 16 bits. Two bytes of a number lie in two tables.
+struct Runs {
+  static constexpr int kTop = 7, kBottom = 15;
+  alignas(16) int8_t step[16];  // 0 in runs kTop and kBottom, as is the base
+  alignas(16) int8_t base_low[16], base_high[16];
+  alignas(16) int8_t top_low[16], top_high[16], bottom_low[16], bottom_high[16];
+
+  int at(int index) const {
+    const int h = index >> 4, l = index & 15;
+    auto number = [](int8_t low, int8_t high) { return int16_t(uint8_t(low) | uint8_t(high) << 8); };
+    if (h == kTop) return number(top_low[l], top_high[l]);
+    if (h == kBottom) return number(bottom_low[l], bottom_high[l]);
+    return int16_t(number(base_low[h], base_high[h]) + l * step[h]);
+  }
+};
+
 // How an input is held: as FP32, or as significands that fit the type.
 enum class InputKind : int { kFloat = 0, kSigned8 = 1, kUnsigned8 = 2, kSigned16 = 3 };
 
 struct Weight {
   int rows, columns;
-  int storage;  // 2, 3, 4, 8 or 16, see above
+  int storage;  // 2, 3, 4, 8, kRuns or 16, see above
   int blocks;
   int segment_count, chunk_count;
   const Segment* segments;
   size_t chunk_bytes;
   const uint8_t* codes;    // [blocks][chunk_count][chunk_bytes]
   const float* scales;     // [blocks][segment_count][16], times the value of one significand unit
-  const uint8_t* choices;  // [blocks][segment_count or 1][16]: the table of each row; storage 2 to 4 only
+  const uint8_t* choices;  // [blocks][segment_count or 1][16]: the table of each row; storage 2 to 4 and kRuns
   bool choice_by_segment;
   const int8_t* tables;  // [kMaxBooks][16] significands by code, repeated to 16 entries
+  const Runs* runs;      // [kMaxBooks]; storage kRuns only
   int max_weight;        // largest magnitude of a significand
 };
 
@@ -113,6 +135,8 @@ struct Kernels {
   // Row-major values of some blocks: FP32 [16 · blocks][columns], significand times scale, rounded once.
   void (*dequantize)(const Weight&, float* out, int first_block, int last_block);
   const CodeKernels* codes;
+  // Products of bytes in registers alone, as fast as they come; returns how many. Null: not with single instructions.
+  int64_t (*multiply)(int64_t count);
 };
 
 extern const Kernels kScalar;

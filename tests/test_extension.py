@@ -1,5 +1,6 @@
 """Which path runs: by the environment, by request, and where there is no extension."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -53,3 +54,18 @@ def test_use_switches():
         extension.use(before)
     with pytest.raises(DyBitError, match=r"name must be one of .*, not 'torch'"):
         extension.use("torch")
+
+
+@needs_kernels
+def test_rates_for_benchmarks():
+    buffer = (ctypes.c_uint8 * (1 << 19))()
+    extension.read_all(ctypes.addressof(buffer), len(buffer), 2)
+    before = extension.isa()
+    try:
+        for name in extension.available()[1:]:
+            extension.use(name)
+            one, two = extension.multiply_bytes(10, 1), extension.multiply_bytes(10, 2)
+            assert (one == 0) == (name == "scalar")
+            assert abs(two - 2 * one) <= 2
+    finally:
+        extension.use(before)

@@ -18,9 +18,9 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 LAYERS = [
     {"format", "codec", "packing", "rivals", "recipe", "candidate", "workload", "networks", "errors"},
     {"hadamard", "scale", "tensor", "ops", "codes", "extension", "kernels", "_kernels", "linear", "conv", "embedding"}
-    | {"experts", "ranking", "ready"},
+    | {"experts", "image", "ranking", "ready"},
     {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity"}
-    | {"trace", "stream"},
+    | {"trace", "stream", "fusion"},
     {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}
     | {"replay", "shapes", "rundir", "rivalry"},
     {"demo", "report", "cli", "integrations", "onnx", "interchange", "__main__"},

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dybit.errors import MissingExtraError as MissingExtraError
     from dybit.format import Format as Format
     from dybit.format import variants as variants
+    from dybit.fusion import fuse as fuse
     from dybit.integrations.transformers import DyBitConfig as DyBitConfig
     from dybit.model import dequantize_ as dequantize_
     from dybit.model import quantize_ as quantize_
@@ -52,6 +53,7 @@ _HOMES = {
     "SizeCost": "cost",
     "Speedup": "constraint",
     "dequantize_": "model",
+    "fuse": "fusion",
     "load": "checkpoint",
     "prepare_qat_": "qat",
     "quantize_": "model",

@@ -36,13 +36,13 @@ _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 _cache = Cache()
 
 
-class _Packed:
+class Packed:
     """A convolution as the kernels hold it: a weight for every group, or one table where channels are alone."""
 
     def __init__(self, compiled: Any, inputs: kernels.InputFormat, parts: list[kernels.PackedWeight]) -> None:  # noqa: ANN401
         self.isa = kernels.isa()
         self.parts = parts  # kept alive: the extension has their addresses
-        self._compiled = compiled
+        self.compiled = compiled  # the extension's own object
         self._inputs = inputs
 
     def run(
@@ -54,7 +54,7 @@ class _Packed:
             scale = scale * factor
         size = tuple(x.shape[1:-1])
         return bool(
-            self._compiled.run(
+            self.compiled.run(
                 x.data_ptr(),
                 x.shape[0],
                 (1,) * (3 - len(size)) + size,
@@ -68,7 +68,7 @@ class _Packed:
         )
 
 
-def _extents(
+def extents(
     weight: QuantizedTensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[tuple[int, ...]]:
     """Kernel, stride, dilation, zeros before and after, each for three dimensions."""
@@ -84,11 +84,15 @@ def _extents(
     ]
 
 
-def _pack(
-    weight: QuantizedTensor, extents: list[tuple[int, ...]], groups: int, input_format: str, has_offset: bool
-) -> _Packed | None:
+def pack_conv(
+    weight: QuantizedTensor,
+    extents: list[tuple[int, ...]],
+    groups: int,
+    inputs: kernels.InputFormat | None,
+    has_offset: bool,
+) -> Packed | None:
     """The convolution for the kernels; None where they cannot do it, or not faster than torch."""
-    compiled, inputs, spec = extension.load(), kernels.input_format(input_format), weight.spec
+    compiled, spec = extension.load(), weight.spec
     if compiled is None or inputs is None or not kernels.supports(spec.family) or spec.transposed:
         return None
     if has_offset and any(map(any, extents[3:])):  # a border of zeros is no multiple of a step from the offset
@@ -101,7 +105,7 @@ def _pack(
     rows = spec.rows // groups
     parts = [kernels.PackedWeight(_rows(weight, g * rows, rows, permuted), inputs) for g in range(groups)]
     made = compiled.Conv([part.compiled for part in parts], extents, spec.shape[1] * groups, groups, not permuted)
-    return _Packed(made, inputs, parts)
+    return Packed(made, inputs, parts)
 
 
 def _rows(weight: QuantizedTensor, start: int, count: int, permuted: bool) -> QuantizedTensor:
@@ -131,7 +135,7 @@ def _some(units: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
 
 def _pack_depthwise(
     weight: QuantizedTensor, extents: list[tuple[int, ...]], groups: int, inputs: kernels.InputFormat
-) -> _Packed | None:
+) -> Packed | None:
     compiled, spec = extension.load(), weight.spec
     if spec.rows != groups or spec.groups != 1 or extents[0][0] != 1 or compiled is None:
         return None
@@ -143,7 +147,7 @@ def _pack_depthwise(
     made = compiled.Depthwise(
         by_tap.data_ptr(), scales.data_ptr(), extents, groups, inputs.magnitude_bits, inputs.max_run, inputs.signed
     )
-    return _Packed(made, inputs, [])
+    return Packed(made, inputs, [])
 
 
 def _conv(
@@ -172,13 +176,19 @@ def _conv(
         packed = _cache.get(
             stored,
             key,
-            lambda: _pack(stored, _extents(stored, *geometry), groups, input_format, input_offset is not None),
+            lambda: pack_conv(
+                stored,
+                extents(stored, *geometry),
+                groups,
+                kernels.input_format(input_format),
+                input_offset is not None,
+            ),
         )
     layout = _layout(x)
     if packed is not None:
         to_last = (0, *range(2, x.ndim), 1)
         given = x.detach().permute(to_last).float().contiguous()
-        shape = (x.shape[0], stored.spec.rows, *_output_size(x.shape, stored.spec.shape, *geometry))
+        shape = (x.shape[0], stored.spec.rows, *output_size(x.shape, stored.spec.shape, *geometry))
         out = torch.empty(shape, dtype=x.dtype, memory_format=layout)
         last = out.permute(to_last)
         direct = out.dtype == torch.float32 and last.is_contiguous()
@@ -190,7 +200,7 @@ def _conv(
             return out
     rounded = _round(x, input_scale, input_offset, input_format, reach)
     bias = None if bias is None else bias.to(x.dtype)
-    y = _convolve(rounded, stored.dequantize(x.dtype), bias, *geometry, groups)
+    y = convolve(rounded, stored.dequantize(x.dtype), bias, *geometry, groups)
     out = torch.empty_like(y, memory_format=layout)
     return y if y.stride() == out.stride() else out.copy_(y)
 
@@ -201,7 +211,7 @@ def _round(x: Tensor, scale: Tensor | None, offset: Tensor | None, input_format:
     return cast(Tensor, fake_quantize_dynamic(x.flatten(1), input_format, reach, 0)).view(x.shape)
 
 
-def _convolve(
+def convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -210,6 +220,7 @@ def _convolve(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    """Convolves in plain torch, with zeros before and after every dimension in turn."""
     before, after = list(padding[::2]), list(padding[1::2])
     if before != after:
         x = torch.nn.functional.pad(x, _torch_padding(padding))
@@ -224,9 +235,10 @@ def _torch_padding(padding: Sequence[int]) -> list[int]:
     return [n for pair in reversed(pairs) for n in pair]
 
 
-def _output_size(
+def output_size(
     shape: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
+    """The size of the result, from the shapes of input and weight."""
     return [
         (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1
         for i, size in enumerate(shape[2:])
@@ -258,7 +270,7 @@ def _check(x: Tensor, bias: Tensor | None, weight: QuantizedTensor, groups: int,
 def _shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401  # as the operator
     _, _, _, _, _, _, spec, stride, padding, dilation = rest[:10]
     shape = read_spec(spec).shape
-    size = _output_size(x.shape, shape, stride, padding, dilation)
+    size = output_size(x.shape, shape, stride, padding, dilation)
     return torch.empty(x.shape[0], shape[0], *size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 

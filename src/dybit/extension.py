@@ -50,6 +50,33 @@ def available() -> tuple[str, ...]:
     return (FALLBACK, *(extension.available() if extension else ()))
 
 
+def read_all(address: int, count: int, threads: int) -> None:
+    """Reads ``count`` bytes of memory once, as the kernels read weights: for benchmarks.
+
+    Raises:
+        DyBitError: There is no extension.
+    """
+    _needed().read_all(address, count, threads)
+
+
+def multiply_bytes(count: int, threads: int) -> int:
+    """Multiplies bytes in registers alone, with the instruction of the kernels; returns how many products were made.
+
+    Zero where the path has no such instruction. For benchmarks.
+
+    Raises:
+        DyBitError: There is no extension.
+    """
+    return int(_needed().multiply_bytes(count, threads))
+
+
+def _needed() -> ModuleType:
+    extension = load()
+    if extension is None:
+        raise DyBitError("the compiled extension is needed, but not there")
+    return extension
+
+
 def use(name: str) -> None:
     """Switches to another path, for tests and benchmarks; weights packed for another one are packed anew.
 

@@ -161,7 +161,7 @@ class PackedWeight:
 
     @property
     def storage(self) -> int:
-        """Bits of a stored weight: 2, 3, 4, 8 or 16 (csrc/weight.h)."""
+        """How weights are stored: 2, 3, 4, 8 or 16 bits, or 9 for bytes that stand for 16 bits (csrc/weight.h)."""
         return int(self._weight.storage)
 
     def linear(

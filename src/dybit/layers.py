@@ -329,6 +329,11 @@ def is_linear(module: nn.Module) -> bool:
     return cls.forward is nn.Linear.forward or _named_conv1d(cls)
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a quantized convolution that rounds and convolves its only argument and does nothing else."""
+    return type(module).forward is _QuantizedConv.forward
+
+
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether a module is attention with torch's own forward, which :func:`dybit.attention.attend` can stand in for."""
     return type(module).forward is nn.MultiheadAttention.forward
