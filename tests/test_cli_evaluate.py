@@ -166,7 +166,7 @@ def test_real_minilm(tmp_path):
 
 def test_chains_of_algorithms_are_rows(place):
     words = ("evaluate", "yours:net", "--data", "yours:data", "--formats", "fp32,dybit3", "--algorithm")
-    for more in (["rtn+gptq"], ["rtn", "--algorithm", "gptq"]):
+    for more in (["rtn,gptq"], ["rtn+gptq"], ["rtn", "--algorithm", "gptq"]):
         result = invoke(*words, *more)
         assert result.exit_code == 0, result.stderr
         rows = re.findall(r"^(fp32|dybit3)( rtn| gptq)? +[\d.]+ k?B +[\d.]+ +([\d.∞]+)", result.stdout, re.MULTILINE)
@@ -180,7 +180,7 @@ def test_chains_of_algorithms_are_rows(place):
     [
         (("--data", "yours:data", "--algorithm", "gptw"), "--algorithm 'gptw': .*unknown; did you mean 'gptq'"),
         (("--data", "yours:plain", "--algorithm", "gptq"), "--algorithm 'gptq': algorithm 'gptq' needs calibration"),
-        (("--data", "yours:data", "--algorithm", "rtn,gptq"), "2 ways of rounding"),
+        (("--data", "yours:data", "--algorithm", "smooth,rtn,gptq"), "2 ways of rounding"),
         (("--data", "yours:data", "--algorithm", "rtn+"), "--algorithm '': it names no algorithm"),
     ],
 )

@@ -73,7 +73,9 @@ def test_pictures_and_pages(tmp_path, name):
     assert result.exit_code == 0, result.stderr
     assert path.stat().st_size > 5000
     if name.endswith("html"):
-        assert path.read_text().count("<tr") == 8
+        page = path.read_text()
+        assert page.count("<tr") == 8
+        assert "Spearman" in page and "PPL" not in page  # no language model: no column of it
 
 
 def test_workers_give_the_same(tmp_path):

@@ -76,7 +76,7 @@ def compare(
     """Rank formats by their signal-to-quantization-noise ratio (SQNR, in dB, higher is better) on weights.
 
     With --data, run the model instead: every format at every width with every algorithm, compared with FP32. There {}
-    in a format stands for the width: --bits 3,4 --formats "int{},nf{},dybit{}spare" --algorithm rtn+gptq.
+    in a format stands for the width: --bits 3,4 --formats "int{},nf{},dybit{}spare" --algorithm rtn,gptq.
 
     All floating-point tensors of two or more dimensions are pooled. Formats that prescribe a group size or a type of
     scale (mxfp4, nvfp4) use theirs; compare the column of bits per weight.
@@ -144,7 +144,7 @@ def _grid_cells(
         raise DyBitError(f"--data {data!r} needs a MODEL")
     if calibration is None and sources.takes_split(data):
         calibration = data
-    chains = [word for given in algorithms or ["rtn"] for word in given.split("+")]
+    chains = options.alternatives(algorithms or ["rtn"])
     for chain in chains:
         options.chain(chain, calibration is not None)
     more = (*scales, keep_embeddings, batches, tokenizer, batch_size)

@@ -136,7 +136,7 @@ def evaluate(
         "activation_mode": activation_mode,
     }
     checkpoint = (Path(target) / "dybit.json").is_file()
-    chains = [word for given in algorithm or [] for word in given.split("+")]
+    chains = options.alternatives(algorithm or [])
     plans: list[Row] = []
     if checkpoint:
         others = {"formats": formats, "recipe": recipe, "algorithm": algorithm}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORMATS = "int{},nf{},dybit{}"
 _COLUMNS = ("format", "algorithm", ">bits/weight", ">SQNR dB", ">agreement", ">KL nats", ">Spearman", ">PPL", ">s")
 _HTML = (".html", ".htm")
+_NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -214,9 +215,10 @@ def _loaded(
 
 def show(found: Sequence[tuple[Cell, dict[str, Any]]], title: str) -> None:
     """Prints the table."""
-    shown = grid(*_COLUMNS)
-    for cell, values in found:
-        shown.add_row(*_cells(cell, values), style="bold yellow" if "dybit" in cell.weights else "")
+    columns, rows = _table(found)
+    shown = grid(*columns)
+    for (cell, _), texts in zip(found, rows, strict=True):
+        shown.add_row(*texts, style="bold yellow" if "dybit" in cell.weights else "")
     console = out()
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(shown)
@@ -226,11 +228,18 @@ def show(found: Sequence[tuple[Cell, dict[str, Any]]], title: str) -> None:
     )
 
 
+def _table(found: Sequence[tuple[Cell, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows, without the measures that this kind of model does not have."""
+    rows = [_cells(cell, values) for cell, values in found]
+    kept = [place for place, texts in enumerate(zip(*rows, strict=True)) if set(texts) != {_NONE}]
+    return [_COLUMNS[place] for place in kept], [[texts[place] for place in kept] for texts in rows]
+
+
 def _cells(cell: Cell, values: dict[str, Any]) -> list[str]:
     original = cell.weights == "fp32"
     numbers = [("bits", ".3f"), ("sqnr", ".2f"), ("agreement", ".3f"), ("kl", ".4f"), ("spearman", ".4f")]
     numbers += [("perplexity", ".3f"), ("seconds", ".0f")]
-    texts = ["–" if values[name] is None else format(values[name], form) for name, form in numbers]
+    texts = [_NONE if values[name] is None else format(values[name], form) for name, form in numbers]
     if original:
         texts[1] = "∞"
     return [cell.weights, "" if original else cell.algorithm, *texts]
@@ -259,10 +268,13 @@ def write_page(path: Path, found: Sequence[tuple[Cell, dict[str, Any]]], title: 
             stem = "".join(c for c in cell.weights if not c.isdigit())
             point = values["bits"], values[name], cell.weights
             lines.setdefault(f"{stem} {cell.algorithm}", []).append(point)
-    figure = curves(lines, title, "bits per weight, scales and choices counted", label, logarithmic=name == "kl")
-    if path.suffix.lower() not in _HTML:
+    page = path.suffix.lower() in _HTML  # which has the title itself
+    across = "bits per weight, scales and choices counted"
+    figure = curves(lines, "" if page else title, across, label, logarithmic=name == "kl")
+    if not page:
         save(figure, path)
         return
-    rows = [("dybit" if "dybit" in cell.weights else "", _cells(cell, values)) for cell, values in found]
+    columns, texts = _table(found)
+    rows = [("dybit" if "dybit" in cell.weights else "", row) for (cell, _), row in zip(found, texts, strict=True)]
     notes = ["Bits per weight count codes, scales and choices of variants. Compare formats at equal ones."]
-    write(path, title=title, notes=notes, svg=to_svg(figure), columns=_COLUMNS, rows=rows)
+    write(path, title=title, notes=notes, svg=to_svg(figure), columns=columns, rows=rows)

@@ -5,6 +5,7 @@ Must not know torch or models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ Algorithms = Annotated[
     typer.Option(
         metavar="NAMES",
         help="Post-training algorithms, as in dybit quantize; several chains, one row each, separated by +, or by "
-        "giving the option again. [rtn]",
+        "giving the option again; ways of rounding alone by commas, too, as rtn,gptq. [rtn]",
     ),
 ]
 Workdir = Annotated[
@@ -57,6 +58,22 @@ Tokenizer = Annotated[
 ]
 Batches = Annotated[int | None, typer.Option(min=1, help="Use only so many batches of the data.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in a batch, for .npy and .safetensors data.")]
+
+
+def alternatives(words: Sequence[str]) -> list[str]:
+    """Reads several chains of algorithms: separated by ``+``, or ways of rounding by commas, since no chain has two.
+
+    Returns:
+        The chains, not checked, each once.
+    """
+    from dybit import ptq
+
+    found: list[str] = []
+    for word in (part for given in words for part in given.split("+")):
+        names = [name.strip() for name in word.split(",") if name.strip()]
+        apart = all(name == "auto" or (name in ptq.ALGORITHMS and ptq.ALGORITHMS[name].stage == 1) for name in names)
+        found += names if names and apart else [word]
+    return list(dict.fromkeys(found))
 
 
 def chain(word: str | None, calibrated: bool) -> str | tuple[str, ...] | None:

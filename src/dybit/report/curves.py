@@ -49,8 +49,9 @@ def curves(
         counts[ours] += 1
         xs, ys, texts = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, "o-", color=colour, label=name, linewidth=2.2 if ours else 1.3, markersize=4.5)
+        place = {"xytext": (-5, 4), "ha": "right"} if ours else {"xytext": (5, -9)}  # beside a line that rises
         for x, y, text in zip(xs, ys, texts, strict=True):
-            axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", size=6.5, color=colour)
+            axes.annotate(text, (x, y), textcoords="offset points", size=6.5, color=colour, **place)
     if logarithmic and all(y > 0 for points in lines.values() for _, y, _ in points):
         axes.set_yscale("log")
     axes.set_title(title, loc="left", size=12, weight="bold", color=_INK)
