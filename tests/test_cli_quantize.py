@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ import dybit
 from test_cli import invoke
 
 MODULE = """
+import time
 import torch
 from torch import nn
 
@@ -60,10 +60,12 @@ def nan():
     model = net()
     model[0].weight.data[1, 2] = float("nan")
     return model
-def slow():
-    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(40)))
-    print("built", flush=True)
-    return model
+def endless():
+    yield torch.randn(4, 24)
+    print("calibrating", flush=True)
+    while True:
+        time.sleep(0.1)
+        yield torch.randn(4, 24)
 constant = 5
 """
 
@@ -259,12 +261,11 @@ def test_bad_targets(tmp_path):
 
 
 def test_control_c_leaves_nothing(place, tmp_path):
-    command = [sys.executable, "-m", "dybit", "quantize", "mine:slow", "-o", str(tmp_path / "q"), "--variants", "all",
-               "--group-size", "16"]  # fmt: skip
+    words = ("mine:net", "-o", str(tmp_path / "q"), "--activations", "8", "--calibration", "mine:endless")
+    command = [sys.executable, "-m", "dybit", "quantize", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place)
     assert process.stdout is not None
-    assert process.stdout.readline() == "built\n"
-    time.sleep(1)
+    assert process.stdout.readline() == "calibrating\n"  # and will not end by itself
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
