@@ -1,5 +1,6 @@
 """Tests of `dybit quantize` and `dybit info`."""
 
+import functools
 import json
 import os
 import re
@@ -263,7 +264,10 @@ def test_bad_targets(tmp_path):
 def test_control_c_leaves_nothing(place, tmp_path):
     words = ("mine:net", "-o", str(tmp_path / "q"), "--activations", "8", "--calibration", "mine:endless")
     command = [sys.executable, "-m", "dybit", "quantize", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place)
+    # Whoever runs the tests in the background may ignore the signal, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=place, preexec_fn=heed, **pipes)
     assert process.stdout is not None
     assert process.stdout.readline() == "calibrating\n"  # and will not end by itself
     process.send_signal(signal.SIGINT)
