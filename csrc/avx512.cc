@@ -29,134 +29,13 @@ constexpr int kPanelBytes = 64 * kUnit * 1024;
 
 enum class Product { kSigned8, kUnsigned8, kSigned16 };
 
+#include "avx512_decode.inc"
+
 template <Product kP>
 inline __m512i multiply_add(__m512i sum, __m512i w, __m512i x) {
   if constexpr (kP == Product::kSigned8) return _mm512_dpbusd_epi32(sum, w, x);
   if constexpr (kP == Product::kUnsigned8) return _mm512_dpbusd_epi32(sum, x, w);
   return _mm512_dpwssd_epi32(sum, w, x);
-}
-
-// The tables of the four registers' rows, one a lane, from the choices of a block's rows.
-inline void load_tables(const int8_t* tables, const uint8_t* choices, __m512i out[4]) {
-  for (int r = 0; r < 4; ++r) {
-    auto lane = [&](int l) { return _mm_load_si128((const __m128i*)(tables + 16 * choices[4 * l + r])); };
-    __m512i t = _mm512_castsi128_si512(lane(0));
-    t = _mm512_inserti32x4(t, lane(1), 1);
-    t = _mm512_inserti32x4(t, lane(2), 2);
-    out[r] = _mm512_inserti32x4(t, lane(3), 3);
-  }
-}
-
-inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
-
-// The significands of a chunk: w[s][r], bytes. Biased by kBias for storage 8; else the tables are.
-template <int kStorage, int kBias>
-DYBIT_INLINE inline void decode(const uint8_t* p, const __m512i table[4], __m512i w[2][4]) {
-  const __m512i mask = _mm512_set1_epi8(kStorage == 4 ? 15 : 3), top = _mm512_set1_epi8(4);
-  const __m512i bias = _mm512_set1_epi8(char(kBias));
-  unroll<4>([&](auto r) DYBIT_INLINE {
-    unroll<2>([&](auto s) DYBIT_INLINE {
-      if constexpr (kStorage == 8) {
-        w[s][r] = _mm512_xor_si512(load512(p + (4 * s + r) * 64), bias);
-      } else if constexpr (kStorage == 4) {
-        const __m512i codes = _mm512_srli_epi16(load512(p + 64 * r), 4 * s);
-        w[s][r] = _mm512_shuffle_epi8(table[r], _mm512_and_si512(codes, mask));
-      } else {
-        const __m512i codes = _mm512_srli_epi16(load512(p + r / 2 * 64), r % 2 * 4 + s * 2);
-        __m512i index = _mm512_and_si512(codes, mask);
-        if constexpr (kStorage == 3) {
-          constexpr int kBit = r * 2 + s;
-          const __m512i plane = load512(p + 128);
-          const __m512i moved =
-              kBit < 2 ? _mm512_slli_epi16(plane, 2 - kBit) : _mm512_srli_epi16(plane, kBit < 2 ? 0 : kBit - 2);
-          index = _mm512_or_si512(index, _mm512_and_si512(moved, top));
-        }
-        w[s][r] = _mm512_shuffle_epi8(table[r], index);
-      }
-    });
-  });
-}
-
-// The codebooks of the four registers' rows, one a lane: in the order of Runs, for each r.
-struct RunTables {
-  alignas(64) int8_t entries[7][4][64];
-
-  void load(const Runs* runs, const uint8_t* choices) {
-    for (int row = 0; row < kBlockRows; ++row) {
-      const int8_t* from = runs[choices[row]].step;
-      for (int i = 0; i < 7; ++i)
-        _mm_store_si128((__m128i*)(entries[i][row % 4] + row / 4 * 16), _mm_load_si128((const __m128i*)(from + 16 * i)));
-    }
-  }
-};
-
-// Significands of 16 bits from 64 indices into Runs: of the even bytes, then of the odd ones.
-DYBIT_INLINE inline void decode_runs(__m512i index, const RunTables& tables, int r, __m512i& even, __m512i& odd) {
-  auto table = [&](int i) DYBIT_INLINE { return _mm512_load_si512(tables.entries[i][r]); };
-  const __m512i low4 = _mm512_set1_epi8(15), low8 = _mm512_set1_epi16(255);
-  const __m512i h = _mm512_and_si512(_mm512_srli_epi16(index, 4), low4);
-  const __mmask64 top = _mm512_cmpeq_epi8_mask(h, _mm512_set1_epi8(Runs::kTop));
-  const __mmask64 bottom = _mm512_cmpeq_epi8_mask(h, low4);
-  const __m512i step = _mm512_shuffle_epi8(table(0), h);
-  __m512i low = _mm512_shuffle_epi8(table(1), h), high = _mm512_shuffle_epi8(table(2), h);
-  const __m512i l = _mm512_and_si512(index, low4);
-  low = _mm512_mask_shuffle_epi8(low, top, table(3), l);
-  high = _mm512_mask_shuffle_epi8(high, top, table(4), l);
-  low = _mm512_mask_shuffle_epi8(low, bottom, table(5), l);
-  high = _mm512_mask_shuffle_epi8(high, bottom, table(6), l);
-  // Where the mask is set the first, else the second.
-  auto choose = [&](__m512i a, __m512i b) DYBIT_INLINE { return _mm512_ternarylogic_epi32(low8, a, b, 0xca); };
-  even = _mm512_add_epi16(choose(low, _mm512_slli_epi16(high, 8)),
-                          _mm512_maddubs_epi16(_mm512_and_si512(index, _mm512_set1_epi16(15)), step));
-  odd = _mm512_add_epi16(choose(_mm512_srli_epi16(low, 8), high),
-                         _mm512_maddubs_epi16(_mm512_and_si512(index, _mm512_set1_epi16(15 << 8)), step));
-}
-
-// What a storage is decoded with: significands by code of the rows of register r, one a lane.
-template <int kStorage>
-struct Tables {
-  __m512i of[4] = {};
-  void load(const Weight&, const int8_t* tables, const uint8_t* choices) { load_tables(tables, choices, of); }
-  operator const __m512i*() const { return of; }
-};
-
-template <>
-struct Tables<kRuns> : RunTables {
-  void load(const Weight& w, const int8_t*, const uint8_t* choices) { RunTables::load(w.runs, choices); }
-};
-
-template <int kStorage>
-constexpr bool kHasTables = kStorage < 8 || kStorage == kRuns;
-
-// The same as 16 bits: w[eighth of the columns][r].
-template <int kStorage>
-DYBIT_INLINE inline void decode16(const uint8_t* p, const Tables<kStorage>& table, __m512i w[4][4]) {
-  if constexpr (kStorage == 16) {
-    unroll<16>([&](auto i) DYBIT_INLINE { w[i / 4][i % 4] = load512(p + i * 64); });
-  } else if constexpr (kStorage == kRuns) {
-    unroll<8>([&](auto i) DYBIT_INLINE {
-      constexpr int s = i / 4, r = i % 4;
-      decode_runs(load512(p + i * 64), table, r, w[2 * s][r], w[2 * s + 1][r]);
-    });
-  } else {
-    __m512i bytes[2][4];
-    decode<kStorage, 0>(p, table, bytes);
-    unroll<8>([&](auto i) DYBIT_INLINE {
-      const __m512i b = bytes[i / 4][i % 4];
-      w[i / 4 * 2][i % 4] = _mm512_srai_epi16(_mm512_unpacklo_epi8(b, b), 8);
-      w[i / 4 * 2 + 1][i % 4] = _mm512_srai_epi16(_mm512_unpackhi_epi8(b, b), 8);
-    });
-  }
-}
-
-// Within every lane: from 4 registers of 4 words, one row each, to 4 registers of one word of 4 rows.
-inline void transpose(__m512i a[4]) {
-  __m512i t0 = _mm512_unpacklo_epi32(a[0], a[1]), t1 = _mm512_unpacklo_epi32(a[2], a[3]);
-  __m512i t2 = _mm512_unpackhi_epi32(a[0], a[1]), t3 = _mm512_unpackhi_epi32(a[2], a[3]);
-  a[0] = _mm512_unpacklo_epi64(t0, t1);
-  a[1] = _mm512_unpackhi_epi64(t0, t1);
-  a[2] = _mm512_unpacklo_epi64(t2, t3);
-  a[3] = _mm512_unpackhi_epi64(t2, t3);
 }
 
 // The sums of the 16 rows, in order, from partial sums in lanes.
@@ -165,21 +44,6 @@ inline __m512i reduce(const __m512i a[4]) {
   __m512i s23 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
   return _mm512_add_epi32(_mm512_unpacklo_epi64(s01, s23), _mm512_unpackhi_epi64(s01, s23));
 }
-
-struct Job {
-  const Weight& w;
-  const Input& in;
-  const Output& out;
-  const int8_t* tables;  // biased where the product asks for it
-  const uint8_t* x;
-  int64_t x_stride;  // bytes
-
-  const uint8_t* choices(int block, int s) const {
-    return w.choices + (size_t(block) * (w.choice_by_segment ? w.segment_count : 1) + (w.choice_by_segment ? s : 0)) * 16;
-  }
-  const float* scales(int block, int s) const { return w.scales + (size_t(block) * w.segment_count + s) * kBlockRows; }
-  int32_t correction(int m, int s) const { return 128 * in.segment_sums[int64_t(m) * w.segment_count + s]; }
-};
 
 inline __m512 add_segment(const Job& job, __m512i sum, __m512 total, __m512 scale, int m, int s) {
   if (job.in.group_scales)

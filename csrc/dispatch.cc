@@ -7,8 +7,20 @@
 
 #include "packed.h"
 
+#if defined(DYBIT_AMX)
+#include <cpuid.h>
+#endif
+
 namespace dybit {
 namespace {
+
+#if defined(DYBIT_AMX)
+bool has_amx() {  // compilers do not all know its name
+  constexpr unsigned kTile = 1u << 24, kBytes = 1u << 25;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBytes);
+}
+#endif
 
 std::vector<const Kernels*> present() {
   std::vector<const Kernels*> sets{&kScalar};
@@ -19,6 +31,9 @@ std::vector<const Kernels*> present() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
     sets.push_back(&kAvx512);
 #endif
+#if defined(DYBIT_AMX)
+  if (sets.size() == 3 && has_amx() && amx_permitted()) sets.push_back(&kAmx);
+#endif
   return sets;
 }
 
@@ -27,7 +42,7 @@ std::vector<float> sample(const Kernels& kernels) {
   std::vector<float> results;
   uint32_t state = 1;
   auto draw = [&state] { return (state = state * 1664525u + 1013904223u) >> 8; };
-  constexpr int kRows = 19, kColumns = 77, kInputs = 7;
+  constexpr int kRows = 19, kColumns = 77, kInputs = 21;
   for (int bits : {2, 3, 4, 6, 7, 8}) {
     std::vector<int32_t> table(2 << bits);
     for (int i = 0; i < 2 << bits; ++i) {
@@ -46,7 +61,7 @@ std::vector<float> sample(const Kernels& kernels) {
                                   {true, 7, 7, true, kColumns}};
     for (const InputFormat& input : inputs) {
       const PackedWeight weight(portable, input, kernels);
-      for (int rows : {1, 3, kInputs}) {
+      for (int rows : {1, 3, 7, kInputs}) {
         std::vector<float> y(size_t(rows) * kRows);
         weight.linear(x.data(), rows, y.data(), nullptr, nullptr, nullptr, 1.5f, 1);
         results.insert(results.end(), y.begin(), y.end());

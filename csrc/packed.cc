@@ -286,7 +286,7 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   const int unit = kernels_.unit_blocks;
   const int units = (weight_.blocks + unit - 1) / unit;
   const size_t unit_bytes = size_t(unit) * weight_.chunk_count * weight_.chunk_bytes;
-  const int wanted = m > 4 ? std::max(1, 8 / unit) : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
+  const int wanted = m > 4 ? std::max(1, 16 / unit) : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
   const int step = std::max(1, std::min(wanted, units / std::max(1, 4 * threads)));
   const size_t work = size_t(m) * weight_.rows * padded;
   parallel_for((units + step - 1) / step, work < 200000 ? 1 : threads, [&](int i) {

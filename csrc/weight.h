@@ -147,5 +147,10 @@ extern const Kernels kAvx512;
 extern const CodeKernels kAvx2Codes;
 extern const CodeKernels kAvx512Codes;
 #endif
+#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
+#define DYBIT_AMX  // where it is known how to ask the system for it
+extern const Kernels kAmx;
+bool amx_permitted();  // asks once, for the process
+#endif
 
 }  // namespace dybit
