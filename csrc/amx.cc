@@ -1,9 +1,10 @@
-// AMX: products of tiles, 16 rows of inputs by 16 rows of weights over 64 columns, an instruction. A few rows of inputs
-// and inputs of FP32 go the way of AVX-512, which every processor with AMX has.
+// AMX: products of tiles, 16 rows of inputs by 16 rows of weights over 64 columns, an instruction. A few rows of inputs,
+// inputs of FP32 and weights of 16 bits go the way of AVX-512, which every processor with AMX has.
 //
 // A tile of weights is 16 words of 4 columns, each of 16 rows; a tile of inputs lies as it is in memory. Signs of both
-// operands can be chosen, so nothing is biased. Significands of 16 bits are two planes of bytes, the upper one signed;
-// sums of products of planes may wrap, but their total modulo 2^32 is exact, since a segment's fits 32 bits.
+// operands can be chosen, so nothing is biased. Inputs of 16 bits are two planes of bytes, the upper one signed; the sums
+// may wrap when they are joined, but are exact modulo 2^32, since a segment's fits 32 bits. Weights of 16 bits would take
+// four products, and were no faster than AVX-512's (W8A8 of full run, 512 rows: 135 against 146 · 10⁹ products a second).
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -46,15 +47,9 @@ constexpr int kPair = 2 * kBlockRows;  // input rows, and weight rows, of four t
 constexpr int kPanelSteps = 8;         // of columns, at least one segment: a pair's weights stay in the L1 cache
 constexpr int kPackedBytes = 1 << 20;  // of inputs, at least a pair: they stay in the L2 cache
 
-enum class Product {
-  kSigned8,
-  kUnsigned8,
-  kPlanes,  // inputs of 16 bits, weights of 8
-  kSigned16
-};
+enum class Product { kSigned8, kUnsigned8, kPlanes };
 
-constexpr int kPlanesOfInput(Product p) { return p == Product::kPlanes || p == Product::kSigned16 ? 2 : 1; }
-constexpr int kPlanesOfWeight(Product p) { return p == Product::kSigned16 ? 2 : 1; }
+constexpr int kPlanesOf(Product p) { return p == Product::kPlanes ? 2 : 1; }
 
 int steps_of(const Segment& segment) { return (segment.chunks + 1) / 2; }
 
@@ -71,16 +66,16 @@ template <Product kP>
 void pack_inputs(const Job& job, int m0, int tiles, uint8_t* to) {
   const Weight& w = job.w;
   const int64_t columns = int64_t(w.chunk_count) * kChunk;
-  constexpr int kPlanes = kPlanesOfInput(kP), kBytes = kPlanes;
+  constexpr int kPlanes = kPlanesOf(kP);
   const int64_t next = int64_t(tiles) * kPlanes * kTile;
   for (int row = 0; row < tiles * kBlockRows; ++row) {
     const bool there = m0 + row < job.in.rows;
-    const uint8_t* from = static_cast<const uint8_t*>(job.in.data) + (m0 + row) * columns * kBytes;
+    const uint8_t* from = static_cast<const uint8_t*>(job.in.data) + (m0 + row) * columns * kPlanes;
     uint8_t* at = to + row / kBlockRows * kPlanes * kTile + row % kBlockRows * kStep;
     for (int s = 0; s < w.segment_count; ++s) {
       const Segment& segment = w.segments[s];
-      const uint8_t* x = from + int64_t(segment.chunk) * kChunk * kBytes;
-      for (int c = 0; c < segment.chunks; c += 2, at += next, x += kStep * kBytes) {
+      const uint8_t* x = from + int64_t(segment.chunk) * kChunk * kPlanes;
+      for (int c = 0; c < segment.chunks; c += 2, at += next, x += kStep * kPlanes) {
         const bool half = c + 1 == segment.chunks;
         if constexpr (kPlanes == 2) {
           const __m512i a = there ? _mm512_loadu_si512(x) : _mm512_setzero_si512();
@@ -99,163 +94,129 @@ void pack_inputs(const Job& job, int m0, int tiles, uint8_t* to) {
   }
 }
 
-// Unpacks the segments first … last of a pair of blocks: panel[step][block][plane], a tile each; the upper plane first.
-template <int kStorage, Product kP>
-void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* panel) {
+// Unpacks the segments first … last of one or two blocks: panel[step][block], a tile each.
+template <int kStorage>
+void unpack_panel(const Job& job, int block0, int blocks, int first, int last, uint8_t* panel) {
   const Weight& w = job.w;
-  constexpr int kPlanes = kPlanesOfWeight(kP);
-  const int blocks = std::min(2, w.blocks - block0);
   for (int j = 0; j < blocks; ++j) {
     Tables<kStorage> table;
-    uint8_t* to = panel + j * kPlanes * kTile;
+    uint8_t* to = panel + j * kTile;
     for (int s = first; s < last; ++s) {
       const Segment& segment = w.segments[s];
       if (kHasTables<kStorage> && (s == first || w.choice_by_segment))
         table.load(w, job.tables, job.choices(block0 + j, s));
       const uint8_t* p = w.codes + (size_t(block0 + j) * w.chunk_count + segment.chunk) * w.chunk_bytes;
       auto half_tile = [&](uint8_t* half) DYBIT_INLINE {
-        auto store = [&](__m512i words[4], int plane, int s) DYBIT_INLINE {
-          transpose(words);
-          unroll<4>([&](auto q) DYBIT_INLINE { _mm512_store_si512(half + plane * kTile + (s * 4 + q) * 64, words[q]); });
-        };
-        if constexpr (kPlanes == 2) {
-          __m512i words[4][4];
-          decode16<kStorage>(p, table, words);
-          const __m512i low = _mm512_set1_epi16(255);
-          unroll<2>([&](auto i) DYBIT_INLINE {
-            __m512i upper[4], lower[4];
-            unroll<4>([&](auto r) DYBIT_INLINE {
-              const __m512i a = words[2 * i][r], b = words[2 * i + 1][r];
-              upper[r] = _mm512_packs_epi16(_mm512_srai_epi16(a, 8), _mm512_srai_epi16(b, 8));
-              lower[r] = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
-            });
-            store(upper, 0, i);
-            store(lower, 1, i);
-          });
-        } else {
-          __m512i bytes[2][4];
-          decode<kStorage, 0>(p, table, bytes);
-          unroll<2>([&](auto i) DYBIT_INLINE { store(bytes[i], 0, i); });
-        }
+        __m512i bytes[2][4];
+        decode<kStorage, 0>(p, table, bytes);
+        unroll<2>([&](auto i) DYBIT_INLINE {
+          transpose(bytes[i]);
+          unroll<4>([&](auto q) DYBIT_INLINE { _mm512_store_si512(half + (i * 4 + q) * 64, bytes[i][q]); });
+        });
         p += w.chunk_bytes;
       };
-      for (int c = 0; c + 2 <= segment.chunks; c += 2, to += 2 * kPlanes * kTile) {
+      for (int c = 0; c + 2 <= segment.chunks; c += 2, to += 2 * kTile) {
         half_tile(to);
         half_tile(to + kTile / 2);
       }
       if (segment.chunks % 2) {
         half_tile(to);
-        for (int plane = 0; plane < kPlanes; ++plane) std::memset(to + plane * kTile + kTile / 2, 0, kTile / 2);
-        to += 2 * kPlanes * kTile;
+        std::memset(to + kTile / 2, 0, kTile / 2);
+        to += 2 * kTile;
       }
     }
   }
 }
 
-// A segment's sums of products of 16 · kRows rows of inputs and two blocks: sums[row][block][16]. The names of tiles are
-// constants of their instructions, so the shapes are written out: 2 × 2 tiles; planes need a pair of sums, or four.
+// The sums of products of planes of inputs, of 32 rows of inputs and two blocks: sums[plane][row][block][16].
+constexpr int kSums = kPair * kPair;
+
+// A segment's, for 16 · kRows rows of inputs. The names of tiles are constants of their instructions, so the shapes are
+// written out: 2 × 2 tiles of sums, or with planes two for either block.
 template <Product kP, int kRows>
 void multiply_tiles(const uint8_t* panel, const uint8_t* x, int steps, int32_t* sums) {
-  constexpr int kNextWeights = 2 * kPlanesOfWeight(kP) * kTile, kNextInputs = kRows * kPlanesOfInput(kP) * kTile;
-  if constexpr (kPlanesOfInput(kP) == 1) {
-    constexpr int kLine = kPair * 4;  // bytes between rows of sums
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kRows == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int k = 0; k < steps; ++k, panel += kNextWeights, x += kNextInputs) {
-      _tile_loadd(4, x, 64);
-      _tile_loadd(6, panel, 64);
-      _tile_loadd(7, panel + kTile, 64);
-      if constexpr (kRows == 2) _tile_loadd(5, x + kTile, 64);
-      if constexpr (kP == Product::kSigned8) {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        if constexpr (kRows == 2) {
-          _tile_dpbssd(2, 5, 6);
-          _tile_dpbssd(3, 5, 7);
-        }
-      } else {
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        if constexpr (kRows == 2) {
-          _tile_dpbusd(2, 5, 6);
-          _tile_dpbusd(3, 5, 7);
-        }
-      }
-    }
-    _tile_stored(0, sums, kLine);
-    _tile_stored(1, sums + kBlockRows, kLine);
-    if constexpr (kRows == 2) {
-      _tile_stored(2, sums + kBlockRows * kPair, kLine);
-      _tile_stored(3, sums + kBlockRows * kPair + kBlockRows, kLine);
-    }
-    return;
-  }
-  alignas(64) int32_t parts[4][kBlockRows * kBlockRows];
+  constexpr int kNextWeights = 2 * kTile, kNextInputs = kRows * kPlanesOf(kP) * kTile;
+  constexpr int kLine = kPair * 4;  // bytes between rows of sums
   auto zero = [] {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   };
-  auto store = [&] {
-    _tile_stored(0, parts[0], 64);
-    _tile_stored(1, parts[1], 64);
-    _tile_stored(2, parts[2], 64);
-    _tile_stored(3, parts[3], 64);
+  auto store = [](int32_t* a, int32_t* b, int32_t* c, int32_t* d) {
+    _tile_stored(0, a, kLine);
+    _tile_stored(1, b, kLine);
+    _tile_stored(2, c, kLine);
+    _tile_stored(3, d, kLine);
   };
-  auto part = [&](int i, int row) DYBIT_INLINE { return _mm512_load_si512(parts[i] + row * kBlockRows); };
-  auto above = [](__m512i upper, __m512i lower) DYBIT_INLINE {
-    return _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
+  auto load = [](const uint8_t* x, const uint8_t* y, const uint8_t* p, const uint8_t* q) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(5, y, 64);
+    _tile_loadd(6, p, 64);
+    _tile_loadd(7, q, 64);
   };
-  for (int i = 0; i < kRows; ++i, x += 2 * kTile, sums += kBlockRows * kPair) {
-    if constexpr (kP == Product::kPlanes) {
+  if constexpr (kPlanesOf(kP) == 1 && kRows == 2) {
+    zero();
+    for (int k = 0; k < steps; ++k, panel += kNextWeights, x += kNextInputs) {
+      load(x, x + kTile, panel, panel + kTile);
+      if constexpr (kP == Product::kSigned8) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      } else {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+      }
+    }
+    store(sums, sums + kBlockRows, sums + kSums / 2, sums + kSums / 2 + kBlockRows);
+  } else if constexpr (kPlanesOf(kP) == 1) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int k = 0; k < steps; ++k, panel += kNextWeights, x += kNextInputs) {
+      _tile_loadd(4, x, 64);
+      _tile_loadd(6, panel, 64);
+      _tile_loadd(7, panel + kTile, 64);
+      if constexpr (kP == Product::kSigned8) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+      } else {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+      }
+    }
+    _tile_stored(0, sums, kLine);
+    _tile_stored(1, sums + kBlockRows, kLine);
+  } else {
+    for (int i = 0; i < kRows; ++i, x += 2 * kTile, sums += kSums / 2) {
       zero();
       for (int k = 0; k < steps; ++k) {
         const uint8_t *xs = x + k * kNextInputs, *p = panel + k * kNextWeights;
-        _tile_loadd(4, xs, 64);
-        _tile_loadd(5, xs + kTile, 64);
-        _tile_loadd(6, p, 64);
-        _tile_loadd(7, p + kTile, 64);
+        load(xs, xs + kTile, p, p + kTile);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
       }
-      store();
-      for (int row = 0; row < kBlockRows; ++row)
-        for (int j = 0; j < 2; ++j)
-          _mm512_store_si512(sums + row * kPair + j * kBlockRows, above(part(j, row), part(2 + j, row)));
-    } else {
-      for (int j = 0; j < 2; ++j) {
-        zero();
-        for (int k = 0; k < steps; ++k) {
-          const uint8_t *xs = x + k * kNextInputs, *p = panel + j * 2 * kTile + k * kNextWeights;
-          _tile_loadd(4, xs, 64);
-          _tile_loadd(5, xs + kTile, 64);
-          _tile_loadd(6, p, 64);
-          _tile_loadd(7, p + kTile, 64);
-          _tile_dpbssd(0, 4, 6);
-          _tile_dpbsud(1, 4, 7);
-          _tile_dpbusd(2, 5, 6);
-          _tile_dpbuud(3, 5, 7);
-        }
-        store();
-        for (int row = 0; row < kBlockRows; ++row)
-          _mm512_store_si512(sums + row * kPair + j * kBlockRows,
-                             above(above(part(0, row), _mm512_add_epi32(part(1, row), part(2, row))), part(3, row)));
-      }
+      store(sums, sums + kBlockRows, sums + kSums, sums + kSums + kBlockRows);
     }
   }
 }
 
-// Adds kCount segments from s on to the totals of `rows` rows of inputs and a pair of blocks, total[row][block][16].
-template <int kCount>
-void add_segments(const Job& job, int block0, int s, int m0, int rows, const int32_t* const* sums, float* total) {
-  const int blocks = std::min(2, job.w.blocks - block0);
+// 16 sums out of those of their planes.
+template <Product kP>
+DYBIT_INLINE inline __m512i joined(const int32_t* sums) {
+  const __m512i upper = _mm512_load_si512(sums);
+  if constexpr (kP != Product::kPlanes) return upper;
+  return _mm512_add_epi32(_mm512_slli_epi32(upper, 8), _mm512_load_si512(sums + kSums));
+}
+
+// Adds kCount segments from s on to the totals of `rows` rows of inputs and one or two blocks, total[row][block][16].
+template <Product kP, int kCount>
+void add_segments(const Job& job, int block0, int blocks, int s, int m0, int rows, const int32_t* const* sums,
+                  float* total) {
   const float* groups = job.in.group_scales ? job.in.group_scales + int64_t(m0) * job.w.segment_count + s : nullptr;
   for (int j = 0; j < blocks; ++j) {
     __m512 scale[kCount];
@@ -267,7 +228,7 @@ void add_segments(const Job& job, int block0, int s, int m0, int rows, const int
         unroll<kCount>([&](auto i) DYBIT_INLINE {
           __m512 factor = scale[i];
           if constexpr (grouped) factor = _mm512_mul_ps(factor, _mm512_set1_ps(groups[int64_t(m) * job.w.segment_count + i]));
-          t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[i] + at)), factor, t);
+          t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(joined<kP>(sums[i] + at)), factor, t);
         });
         _mm512_store_ps(total + at, t);
       }
@@ -283,39 +244,46 @@ void add_segments(const Job& job, int block0, int s, int m0, int rows, const int
   }
 }
 
-// Up to 16 · kRows rows of inputs from m0 on, and a pair of blocks, over the segments of a panel. Segments are added in
-// pairs, and while the tiles of the next are multiplied.
+// Up to 16 · kRows rows of inputs from m0 on, and one or two blocks, over the segments of a panel. Segments are added in
+// pairs where their sums fit the L1 cache, beside the panel, and while the tiles of the next are multiplied.
 template <Product kP, int kRows>
-void tiles(const Job& job, const uint8_t* x, const uint8_t* panel, int block0, int first, int last, int m0, float* total) {
+void tiles(const Job& job, const uint8_t* x, const uint8_t* panel, int block0, int blocks, int first, int last, int m0,
+           float* total) {
   const Weight& w = job.w;
-  alignas(64) int32_t sums[4][kRows * kBlockRows * kPair];
+  constexpr int kKept = kP == Product::kPlanes ? 1 : 4;
+  alignas(64) int32_t sums[kKept][kPlanesOf(kP) * kSums];
   const int rows = std::min(kRows * kBlockRows, job.in.rows - m0);
   auto multiply = [&](int s) DYBIT_INLINE {
     const int steps = steps_of(w.segments[s]);
-    multiply_tiles<kP, kRows>(panel, x, steps, sums[(s - first) % 4]);
-    panel += size_t(steps) * 2 * kPlanesOfWeight(kP) * kTile;
-    x += size_t(steps) * kRows * kPlanesOfInput(kP) * kTile;
+    multiply_tiles<kP, kRows>(panel, x, steps, sums[(s - first) % kKept]);
+    panel += size_t(steps) * 2 * kTile;
+    x += size_t(steps) * kRows * kPlanesOf(kP) * kTile;
   };
-  auto add = [&](int s, int count) DYBIT_INLINE {
-    const int32_t* some[] = {sums[(s - first) % 4], sums[(s - first + 1) % 4]};
-    if (count == 2)
-      add_segments<2>(job, block0, s, m0, rows, some, total);
-    else
-      add_segments<1>(job, block0, s, m0, rows, some, total);
+  auto add = [&](int s, auto count) DYBIT_INLINE {
+    const int32_t* some[] = {sums[(s - first) % kKept], sums[(s - first + 1) % kKept]};
+    add_segments<kP, count>(job, block0, blocks, s, m0, rows, some, total);
   };
+  constexpr std::integral_constant<int, 1> kOne{};
+  if constexpr (kKept == 1) {
+    for (int s = first; s < last; ++s) {
+      multiply(s);
+      add(s, kOne);
+    }
+    return;
+  }
+  constexpr std::integral_constant<int, 2> kTwo{};
   int s = first;
   for (; s + 2 <= last; s += 2) {
     multiply(s);
     multiply(s + 1);
-    if (s > first) add(s - 2, 2);
+    if (s > first) add(s - 2, kTwo);
   }
   if (s < last) multiply(s);
-  if (s > first) add(s - 2, 2);
-  if (s < last) add(s, 1);
+  if (s > first) add(s - 2, kTwo);
+  if (s < last) add(s, kOne);
 }
 
-void store_results(const Job& job, int block0, int m0, int rows, const float* total) {
-  const int blocks = std::min(2, job.w.blocks - block0);
+void store_results(const Job& job, int block0, int blocks, int m0, int rows, const float* total) {
   for (int j = 0; j < blocks; ++j) {
     const int left = job.w.rows - (block0 + j) * kBlockRows;
     const __mmask16 mask = left >= kBlockRows ? 0xffff : __mmask16((1 << left) - 1);
@@ -335,10 +303,10 @@ void run(const Job& job, int first_block, int last_block) {
     most = std::max(most, steps_of(w.segments[s]));
     all += steps_of(w.segments[s]);
   }
-  const size_t tile_bytes = size_t(all) * kPlanesOfInput(kP) * kTile;  // of 16 rows of inputs
+  const size_t tile_bytes = size_t(all) * kPlanesOf(kP) * kTile;  // of 16 rows of inputs
   const int tiles_wanted = (job.in.rows + kBlockRows - 1) / kBlockRows;
   const int tiles_once = std::min(tiles_wanted, std::max(2, int(kPackedBytes / tile_bytes) / 2 * 2));
-  uint8_t* panel = scratch<0>(size_t(most) * 2 * kPlanesOfWeight(kP) * kTile);
+  uint8_t* panel = scratch<0>(size_t(most) * 2 * kTile);
   uint8_t* packed = scratch<1>(tiles_once * tile_bytes);
   auto* totals = reinterpret_cast<float*>(scratch<2>((tiles_once + 1) * kBlockRows * kPair * sizeof(float)));
   for (int start = 0; start < tiles_wanted; start += tiles_once) {
@@ -351,6 +319,7 @@ void run(const Job& job, int first_block, int last_block) {
           work(std::min(2, end - t), t * kBlockRows, packed + (t - start) * tile_bytes,
                totals + (t - start) * kBlockRows * kPair);
       };
+      const int blocks = std::min(2, last_block - block);
       int done = 0;
       const size_t block_bytes = w.chunk_count * w.chunk_bytes;
       const uint8_t* codes = w.codes + block * block_bytes;
@@ -358,26 +327,29 @@ void run(const Job& job, int first_block, int last_block) {
         int steps = 0;
         for (last = first; last < w.segment_count && steps + steps_of(w.segments[last]) <= most; ++last)
           steps += steps_of(w.segments[last]);
-        unpack_panel<kStorage, kP>(job, block, first, last, panel);
+        unpack_panel<kStorage>(job, block, blocks, first, last, panel);
         std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC does not know that tiles read memory
-        // The codes that are unpacked next come from memory meanwhile, a share with every pair of tiles.
-        const uint8_t* next = last < w.segment_count ? codes + w.segments[last].chunk * w.chunk_bytes : codes + 2 * block_bytes;
-        const int lines = int((w.segments[last - 1].chunk + w.segments[last - 1].chunks - w.segments[first].chunk) * w.chunk_bytes / 64);
-        const int share = (lines * 2 + end - start - 1) / (end - start);
+        // The codes that are unpacked next come from memory meanwhile, a share with every pair of tiles of inputs.
+        const Segment& end_segment = w.segments[last - 1];
+        const int next_chunk = end_segment.chunk + end_segment.chunks;
+        const uint8_t* next = codes + (last < w.segment_count ? next_chunk * w.chunk_bytes : 2 * block_bytes);
+        const int lines = int((next_chunk - w.segments[first].chunk) * w.chunk_bytes / 64);
+        const int share = (2 * lines + end - start - 1) / (end - start);
+        int fetched = 0;
         each_pair([&](int count, int m, const uint8_t* x, float* total) DYBIT_INLINE {
-          for (int j = 0; j < 2; ++j)
-            for (int i = (m / kBlockRows - start) / 2 * share, to = std::min(lines, i + share); i < to; ++i)
-              _mm_prefetch((const char*)next + j * block_bytes + i * 64, _MM_HINT_T1);
-          x += size_t(done) * count * kPlanesOfInput(kP) * kTile;
+          for (const int to = std::min(lines, fetched + share); fetched < to; ++fetched)
+            for (int j = 0; j < 2; ++j)
+              _mm_prefetch((const char*)next + j * block_bytes + size_t(fetched) * 64, _MM_HINT_T1);
+          x += size_t(done) * count * kPlanesOf(kP) * kTile;
           if (count == 2)
-            tiles<kP, 2>(job, x, panel, block, first, last, m, total);
+            tiles<kP, 2>(job, x, panel, block, blocks, first, last, m, total);
           else
-            tiles<kP, 1>(job, x, panel, block, first, last, m, total);
+            tiles<kP, 1>(job, x, panel, block, blocks, first, last, m, total);
         });
         done += steps;
       }
       each_pair([&](int count, int m, const uint8_t*, float* total) DYBIT_INLINE {
-        store_results(job, block, m, std::min(count * kBlockRows, job.in.rows - m), total);
+        store_results(job, block, blocks, m, std::min(count * kBlockRows, job.in.rows - m), total);
       });
     }
   }
@@ -395,26 +367,23 @@ void run_storage(const Job& job, int first_block, int last_block) {
 
 // All tiles are 16 × 64 bytes.
 struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
 };
+constexpr Shapes kShapes{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
-  if (in.kind == InputKind::kFloat || in.rows <= kFewRows) return kAvx512.linear(w, in, out, first_block, last_block);
-  const Shapes shapes;
-  _tile_loadconfig(&shapes);
+  if (in.kind == InputKind::kFloat || in.rows <= kFewRows || w.storage > 8)
+    return kAvx512.linear(w, in, out, first_block, last_block);
+  _tile_loadconfig(&kShapes);
   const Job job{w, in, out, w.tables, nullptr, 0};
   if (in.kind == InputKind::kSigned8)
     run_storage<Product::kSigned8>(job, first_block, last_block);
   else if (in.kind == InputKind::kUnsigned8)
     run_storage<Product::kUnsigned8>(job, first_block, last_block);
-  else if (w.storage <= 8)
-    run_storage<Product::kPlanes>(job, first_block, last_block);
-  else if (w.storage == kRuns)
-    run<kRuns, Product::kSigned16>(job, first_block, last_block);
   else
-    run<16, Product::kSigned16>(job, first_block, last_block);
+    run_storage<Product::kPlanes>(job, first_block, last_block);
   _tile_release();  // tiles in use are saved with every change of threads
 }
 
@@ -429,10 +398,9 @@ void dequantize(const Weight& w, float* out, int first_block, int last_block) {
 }
 
 int64_t multiply(int64_t count) {
-  const Shapes shapes;
   alignas(64) static const uint8_t ones[kTile] = {1};
   alignas(64) int32_t sums[kTile / 4];
-  _tile_loadconfig(&shapes);
+  _tile_loadconfig(&kShapes);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

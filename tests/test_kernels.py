@@ -97,7 +97,7 @@ def test_integers_are_exact(bits, signed, seed):
     for fmt in variants(bits):
         every = [f for width in range(2, 9) for f in variants(width, signed) if not (f.midrise or f.spare)]
         inputs = every[rng.integers(len(every))]
-        shape = (int(rng.choice([1, 2, 3, 5, 7])), int(rng.integers(1, 70)), int(rng.integers(1, 200)))
+        shape = (int(rng.choice([1, 2, 3, 5, 7, 8, 16, 19, 33, 50])), int(rng.integers(1, 70)), int(rng.integers(1, 200)))
         check_integers(rng, fmt, inputs, shape, [None, 1, 7, 16, 32, 48, 128][rng.integers(7)])
 
 
@@ -108,6 +108,13 @@ def test_smallest_shapes(shape):
 
 
 @needs_kernels
+@pytest.mark.parametrize("inputs", ["s8r1", "u8r1", "s8"])
+@pytest.mark.parametrize("group_size", [None, 32, 160])
+def test_more_rows_and_columns_than_are_held_at_once(inputs, group_size):
+    check_integers(np.random.default_rng(0), Format(4), Format.parse(inputs), (300, 35, 4100), group_size)
+
+
+@needs_kernels
 @pytest.mark.parametrize("inputs", ["s8r1", "u8r1", "s8", "u8", "s4", "u4r2"])
 @pytest.mark.parametrize("name", ["s2mid", "s3spare", "s4", "s4mid", "s5r4mid", "s6r3", "s7", "s8r1", "s8", "s8mid"])
 @pytest.mark.parametrize("sign", [1, -1])
@@ -115,7 +122,7 @@ def test_extremes_do_not_overflow(name, inputs, sign):
     fmt, x_fmt = Format.parse(name), Format.parse(inputs)
     columns, rows = 5000, 20
     codes = np.full((rows, columns), int(np.argmax(fmt.significands * sign)), dtype=np.uint8)
-    for m, x_sign in ((1, 1), (7, 1), (3, -1)):
+    for m, x_sign in ((1, 1), (7, 1), (3, -1), (35, 1), (9, -1)):
         x = x_fmt.significands.max() if x_sign > 0 else x_fmt.significands.min()
         found = run_all(
             portable(codes, fmt), inputs, input_values(np.full((m, columns), x), x_fmt), scale=torch.ones(1)
