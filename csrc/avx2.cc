@@ -23,6 +23,8 @@ namespace {
 
 #include "portable.inc"
 
+#include "fetch.inc"
+
 constexpr int kTileRows = 4;  // input rows of a register tile: 4 × 2 sums of 8 rows of weights
 constexpr int kPanelBytes = 16 * 4096 * 2;
 
@@ -209,7 +211,7 @@ void stream_block(const Job& job, int block) {
     unroll<8>([&](auto i) DYBIT_INLINE { sum[i / 4][i % 4] = _mm256_setzero_si256(); });
     const uint8_t* x = job.x + size_t(segment.chunk) * kChunk * kSize;
     for (int c = 0; c < segment.chunks; ++c, x += kChunk * kSize, p += w.chunk_bytes) {
-      for (size_t line = 0; line < w.chunk_bytes; line += 64) _mm_prefetch((const char*)p + 3072 + line, _MM_HINT_T0);
+      fetch_ahead(p, w.chunk_bytes);
       __m256i xs[2 * kSize];
       unroll<2 * kSize>([&](auto i) DYBIT_INLINE {
         xs[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(x + 16 * i)));

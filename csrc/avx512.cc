@@ -31,6 +31,8 @@ enum class Product { kSigned8, kUnsigned8, kSigned16 };
 
 #include "avx512_decode.inc"
 
+#include "fetch.inc"
+
 template <Product kP>
 inline __m512i multiply_add(__m512i sum, __m512i w, __m512i x) {
   if constexpr (kP == Product::kSigned8) return _mm512_dpbusd_epi32(sum, w, x);
@@ -75,7 +77,7 @@ void stream_block(const Job& job, int block, int m0) {
     constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
     const uint8_t* x = job.x + m0 * job.x_stride + size_t(segment.chunk) * kChunk * kSize;
     for (int c = 0; c < segment.chunks; ++c, x += kChunk * kSize) {
-      for (size_t line = 0; line < w.chunk_bytes; line += 64) _mm_prefetch((const char*)p + 3072 + line, _MM_HINT_T0);
+      fetch_ahead(p, w.chunk_bytes);
       if constexpr (kStorage == kRuns) {  // multiplied as they are decoded: a whole chunk takes too many registers
         unroll<8>([&](auto i) DYBIT_INLINE {
           constexpr int s = i / 4, r = i % 4;

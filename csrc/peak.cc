@@ -5,8 +5,18 @@
 
 #include "dispatch.h"
 #include "pool.h"
+#include "target.h"
+
+#if defined(_M_X64)
+#include <immintrin.h>
+#endif
 
 namespace dybit {
+namespace {
+
+#include "fetch.inc"
+
+}  // namespace
 
 uint64_t read_all(const uint8_t* memory, size_t bytes, int threads) {
   constexpr size_t kPart = size_t(1) << 18;
@@ -15,9 +25,7 @@ uint64_t read_all(const uint8_t* memory, size_t bytes, int threads) {
     const uint8_t* from = memory + part * kPart;
     uint64_t sums[8] = {};
     for (size_t i = 0; i < kPart; i += 64) {
-#if defined(__GNUC__)
-      __builtin_prefetch(from + i + 3072);
-#endif
+      fetch_ahead(from + i, 64);
       uint64_t words[8];
       std::memcpy(words, from + i, 64);
       for (int j = 0; j < 8; ++j) sums[j] += words[j];
