@@ -396,7 +396,7 @@ def test_missing(tmp_path, saved):
     (path / TENSORS).unlink()
     rejected(path, mlp(), r"cannot read .*model\.safetensors \(No such file")
     (path / TENSORS).mkdir()
-    rejected(path, mlp(), r"cannot read .*model\.safetensors \(Is a directory")
+    rejected(path, mlp(), r"model\.safetensors' is a directory, not a file")
     rejected(path / MANIFEST, mlp(), "is not a dybit checkpoint")
 
 

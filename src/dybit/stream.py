@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dybit.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
 from dybit.errors import CheckpointError, DyBitError
+from dybit.integrity import check_regular, parse_json, read_json
 from dybit.recipe import Recipe
 from dybit.scale import Method
 from dybit.tensor import QuantizedTensor, TensorSpec, quantize_judged
@@ -109,11 +110,13 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
     if not path.name.endswith(".json"):
         return _read_header(path)
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        table = read_json(path)["weight_map"]
         names = sorted({str(name) for name in table.values()})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no index of safetensors files: {error!r:.200}") from None
     found: dict[str, Stored] = {}
     for name in names:
@@ -131,18 +134,17 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
+    check_regular(file, CheckpointError)
     try:
         with safe_open(file, framework="pt"):  # checks the header, and that it fits the file
             pass
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
+            header = parse_json(stream.read(size), str(file), CheckpointError)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
     header.pop("__metadata__", None)
     return {
         key: Stored(file, item["dtype"], tuple(item["shape"]), 8 + size + begin, end - begin)
@@ -290,10 +292,10 @@ class _Run:
         file, journal = self.folder / TENSORS, self.folder / "journal"
         size = len(self.header) + sum(nbytes for _, nbytes in self.places.values())
         try:
-            lines = journal.read_text().splitlines()
+            lines = check_regular(journal).read_text().splitlines()
             if lines[0] == self.plan and file.stat().st_size == size:
                 return {int(line) for line in lines[1:] if line.isdigit() and int(line) < len(self.pieces)}
-        except (OSError, IndexError, UnicodeDecodeError):
+        except (OSError, IndexError, ValueError):
             pass
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)

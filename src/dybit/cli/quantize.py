@@ -18,6 +18,7 @@ from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress
 from dybit.cli.layers import LayerRow, Watch, print_layers, print_totals
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
+from dybit.integrity import check_regular
 from dybit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tup
 
     if recipe.criterion == "activation":
         raise DyBitError(f"--criterion activation needs a model that can be run, not the file {path!r}")
-    if not Path(path).is_file():
+    if not check_regular(path).is_file():
         raise DyBitError(f"MODEL {path!r} does not exist")
     source = stream.read_source(path)
     plan = _plan_transformers(Path(path), source, recipe) or _plan_names(path, source, recipe)

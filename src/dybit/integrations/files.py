@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dybit.errors import CheckpointError, DyBitWarning
 from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, describe
+from dybit.integrity import read_json
 from dybit.layers import InputSpec
 from dybit.recipe import Recipe
 from dybit.tensor import TensorSpec
@@ -72,7 +73,7 @@ def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
     """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = read_json(folder / "config.json")
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         with torch.device("meta"):
             model = architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
@@ -133,7 +134,7 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
     names |= {key: f"{weight.layer}.{weight.name}" for key, weight in weights.items() if key not in plain}
     stored = describe((n, layer.specs, layer.input) for n, layer in layers.items())
     new = DyBitConfig(recipe, layers=stored, tied=tied)
-    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = read_json(folder / "config.json")
     config = json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
     return FilePlan(weights, names, {name: layer.input for name, layer in layers.items()}, tied, config)
 
