@@ -333,7 +333,11 @@ def test_bad_configurations(stored, tmp_path, name):
 
 
 def test_codes_that_do_not_fit(stored, tmp_path):
-    folder = edited(stored, tmp_path, lambda c: c["layers"][1]["weights"].update(group_size=16))
+    def change(config):
+        config["layers"][1]["weights"].update(group_size=16)
+        del config["checksums"]["quantization_config"]
+
+    folder = edited(stored, tmp_path, change)
     with pytest.raises((dybit.CheckpointError, RuntimeError), match=r"does not fit|ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(folder)
 

@@ -129,6 +129,11 @@ def crc32(parts: Iterable[Any]) -> str:
     return f"{found:08x}"
 
 
+def label(dtype: object, shape: Iterable[int], parts: Iterable[Any]) -> str:
+    """Type, shape and CRC-32 of a tensor that is at hand in parts, as in ``"float32 64x48:89abcdef"``."""
+    return f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}:{crc32(parts)}"
+
+
 def _bytes(tensor: Any) -> Any:  # noqa: ANN401  # an array of bytes
     if hasattr(tensor, "detach"):
         flat = tensor.detach().cpu().contiguous().view(-1)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dybit.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
 from dybit.errors import CheckpointError, DyBitError
-from dybit.integrity import check_regular, parse_json, read_json
+from dybit.integrity import check_regular, crc32, label, parse_json, read_json
 from dybit.recipe import Recipe
 from dybit.scale import Method
 from dybit.tensor import QuantizedTensor, TensorSpec, quantize_judged
@@ -34,11 +34,13 @@ _PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin
 _SYNC = 64  # pieces between two notes in the journal
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 Progress = Callable[[int, int, str], None]
+Text = Callable[[Mapping[str, str]], str]
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def quantize_files(
     names: Mapping[str, str] | None = None,
     shared: Mapping[str, str] | None = None,
     recipe: Recipe | None = None,
-    extra: Mapping[str, str | Path] | None = None,
+    extra: Mapping[str, Text | Path] | None = None,
     workers: int = 0,
     measure: bool = True,
     progress: Progress | None = None,
@@ -180,7 +182,9 @@ def quantize_files(
         names: The new names of tensors, by key. Those of several parts of a weight are the same.
         shared: Keys of tied tensors.
         recipe: The recipe, to be stored.
-        extra: Further files by name: their text, or the file to copy.
+        extra: Further files by name: the file to copy, or what makes their text of checksums: by the new names of
+            tensors, of a weight the CRC-32 of its codes, scales and choices, of another what
+            :func:`dybit.integrity.label` says.
         workers: Threads; 0 for one a processor.
         measure: Whether to measure errors and count codebooks.
         progress: Called with (done, total, key) in elements, after every piece.
@@ -269,7 +273,7 @@ class _Run:
         layers: Mapping[str, Any],
         shared: Mapping[str, str],
         recipe: Recipe | None,
-        extra: Mapping[str, str | Path],
+        extra: Mapping[str, Text | Path],
     ) -> None:
         """Adds the manifest and puts the directory in its place."""
         text = manifest_text(self.folder / TENSORS, layers, folded=[], shared=shared, recipe=recipe)
@@ -278,9 +282,28 @@ class _Run:
             if isinstance(content, Path):
                 shutil.copyfile(content, self.folder / name)
             else:
-                (self.folder / name).write_text(content)
+                (self.folder / name).write_text(content(self._checksums()))
         (self.folder / "journal").unlink()
         put_in_place(self.folder, self.path)
+
+    def _checksums(self) -> dict[str, str]:
+        """Those of what was written, read again: pieces came in any order, from this call or an interrupted one."""
+        found = {}
+        with (self.folder / TENSORS).open("rb") as file:
+
+            def parts(*names: str) -> Iterator[bytes]:
+                for place, nbytes in (self.places[name] for name in names):
+                    file.seek(place)
+                    for start in range(0, nbytes, _PIECE):
+                        yield file.read(min(_PIECE, nbytes - start))
+
+            for key, stored in self.source.items():
+                name = self.names[key]
+                if key in self.jobs:
+                    found[name] = crc32(parts(*(name + suffix for suffix in self.jobs[key].spec.buffers())))
+                elif stored.dtype in _TYPES:
+                    found[name] = label(_TYPES[stored.dtype], stored.shape, parts(name))
+        return found
 
     def _weight(self, piece: _Piece) -> int:
         stored = self.source[piece.key]

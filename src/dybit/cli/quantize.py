@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dybit.layers import InputSpec
-    from dybit.stream import Job, Outcome, Stored
+    from dybit.stream import Job, Outcome, Stored, Text
     from dybit.tensor import TensorSpec
 
 _WEIGHT_NAMES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -215,7 +215,7 @@ class _FilePlan:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
-    extra: dict[str, str | Path] = field(default_factory=dict)
+    extra: dict[str, Text | Path] = field(default_factory=dict)
 
     def add(
         self, layer: str, kind: str, name: str, key: str, stored: Stored, job: Job, inputs: InputSpec | None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,14 +55,14 @@ class FilePlan:
         names: From the keys in the file to other names, where the model has them.
         inputs: How inputs are rounded, by layer.
         tied: From names of weights that are not in the file to the keys that they are tied to.
-        config: The text of the new ``config.json``.
+        config: Makes the text of the new ``config.json`` of checksums (see :func:`dybit.stream.quantize_files`).
     """
 
     weights: dict[str, FileWeight]
     names: dict[str, str]
     inputs: dict[str, InputSpec | None]
     tied: dict[str, str]
-    config: str
+    config: Callable[[Mapping[str, str]], str]
 
 
 def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
@@ -133,9 +133,17 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
             weights[key] = FileWeight(module, type(layers[module].module).__name__, weight, spec, row, shape)
     names |= {key: f"{weight.layer}.{weight.name}" for key, weight in weights.items() if key not in plain}
     stored = describe((n, layer.specs, layer.input) for n, layer in layers.items())
-    new = DyBitConfig(recipe, layers=stored, tied=tied)
     text = read_json(folder / "config.json")
-    config = json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
+    converters = [conversion for conversion in get_model_conversion_mapping(model) if hasattr(conversion, "operations")]
+
+    def config(checksums: Mapping[str, str]) -> str:
+        own = {names.get(key, key): f"{weight.layer}.{weight.name}" for key, weight in weights.items()}
+        # Others only where they come to the model as they are.
+        kept = [name for name in checksums if name in own or not any(c.rename_source_key(name)[1] for c in converters)]
+        known = {own.get(name, name): checksums[name] for name in kept}
+        new = DyBitConfig(recipe, layers=stored, tied=tied, checksums=known)
+        return json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
+
     return FilePlan(weights, names, {name: layer.input for name, layer in layers.items()}, tied, config)
 
 

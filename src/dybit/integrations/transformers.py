@@ -8,7 +8,7 @@ initializes what a file lacks, a weight without values; it is swapped when all w
 from __future__ import annotations
 
 import copy
-import zlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
+from dybit.integrity import crc32, label
 from dybit.layers import InputSpec, is_experts, layout, swap_, weight_names
 from dybit.model import bypass_fast_path_, dequantize_, folded_pairs, quantized_layers
 from dybit.plan import plan_layers
@@ -39,6 +40,7 @@ except ImportError as error:
 
 METHOD = "dybit"
 FORMAT_VERSION = 1
+_OWN = "quantization_config"  # in the checksums: that of all the rest
 _WEIGHT_FIELDS = ("family", "granularity", "group_size", "scale", "choice")
 
 
@@ -51,8 +53,10 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         layers: Of a saved model: groups of layers that are stored alike, each a mapping with ``modules`` (their names),
             ``weights`` (fields of :class:`dybit.tensor.TensorSpec`) and ``input``.
         tied: Of a saved model: from names of weights to those of the weights that they are tied to.
-        checksums: Of a saved model: from names of weights to the CRC-32 of their codes, scales and choices, as eight
-            hexadecimal digits, checked when it is loaded; a weight without one is not checked.
+        checksums: Of a saved model, checked when it is loaded: from names of weights to the CRC-32 of their codes,
+            scales and choices, as eight hexadecimal digits; from names of other tensors to type, shape and
+            CRC-32, as in ``float32 64x48:89abcdef``, for those who load them as such; and that of all these arguments.
+            What has none is not checked.
         format_version: Of ``layers`` and ``tied``.
         quant_method: Always ``"dybit"``.
         **fields: The fields of a recipe.
@@ -90,7 +94,9 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(fields if recipe is None else recipe)
         self.layers = layers
         self.tied = tied or {}
-        self.checksums = checksums or {}
+        self.checksums = {name: str(known) for name, known in (checksums or {}).items() if name != _OWN}
+        known = (checksums or {}).get(_OWN)
+        self.damaged = known is not None and known != _own(recipe, layers, self.tied, self.checksums)
         if layers is None and self.recipe.activations is not None and self.recipe.activation_mode == "static":
             raise DyBitError(
                 f"activations={self.recipe.activations!r} are static and need calibration: set "
@@ -109,7 +115,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         if self.tied:
             data["tied"] = dict(self.tied)
         if self.checksums:
-            data["checksums"] = dict(self.checksums)
+            own = _own(data["recipe"], self.layers, self.tied, self.checksums)
+            data["checksums"] = {**self.checksums, _OWN: own}
         return data
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -147,6 +154,15 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:  # noqa: ANN401
+        """Nothing, but transformers calls it before it saves: the time to note what is saved beside the codes."""
+        config = model.config.quantization_config
+        known = {name: crc for name, crc in config.checksums.items() if ":" not in crc}
+        config.checksums = known | {
+            name: label(tensor.dtype, tensor.shape, [tensor]) for name, tensor in _plain(model).items()
+        }
+        return None, {}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:  # noqa: ANN401
         """Whether a tensor is a weight that is quantized, or whose codes replace one of another shape."""
@@ -267,6 +283,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             _resolve_key(target, resolve): _resolve_key(s, resolve)
             for target, s in self.quantization_config.tied.items()
         }
+        if self.quantization_config.damaged:
+            raise CheckpointError(f"{_OWN} in config.json is damaged: its contents are not those that were saved")
         self._take_over(model, {t: s for t, s in ties.items() if t and s})
         for name, layer in self._layers.items():
             own = [weight for weight in layer.specs if f"{name}.{weight}" not in self._ties]
@@ -293,6 +311,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # a head that the file did not have, initialized at random: it is there to be trained
             scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
             swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
+        if self.pre_quantized:
+            _check_plain(model, self.quantization_config.checksums)
         bypass_fast_path_(model, quantized_layers(model).values())
         _store_as_held_(model)
         model._dybit_recipe = self.quantization_config.recipe
@@ -360,7 +380,7 @@ def _describe_(config: DyBitConfig, model: nn.Module) -> None:
                 config.tied[key] = source
             else:
                 stored = (layer._buffers[weight + suffix] for suffix in layer.weight_specs[weight].buffers())
-                config.checksums[key] = _checksum(cast(Tensor, part) for part in stored)
+                config.checksums[key] = crc32(cast(Tensor, part) for part in stored)
 
 
 def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
@@ -442,19 +462,36 @@ def _arrived_(name: str, layer: _Layer) -> dict[str, QuantizedTensor]:
         codes[weight] = QuantizedTensor(
             spec, parts[""], parts["_scale"], parts.get("_choice"), parts.get("_tensor_scale")
         )
-        if layer.checksums.get(weight, "") not in ("", _checksum(parts.values())):
+        if layer.checksums.get(weight, "") not in ("", crc32(parts.values())):
             raise CheckpointError(
                 f"the checkpoint is damaged: the codes of '{name}.{weight}' are not those that were saved"
             )
     return codes
 
 
-def _checksum(parts: Iterable[Tensor]) -> str:
-    """CRC-32 of the bytes of some tensors, one after the other."""
-    found = 0
-    for part in parts:
-        found = zlib.crc32(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
+def _own(recipe: object, layers: object, tied: object, checksums: object) -> str:
+    """CRC-32 of a configuration, as it is stored."""
+    return crc32([json.dumps([recipe, layers, tied, checksums], sort_keys=True, default=repr).encode()])
+
+
+def _plain(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """What is stored of a model beside codes and their scales, where it is at hand as a whole."""
+    kept = set(model._keys_to_ignore_on_save or ())
+    for name, layer in quantized_layers(model).items():
+        kept |= {f"{name}.{key}{suffix}" for key, spec in layer.weight_specs.items() for suffix in spec.buffers()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in kept}
+    return {name: tensor for name, tensor in state.items() if type(tensor) is Tensor and not tensor.is_meta}
+
+
+def _check_plain(model: Any, checksums: Mapping[str, str]) -> None:  # noqa: ANN401
+    """Checks what lies beside the codes, as far as the model has it in the type and shape in which it was stored."""
+    tensors, prefix = _plain(model), f"{model.base_model_prefix}."
+    for name, known in checksums.items():
+        near = (other for other in (name, prefix + name, name.removeprefix(prefix)) if other in tensors)
+        tensor = tensors.get(next(near, ""))
+        found = known if tensor is None else label(tensor.dtype, tensor.shape, [tensor])
+        if found != known and found.partition(":")[0] == known.partition(":")[0]:
+            raise CheckpointError(f"the checkpoint is damaged: {name!r} is not what was saved")
 
 
 def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
