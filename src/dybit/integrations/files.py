@@ -19,7 +19,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dybit.errors import CheckpointError, DyBitWarning
-from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, describe
+from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, checksum_rest, describe
 from dybit.integrity import read_json
 from dybit.layers import InputSpec
 from dybit.recipe import Recipe
@@ -140,7 +140,7 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
         own = {names.get(key, key): f"{weight.layer}.{weight.name}" for key, weight in weights.items()}
         # Others only where they come to the model as they are.
         kept = [name for name in checksums if name in own or not any(c.rename_source_key(name)[1] for c in converters)]
-        known = {own.get(name, name): checksums[name] for name in kept}
+        known = {own.get(name, name): checksums[name] for name in kept} | {"config.json": checksum_rest(text)}
         new = DyBitConfig(recipe, layers=stored, tied=tied, checksums=known)
         return json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
 

@@ -88,9 +88,7 @@ class _Header:
     def tensor(self) -> _Tensor:
         name, count = self.string().decode(errors="replace"), self.number("I")
         if count > _DIMENSIONS:
-            raise CheckpointError(
-                f"{self.path} announces {count} dimensions for {name!r:.100}, more than {_DIMENSIONS}"
-            )
+            raise CheckpointError(f"{self.path} announces {count} dimensions of {name!r:.100}, more than {_DIMENSIONS}")
         shape = tuple(self.number("Q") for _ in range(count))
         return _Tensor(name, shape, self.number("I"), self.number("Q"))
 
