@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dybit
+from helpers import cuts, damaged, flips
 from test_cli import invoke
 
 MODULE = """
@@ -319,6 +320,38 @@ def test_files_of_a_transformers_directory(tmp_path, shards, words):
         own = dybit.load(tmp_path / "q", transformers.LlamaForCausalLM(config))
         assert torch.equal(own(ids).logits, expected)
     assert own.lm_head._buffers["weight"] is own.model.embed_tokens._buffers["weight"]
+
+
+def test_a_thousand_flipped_bits_of_a_streamed_directory(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, attention_bias=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "m")
+    folder = tmp_path / "q"
+    good("quantize", str(tmp_path / "m" / "model.safetensors"), "-o", str(folder), "--group-size", "16")
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]["checksums"]
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["checksums"]
+    own = {"quantization_config", "config.json"}  # of other texts
+    assert {k: v for k, v in stored.items() if k not in own} == {k: v for k, v in again.items() if k not in own}
+    assert set(stored) == set(again) and len(stored) == len(model.state_dict()) + 2
+
+    def read():
+        return transformers.LlamaForCausalLM.from_pretrained(folder).state_dict()
+
+    def load():
+        return dybit.load(folder, transformers.LlamaForCausalLM(config)).state_dict()
+
+    assert damaged(folder / "model.safetensors", flips, read) > 900
+    assert damaged(folder / "model.safetensors", lambda data: cuts(data, 20), read) >= 20
+    assert damaged(folder / "config.json", lambda data: flips(data, 200), read, Exception) > 180
+    assert damaged(folder / "model.safetensors", lambda data: flips(data, 200), load) == 200
+    assert damaged(folder / "dybit.json", lambda data: flips(data, 200), load) > 100
 
 
 @pytest.mark.parametrize("shards", ["5GB", "30KB"])

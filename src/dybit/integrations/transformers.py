@@ -247,7 +247,10 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder = str(files[0].parent) if files else self._folder
         if self.pre_quantized and self.quantization_config.layers is not None:
             _check_rest(files, self.quantization_config.checksums.get(_REST))
-            self._prepare(model)
+            try:
+                self._prepare(model)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._folder}: {error}") from None
         else:
             self._plan(model)
         return model
