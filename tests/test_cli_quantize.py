@@ -322,6 +322,27 @@ def test_files_of_a_transformers_directory(tmp_path, shards, words):
     assert own.lm_head._buffers["weight"] is own.model.embed_tokens._buffers["weight"]
 
 
+def test_deep_json(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "m").mkdir()
+    save_file({"0.weight": torch.ones(8, 8)}, tmp_path / "m" / "model.safetensors")
+    deep = "[" * 100_000
+    for name in ("model.safetensors.index.json", "config.json", "r.json"):
+        (tmp_path / "m" / name).write_text(deep)
+    folder, out = str(tmp_path / "m"), ("-o", str(tmp_path / "q"))
+    cases = {
+        "model.safetensors.index.json": (f"{folder}/model.safetensors.index.json",),
+        "r.json": ("mine:net", "--recipe", f"{folder}/r.json"),
+        "m": (folder,),
+        "config.json": (f"{folder}/model.safetensors",),
+    }
+    for name, words in cases.items():
+        result = invoke("quantize", *words, *out)
+        assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("dybit: "), result.stderr
+        assert name in result.stderr and ("deeper" in result.stderr or "recursion" in result.stderr)
+    assert not (tmp_path / "q").exists()
+
+
 def test_a_thousand_flipped_bits_of_a_streamed_directory(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
