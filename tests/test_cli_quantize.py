@@ -392,6 +392,9 @@ def test_experts_in_files(tmp_path, name, shards):
     file = tmp_path / "m" / f"model.safetensors{'.index.json' if shards == '30KB' else ''}"
     shown = good("quantize", str(file), "-o", str(tmp_path / "q"), "--recipe", str(recipe))
     assert "model.layers.0.mlp.experts.gate_up_proj" in shown and ".w1" not in shown
+    known = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["checksums"]
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.norm.weight"} < set(known)
+    assert {**model.state_dict(), "quantization_config": None, "config.json": None}.keys() == known.keys()
     dybit.quantize_(model, dybit.Recipe.from_json(recipe.read_text()))
     ids = torch.arange(8)[None]
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)

@@ -288,7 +288,7 @@ class _Run:
 
     def _checksums(self) -> dict[str, str]:
         """Those of what was written, read again: pieces came in any order, from this call or an interrupted one."""
-        found = {}
+        found: dict[str, str] = {}
         with (self.folder / TENSORS).open("rb") as file:
 
             def parts(*names: str) -> Iterator[bytes]:
@@ -299,6 +299,8 @@ class _Run:
 
             for key, stored in self.source.items():
                 name = self.names[key]
+                if name in found:
+                    continue  # of several parts
                 if key in self.jobs:
                     found[name] = crc32(parts(*(name + suffix for suffix in self.jobs[key].spec.buffers())))
                 elif stored.dtype in _TYPES:

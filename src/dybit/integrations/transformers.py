@@ -160,7 +160,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether ``save_pretrained`` works."""
         return True
 
-    def get_state_dict_and_metadata(self, model: Any, *_: Any) -> tuple[None, dict[str, str]]:  # noqa: ANN401
+    def get_state_dict_and_metadata(self, model: Any, **_: Any) -> tuple[None, dict[str, str]]:  # noqa: ANN401
         """Nothing, but transformers calls it before it saves: the time to note what is saved beside the codes."""
         config = model.config.quantization_config
         known = {name: crc for name, crc in config.checksums.items() if ":" not in crc}
