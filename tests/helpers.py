@@ -1,5 +1,6 @@
 """Models to quantize, and what quantization should make of them, written with NumPy and without dybit's fast paths."""
 
+import random
 from functools import partial
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import nn
 
 from dybit import rivals
 from dybit.attention import attend
+from dybit.errors import CheckpointError, DyBitError
 from dybit.model import quantized_layers
 from dybit.packing import unpack
 
@@ -264,3 +266,52 @@ def inputs(name, seed=1):
     """Its arguments."""
     torch.manual_seed(seed)
     return LAYERS[name][1]()
+
+
+def flips(data, count=1000, seed=0):
+    """Contents of a file with a single bit flipped, anywhere."""
+    shuffle = random.Random(seed)
+    for _ in range(count):
+        changed = bytearray(data)
+        changed[shuffle.randrange(len(data))] ^= 1 << shuffle.randrange(8)
+        yield bytes(changed)
+
+
+def cuts(data, count=100):
+    """Beginnings of a file."""
+    yield from (data[: len(data) * index // count] for index in range(count))
+    yield data[:-1]
+
+
+def damaged(file, contents, read, errors=DyBitError):
+    """How many of some contents of a file are refused; the others must be read to the same bits as the file itself.
+
+    Args:
+        file: The file, which is the same again afterwards.
+        contents: From :func:`flips` or :func:`cuts`.
+        read: Reads the file to tensors by name.
+        errors: How it may refuse.
+    """
+    good, data, refused = _bits(read()), file.read_bytes(), 0
+    for changed in [*contents(data), data]:
+        file.unlink()  # what was read may be a map of the file
+        file.write_bytes(changed)
+        try:
+            found = _bits(read())
+        except errors as error:
+            refused += 1
+            said = str(error)
+            assert not isinstance(error, DyBitError) or ("\n" not in said and len(said) < 1000), said
+            assert not isinstance(error, CheckpointError) or str(file.parent) in said or file.name in said, said
+            continue
+        places = [place for place, (a, b) in enumerate(zip(changed, data, strict=False)) if a != b]
+        assert found == good, (places, data[max(0, places[0] - 40) : places[0] + 8] if places else len(changed))
+    assert found == good  # the last was the file itself
+    return refused
+
+
+def _bits(tensors):
+    return {
+        key: (value.dtype, tuple(value.shape), value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for key, value in tensors.items()
+    }

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dybit.checkpoint import MANIFEST, TENSORS, load, read_manifest, read_tensor
 from dybit.errors import CheckpointError, DyBitError
 from dybit.model import dequantize_, folded_pairs, quantize_, quantized_layers
 from dybit.recipe import Recipe
-from helpers import LAYERS, Tied, build, inputs
+from helpers import LAYERS, Tied, build, cuts, damaged, flips, inputs
 
 OPTIONS = [
     {"granularity": "channel"},
@@ -396,7 +397,7 @@ def test_missing(tmp_path, saved):
     (path / TENSORS).unlink()
     rejected(path, mlp(), r"cannot read .*model\.safetensors \(No such file")
     (path / TENSORS).mkdir()
-    rejected(path, mlp(), r"cannot read .*model\.safetensors \(Is a directory")
+    rejected(path, mlp(), r"model\.safetensors' is a directory, not a file")
     rejected(path / MANIFEST, mlp(), "is not a dybit checkpoint")
 
 
@@ -419,6 +420,27 @@ def test_flipped_bits_of_the_tensors(saved):
         damaged[position] ^= 1 << (position % 8)
         (path / TENSORS).write_bytes(damaged)
         rejected(path, mlp(), "is damaged: its SHA-256 is not the one")
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST])
+def test_a_thousand_flipped_bits_and_a_hundred_cuts(saved, name):
+    path, _ = saved
+
+    def read():
+        return load(path, mlp(seed=1)).state_dict()
+
+    assert damaged(path / name, cuts, read, CheckpointError) > 98
+    assert damaged(path / name, flips, read, CheckpointError) > (999 if name == TENSORS else 500)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(sys.platform == "win32", reason="makes pipes")
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST])
+def test_pipes(saved, name):
+    path, _ = saved
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    rejected(path, mlp(), f"{name}' is a pipe, not a file")
 
 
 def test_no_flipped_bit_of_the_manifest_changes_the_result(saved):
@@ -447,8 +469,9 @@ def test_foreign(tmp_path):
         rejected(tmp_path, mlp(), "was not written by dybit")
     (tmp_path / MANIFEST).write_bytes(b"\xff\xfe\x00")
     rejected(tmp_path, mlp(), "is not valid JSON")
-    (tmp_path / MANIFEST).write_text("[" * 100_000)
-    rejected(tmp_path, mlp(), "is not valid JSON")
+    for text in ("[" * 100_000, '{"format": "dybit", "layers": ' + "[" * 500 + "]" * 500 + "}"):
+        (tmp_path / MANIFEST).write_text(text)
+        rejected(tmp_path, mlp(), "dybit.json is not valid JSON: it nests deeper than 100")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dybit
+from helpers import cuts, damaged, flips
 from test_cli import invoke
 
 MODULE = """
@@ -321,6 +322,59 @@ def test_files_of_a_transformers_directory(tmp_path, shards, words):
     assert own.lm_head._buffers["weight"] is own.model.embed_tokens._buffers["weight"]
 
 
+def test_deep_json(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "m").mkdir()
+    save_file({"0.weight": torch.ones(8, 8)}, tmp_path / "m" / "model.safetensors")
+    deep = "[" * 100_000
+    for name in ("model.safetensors.index.json", "config.json", "r.json"):
+        (tmp_path / "m" / name).write_text(deep)
+    folder, out = str(tmp_path / "m"), ("-o", str(tmp_path / "q"))
+    cases = {
+        "model.safetensors.index.json": (f"{folder}/model.safetensors.index.json",),
+        "r.json": ("mine:net", "--recipe", f"{folder}/r.json"),
+        "m": (folder,),
+        "config.json": (f"{folder}/model.safetensors",),
+    }
+    for name, words in cases.items():
+        result = invoke("quantize", *words, *out)
+        assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("dybit: "), result.stderr
+        assert name in result.stderr and ("deeper" in result.stderr or "recursion" in result.stderr)
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_thousand_flipped_bits_of_a_streamed_directory(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, attention_bias=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "m")
+    folder = tmp_path / "q"
+    good("quantize", str(tmp_path / "m" / "model.safetensors"), "-o", str(folder), "--group-size", "16")
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]["checksums"]
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["checksums"]
+    own = {"quantization_config", "config.json"}  # of other texts
+    assert {k: v for k, v in stored.items() if k not in own} == {k: v for k, v in again.items() if k not in own}
+    assert set(stored) == set(again) and len(stored) == len(model.state_dict()) + 2
+
+    def read():
+        return transformers.LlamaForCausalLM.from_pretrained(folder).state_dict()
+
+    def load():
+        return dybit.load(folder, transformers.LlamaForCausalLM(config)).state_dict()
+
+    assert damaged(folder / "model.safetensors", flips, read) > 900
+    assert damaged(folder / "model.safetensors", lambda data: cuts(data, 20), read) >= 20
+    assert damaged(folder / "config.json", lambda data: flips(data, 200), read, Exception) > 180
+    assert damaged(folder / "model.safetensors", lambda data: flips(data, 200), load) == 200
+    assert damaged(folder / "dybit.json", lambda data: flips(data, 200), load) > 100
+
+
 @pytest.mark.parametrize("shards", ["5GB", "30KB"])
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
 def test_experts_in_files(tmp_path, name, shards):
@@ -338,6 +392,9 @@ def test_experts_in_files(tmp_path, name, shards):
     file = tmp_path / "m" / f"model.safetensors{'.index.json' if shards == '30KB' else ''}"
     shown = good("quantize", str(file), "-o", str(tmp_path / "q"), "--recipe", str(recipe))
     assert "model.layers.0.mlp.experts.gate_up_proj" in shown and ".w1" not in shown
+    known = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["checksums"]
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.norm.weight"} < set(known)
+    assert {**model.state_dict(), "quantization_config": None, "config.json": None}.keys() == known.keys()
     dybit.quantize_(model, dybit.Recipe.from_json(recipe.read_text()))
     ids = torch.arange(8)[None]
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)

@@ -42,7 +42,9 @@ def test_experts_in_the_order_of_their_rows(folder):
             assert plan.names[key] == f"{weight.layer}.{'down_proj' if which == '2' else 'gate_up_proj'}"
     assert len(plan.weights) == 37
     assert plan.names["model.layers.0.block_sparse_moe.gate.weight"] == "model.layers.0.mlp.gate.weight"
-    modules = [name for group in json.loads(plan.config)["quantization_config"]["layers"] for name in group["modules"]]
+    modules = [
+        name for group in json.loads(plan.config({}))["quantization_config"]["layers"] for name in group["modules"]
+    ]
     assert modules == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts"]
 
 

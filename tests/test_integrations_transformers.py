@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import dybit
 from dybit.integrations.transformers import attach_
 from dybit.model import quantized_layers
+from helpers import cuts, damaged, flips
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
@@ -333,7 +334,11 @@ def test_bad_configurations(stored, tmp_path, name):
 
 
 def test_codes_that_do_not_fit(stored, tmp_path):
-    folder = edited(stored, tmp_path, lambda c: c["layers"][1]["weights"].update(group_size=16))
+    def change(config):
+        config["layers"][1]["weights"].update(group_size=16)
+        del config["checksums"]["quantization_config"]
+
+    folder = edited(stored, tmp_path, change)
     with pytest.raises((dybit.CheckpointError, RuntimeError), match=r"does not fit|ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -386,6 +391,65 @@ def test_no_flipped_bit_of_the_configuration_changes_the_result(stored, tmp_path
         if not torch.equal(run(model, "llama"), expected):
             silent.append(text[place - 20 : place + 20])
     assert not silent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint of a thousand loads: biases, norms, and inputs rounded with static scales."""
+    folder = tmp_path_factory.mktemp("small")
+    config = {**TEXT, "vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, attention_bias=True)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = [torch.arange(16)[None]]
+    dybit.quantize_(model, dybit.Recipe(weights=4, activations=8, group_size=16), calibration=ids)
+    attach_(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_thousand_flipped_bits(small, tmp_path, name):
+    folder = shutil.copytree(small, tmp_path / "m")
+    ids = torch.arange(8)[None]
+
+    def read():
+        model = transformers.LlamaForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            return {**model.state_dict(), "logits": model(ids).logits}
+
+    # Of the configuration much is refused by transformers itself, in its own words; the rest warns, here an error.
+    errors = dybit.DyBitError if name == "model.safetensors" else Exception
+    count = 1000 if name == "model.safetensors" else 300
+    assert damaged(folder / name, lambda data: flips(data, count), read, errors) > 0.9 * count
+    assert damaged(folder / name, lambda data: cuts(data, 20), read, errors) >= 20
+
+
+def test_an_edited_configuration_is_said(stored, tmp_path):
+    folder = edited(stored, tmp_path, lambda c: None)
+    config = json.loads((folder / "config.json").read_text())
+    for field, value in (("architectures", ["LlamaModel"]), ("dtype", "bfloat16"), ("transformers_version", "5.0.0")):
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    with pytest.warns(dybit.DyBitWarning, match="config.json is not what was saved: it was edited, or is damaged"):
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_what_is_loaded_otherwise_than_saved_is_not_checked(stored, tmp_path):
+    model = transformers.LlamaForCausalLM.from_pretrained(stored, dtype=torch.float16)
+    assert model.model.norm.weight.dtype == torch.float16
+    model.save_pretrained(tmp_path / "half")
+    transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half")
+    model = transformers.LlamaForCausalLM.from_pretrained(stored)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)  # trained on, say
+    model.save_pretrained(tmp_path / "other")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "other")
+    assert torch.equal(again.model.norm.weight, model.model.norm.weight)
+    model.model.save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    assert torch.equal(base.norm.weight, model.model.norm.weight)
 
 
 def test_missing_codes(stored, tmp_path):

@@ -16,7 +16,7 @@ HEAVY = {"torch", "numpy", "safetensors", "transformers", "rich", "typer", "jinj
 
 # Layers of docs/design.md, from the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"format", "codec", "packing", "rivals", "recipe", "candidate", "workload", "networks", "errors"},
+    {"format", "codec", "packing", "rivals", "recipe", "candidate", "workload", "networks", "errors", "integrity"},
     {"hadamard", "scale", "tensor", "ops", "codes", "extension", "kernels", "_kernels", "linear", "conv", "embedding"}
     | {"experts", "image", "ranking", "ready"},
     {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity"}
@@ -30,6 +30,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # What nobody but the doors may import, and what a room must not know though it is in its layer.
 PRIVATE = {"layers": {"model", "calibrate", "checkpoint"}, "calibrate": {"model", "recipe", "checkpoint"}}
 PRIVATE |= {"attention": set(LEVEL) - {"attention"}, "fold": set(LEVEL) - {"fold"}, "errors": set(LEVEL)}
+PRIVATE |= {"integrity": set(LEVEL) - {"errors"}}
 PRIVATE |= {"codec": {"format", "rivals", "packing"}, "packing": {"format", "codec", "rivals"}, "format": {"rivals"}}
 PRIVATE |= {
     "scale": {"tensor"},

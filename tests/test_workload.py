@@ -80,7 +80,7 @@ def test_files(tmp_path):
         (lambda: Conv("a", 3, 4, (2, 2), padding=(-1, 0)), "padding of layer 'a' .* at least 0, not -1"),
         (lambda: Workload("w", ()), "layers of workload 'w' must not be empty"),
         (lambda: Workload("w", (Gemm("a", 1, 1, 1),) * 2), "'a' is twice"),
-        (lambda: Workload.from_json("{"), "workload is not JSON"),
+        (lambda: Workload.from_json("{"), "workload is not valid JSON"),
         (lambda: Workload.from_json("[]"), "must be an object with a list of layers"),
         (lambda: Workload.from_json('{"layers": [], "layer": 1}'), "unknown key 'layer'"),
         (lambda: Workload.from_json('{"layers": [{"kind": "pool"}]}'), "must be gemm or conv, not 'pool'"),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dybit.attach import attachments, check_attachments, expect_attached_, is_attached
 from dybit.errors import CheckpointError, DyBitError
 from dybit.fold import expect_folded_, is_pair
+from dybit.integrity import check_regular, read_json
 from dybit.layers import InputSpec, Quantized, set_bias_, swap_, weight_names
 from dybit.model import bypass_fast_path_, folded_pairs, make_plain_, quantized_layers
 from dybit.recipe import Recipe
@@ -215,11 +216,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     file = Path(path) / MANIFEST
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
     except OSError as error:
         raise CheckpointError(f"{path} is not a dybit checkpoint: cannot read {MANIFEST} ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != "dybit":
         raise CheckpointError(f"{file} was not written by dybit")
     if data.get("version") != FORMAT_VERSION:
@@ -250,7 +249,7 @@ def read_tensors(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, 
     """
     file = Path(path) / TENSORS
     try:
-        if _checksum(file) != manifest.checksum:
+        if _checksum(check_regular(file, CheckpointError)) != manifest.checksum:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
         return safetensors.torch.load_file(file)
     except OSError as error:

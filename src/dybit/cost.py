@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dybit.calibrate import run_batch
 from dybit.candidate import Candidate
 from dybit.errors import DyBitError
+from dybit.integrity import read_json
 from dybit.layers import transposed, weight_names
 from dybit.recipe import LayerRecipe
 from dybit.sensitivity import cache_directory, write_json
@@ -281,7 +282,7 @@ class CpuCost:
         key = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
         path = folder / f"{key}.json"
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path)
             own, ratios = float(known["seconds"]), [float(x) for x in known["shares"]]
             if own > 0 and len(ratios) == len(candidates) and all(x > 0 for x in ratios):
                 return own, ratios

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from dybit import rivals
 from dybit.codec import Family, ScaleType
 from dybit.errors import DyBitError
+from dybit.integrity import parse_json
 
 Granularity = Literal["tensor", "channel", "group"]
 Variants = Literal["all", "plain", "spare", "midrise"]
@@ -277,13 +278,7 @@ class Recipe(LayerRecipe):
         Raises:
             DyBitError: It is not JSON, or as :meth:`from_dict`.
         """
-        try:
-            data = json.loads(text, object_pairs_hook=_unique)
-        except DyBitError:
-            raise
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DyBitError(f"the recipe is not valid JSON: {error}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, "the recipe", pairs=_unique))
 
 
 def matches(pattern: str, name: str) -> bool:

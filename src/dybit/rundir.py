@@ -5,7 +5,6 @@ Must not know the command line nor how a report looks. The schema is in docs/sea
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 from dybit.allocation import Result
 from dybit.cost import CostTable
 from dybit.errors import DyBitError
+from dybit.integrity import read_json
 from dybit.layers import transposed, weight_names
 from dybit.recipe import LayerRecipe
 from dybit.rivalry import compare
@@ -223,8 +223,8 @@ def read_run(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """
     file = Path(path) / DOCUMENT
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = read_json(file)
+    except (OSError, DyBitError) as error:
         raise DyBitError(f"{str(path)!r} holds no {DOCUMENT} of a search: {error}") from None
     if not isinstance(document, dict) or document.get("version") != SCHEMA_VERSION:
         raise DyBitError(f"{str(file)!r} is not of version {SCHEMA_VERSION}")

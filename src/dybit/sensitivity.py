@@ -28,6 +28,7 @@ import torch
 from dybit.candidate import Candidate
 from dybit.errors import DyBitError
 from dybit.estimate import ESTIMATORS, Estimator, Twins
+from dybit.integrity import read_json
 from dybit.subject import Progress, Subject
 
 Estimate = Literal["rmse", "fisher", "output", "kl"]
@@ -123,7 +124,7 @@ def _check(name: str, candidate: Candidate, error: float) -> None:
 
 def _read(folder: Path, key: str) -> float | None:
     try:
-        error = json.loads((folder / key[:2] / f"{key}.json").read_text(encoding="utf-8"))["error"]
+        error = read_json(folder / key[:2] / f"{key}.json")["error"]
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: measured anew
         return None
     return float(error) if isinstance(error, int | float) and math.isfinite(error) else None

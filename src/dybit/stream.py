@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dybit.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
 from dybit.errors import CheckpointError, DyBitError
+from dybit.integrity import check_regular, crc32, label, parse_json, read_json
 from dybit.recipe import Recipe
 from dybit.scale import Method
 from dybit.tensor import QuantizedTensor, TensorSpec, quantize_judged
@@ -33,11 +34,13 @@ _PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin
 _SYNC = 64  # pieces between two notes in the journal
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 Progress = Callable[[int, int, str], None]
+Text = Callable[[Mapping[str, str]], str]
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,13 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
     if not path.name.endswith(".json"):
         return _read_header(path)
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        table = read_json(path)["weight_map"]
         names = sorted({str(name) for name in table.values()})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no index of safetensors files: {error!r:.200}") from None
     found: dict[str, Stored] = {}
     for name in names:
@@ -131,18 +136,17 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
+    check_regular(file, CheckpointError)
     try:
         with safe_open(file, framework="pt"):  # checks the header, and that it fits the file
             pass
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
+            header = parse_json(stream.read(size), str(file), CheckpointError)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
     header.pop("__metadata__", None)
     return {
         key: Stored(file, item["dtype"], tuple(item["shape"]), 8 + size + begin, end - begin)
@@ -160,7 +164,7 @@ def quantize_files(
     names: Mapping[str, str] | None = None,
     shared: Mapping[str, str] | None = None,
     recipe: Recipe | None = None,
-    extra: Mapping[str, str | Path] | None = None,
+    extra: Mapping[str, Text | Path] | None = None,
     workers: int = 0,
     measure: bool = True,
     progress: Progress | None = None,
@@ -178,7 +182,9 @@ def quantize_files(
         names: The new names of tensors, by key. Those of several parts of a weight are the same.
         shared: Keys of tied tensors.
         recipe: The recipe, to be stored.
-        extra: Further files by name: their text, or the file to copy.
+        extra: Further files by name: the file to copy, or what makes their text of checksums: by the new names of
+            tensors, of a weight the CRC-32 of its codes, scales and choices, of another what
+            :func:`dybit.integrity.label` says.
         workers: Threads; 0 for one a processor.
         measure: Whether to measure errors and count codebooks.
         progress: Called with (done, total, key) in elements, after every piece.
@@ -267,7 +273,7 @@ class _Run:
         layers: Mapping[str, Any],
         shared: Mapping[str, str],
         recipe: Recipe | None,
-        extra: Mapping[str, str | Path],
+        extra: Mapping[str, Text | Path],
     ) -> None:
         """Adds the manifest and puts the directory in its place."""
         text = manifest_text(self.folder / TENSORS, layers, folded=[], shared=shared, recipe=recipe)
@@ -276,9 +282,30 @@ class _Run:
             if isinstance(content, Path):
                 shutil.copyfile(content, self.folder / name)
             else:
-                (self.folder / name).write_text(content)
+                (self.folder / name).write_text(content(self._checksums()))
         (self.folder / "journal").unlink()
         put_in_place(self.folder, self.path)
+
+    def _checksums(self) -> dict[str, str]:
+        """Those of what was written, read again: pieces came in any order, from this call or an interrupted one."""
+        found: dict[str, str] = {}
+        with (self.folder / TENSORS).open("rb") as file:
+
+            def parts(*names: str) -> Iterator[bytes]:
+                for place, nbytes in (self.places[name] for name in names):
+                    file.seek(place)
+                    for start in range(0, nbytes, _PIECE):
+                        yield file.read(min(_PIECE, nbytes - start))
+
+            for key, stored in self.source.items():
+                name = self.names[key]
+                if name in found:
+                    continue  # of several parts
+                if key in self.jobs:
+                    found[name] = crc32(parts(*(name + suffix for suffix in self.jobs[key].spec.buffers())))
+                elif stored.dtype in _TYPES:
+                    found[name] = label(_TYPES[stored.dtype], stored.shape, parts(name))
+        return found
 
     def _weight(self, piece: _Piece) -> int:
         stored = self.source[piece.key]
@@ -290,10 +317,10 @@ class _Run:
         file, journal = self.folder / TENSORS, self.folder / "journal"
         size = len(self.header) + sum(nbytes for _, nbytes in self.places.values())
         try:
-            lines = journal.read_text().splitlines()
+            lines = check_regular(journal).read_text().splitlines()
             if lines[0] == self.plan and file.stat().st_size == size:
                 return {int(line) for line in lines[1:] if line.isdigit() and int(line) < len(self.pieces)}
-        except (OSError, IndexError, UnicodeDecodeError):
+        except (OSError, IndexError, ValueError):
             pass
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)

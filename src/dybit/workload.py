@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dybit.errors import DyBitError
+from dybit.integrity import check_regular, parse_json
 
 Pair = tuple[int, int]
 
@@ -280,10 +281,7 @@ class Workload:
         Raises:
             DyBitError: ``text`` is not JSON, a key is unknown or missing, or a size is wrong.
         """
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DyBitError(f"workload is not JSON: {error}") from error
+        document = parse_json(text, "workload")
         if not isinstance(document, dict) or not isinstance(document.get("layers"), list):
             raise DyBitError("workload must be an object with a list of layers")
         unknown = document.keys() - {"name", "layers", "extra_parameters"}
@@ -304,7 +302,7 @@ class Workload:
             DyBitError: The file does not exist or is not a workload.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = check_regular(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DyBitError(f"path of a workload must be a readable text file, not {str(path)!r}: {error}") from error
         return cls.from_json(text)

@@ -15,6 +15,7 @@ from dybit.accelerator.datapath import CONTAINERS, FIELD_BITS, Mode, lane_bits, 
 from dybit.accelerator.energy import EnergyTable
 from dybit.accelerator.names import check_keys
 from dybit.errors import DyBitError
+from dybit.integrity import check_regular
 
 SCHEDULES = ("jit", "scalesim")
 FUSES = ("split", "together")
@@ -136,7 +137,7 @@ class Config:
         """
         try:
             document: dict[str, Any] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise DyBitError(f"config is not TOML: {error}") from error
         check_keys("config", document, [f.name for f in fields(cls)])
         if "energy" in document:
@@ -153,7 +154,7 @@ class Config:
             DyBitError: The file cannot be read, or as :meth:`from_toml`.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = check_regular(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DyBitError(f"config must be a readable TOML file, not {str(path)!r}: {error}") from error
         return cls.from_toml(text)

@@ -22,6 +22,7 @@ from dybit import rivals
 from dybit.cli import options, sources
 from dybit.cli.console import grid, note, out, progress
 from dybit.errors import DyBitError
+from dybit.integrity import check_regular, parse_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,10 +156,10 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None or not path.exists():
         return {}
     known = {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = check_regular(path).read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, "a result")
             known[json.dumps(entry["cell"], sort_keys=True)] = entry["values"]
         except (ValueError, KeyError, TypeError):
             if number == len(lines) and not line.endswith("\n"):

@@ -13,6 +13,7 @@ import typer
 
 from dybit import rivals
 from dybit.errors import DyBitError
+from dybit.integrity import check_regular
 from dybit.recipe import Recipe
 
 Weights = Annotated[
@@ -103,7 +104,7 @@ def read_recipe(path: Path) -> Recipe:
         DyBitError: It cannot be read, or is no recipe.
     """
     try:
-        return Recipe.from_json(path.read_text(encoding="utf-8"))
+        return Recipe.from_json(check_regular(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DyBitError(f"--recipe {str(path)!r} cannot be read: {error.strerror}") from None
     except (DyBitError, UnicodeDecodeError) as error:

@@ -18,13 +18,14 @@ from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress
 from dybit.cli.layers import LayerRow, Watch, print_layers, print_totals
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
+from dybit.integrity import check_regular
 from dybit.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dybit.layers import InputSpec
-    from dybit.stream import Job, Outcome, Stored
+    from dybit.stream import Job, Outcome, Stored, Text
     from dybit.tensor import TensorSpec
 
 _WEIGHT_NAMES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -187,7 +188,7 @@ def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tup
 
     if recipe.criterion == "activation":
         raise DyBitError(f"--criterion activation needs a model that can be run, not the file {path!r}")
-    if not Path(path).is_file():
+    if not check_regular(path).is_file():
         raise DyBitError(f"MODEL {path!r} does not exist")
     source = stream.read_source(path)
     plan = _plan_transformers(Path(path), source, recipe) or _plan_names(path, source, recipe)
@@ -214,7 +215,7 @@ class _FilePlan:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
-    extra: dict[str, str | Path] = field(default_factory=dict)
+    extra: dict[str, Text | Path] = field(default_factory=dict)
 
     def add(
         self, layer: str, kind: str, name: str, key: str, stored: Stored, job: Job, inputs: InputSpec | None

@@ -15,6 +15,7 @@ import typer
 
 from dybit.cli.console import guarded, out, size
 from dybit.errors import DyBitError
+from dybit.integrity import check_regular
 
 if TYPE_CHECKING:
     from dybit.report.charts import Point, Row
@@ -125,7 +126,7 @@ def _point(
         path = run / file
         if run.resolve() not in path.resolve().parents:
             raise DyBitError(f"recipe {file!r} of a point lies outside of {str(run)!r}")
-        text = path.read_text(encoding="utf-8")
+        text = check_regular(path).read_text(encoding="utf-8")
     value = point["measured"].get(cost["name"], point["costs"][cost["name"]])
     error = point["estimated_error"] if point["error"] is None else point["error"]
     weights, activations = ([pair[side] or 0 for pair in chosen] for side in (0, 1))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dybit.errors import DyBitError, MissingExtraError
+from dybit.integrity import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -193,7 +194,7 @@ def load_batches(
         with _naming(f"{argument} {spec!r} raised"):
             batches = list(islice(found, limit))
     elif not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+        what = "is a directory" if path.is_dir() else "is no file" if path.exists() else "does not exist"
         raise DyBitError(f"{argument} must be module:function, a text file, .npy or .safetensors, but {spec!r} {what}")
     elif path.suffix in (".npy", ".safetensors"):
         batches = list(islice(_array_batches(path, argument, batch_size), limit))
@@ -275,7 +276,7 @@ def read_safetensors(path: str | Path, argument: str, pattern: str = "*") -> dic
     """
     from safetensors import safe_open
 
-    if not Path(path).is_file():
+    if not check_regular(path).is_file():
         raise DyBitError(f"{argument} {str(path)!r} does not exist")
     with _naming(f"{argument} {str(path)!r} is no safetensors file:"), safe_open(path, framework="pt") as file:
         names = list(file.keys())

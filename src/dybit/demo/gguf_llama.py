@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dybit.demo import packages
 from dybit.errors import DyBitError
+from dybit.interchange.header import check_header
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,9 +66,12 @@ def read(path: Path) -> Reader:
         A ``gguf.GGUFReader``.
 
     Raises:
+        CheckpointError: If the file is none, or its header announces more than it holds.
         MissingExtraError: If ``gguf`` is not installed.
     """
-    return packages.load("gguf").GGUFReader(path)
+    gguf = packages.load("gguf")
+    check_header(path, gguf.GGML_QUANT_SIZES)
+    return gguf.GGUFReader(path)
 
 
 def build(reader: Reader) -> nn.Module:

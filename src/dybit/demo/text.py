@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dybit.errors import DyBitError
+from dybit.integrity import check_regular
 
 _T = TypeVar("_T")
 
@@ -127,7 +128,7 @@ def spread(available: int, batches: int, batch_size: int, what: str) -> list[lis
 def _read(source: str | Path | None) -> str:
     if source is not None:
         try:
-            return Path(source).read_text(encoding="utf-8")
+            return check_regular(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DyBitError(f"source={str(source)!r} is not a readable UTF-8 text file: {error}.") from error
     try:

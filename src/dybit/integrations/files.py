@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dybit.errors import CheckpointError, DyBitWarning
-from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, describe
+from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, checksum_rest, describe
+from dybit.integrity import read_json
 from dybit.layers import InputSpec
 from dybit.recipe import Recipe
 from dybit.tensor import TensorSpec
@@ -54,14 +55,14 @@ class FilePlan:
         names: From the keys in the file to other names, where the model has them.
         inputs: How inputs are rounded, by layer.
         tied: From names of weights that are not in the file to the keys that they are tied to.
-        config: The text of the new ``config.json``.
+        config: Makes the text of the new ``config.json`` of checksums (see :func:`dybit.stream.quantize_files`).
     """
 
     weights: dict[str, FileWeight]
     names: dict[str, str]
     inputs: dict[str, InputSpec | None]
     tied: dict[str, str]
-    config: str
+    config: Callable[[Mapping[str, str]], str]
 
 
 def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
@@ -72,7 +73,7 @@ def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
     """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = read_json(folder / "config.json")
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         with torch.device("meta"):
             model = architecture.from_config(config) if architecture is transformers.AutoModel else architecture(config)
@@ -132,9 +133,17 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
             weights[key] = FileWeight(module, type(layers[module].module).__name__, weight, spec, row, shape)
     names |= {key: f"{weight.layer}.{weight.name}" for key, weight in weights.items() if key not in plain}
     stored = describe((n, layer.specs, layer.input) for n, layer in layers.items())
-    new = DyBitConfig(recipe, layers=stored, tied=tied)
-    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
+    text = read_json(folder / "config.json")
+    converters = [conversion for conversion in get_model_conversion_mapping(model) if hasattr(conversion, "operations")]
+
+    def config(checksums: Mapping[str, str]) -> str:
+        own = {names.get(key, key): f"{weight.layer}.{weight.name}" for key, weight in weights.items()}
+        # Others only where they come to the model as they are.
+        kept = [name for name in checksums if name in own or not any(c.rename_source_key(name)[1] for c in converters)]
+        known = {own.get(name, name): checksums[name] for name in kept} | {"config.json": checksum_rest(text)}
+        new = DyBitConfig(recipe, layers=stored, tied=tied, checksums=known)
+        return json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
+
     return FilePlan(weights, names, {name: layer.input for name, layer in layers.items()}, tied, config)
 
 

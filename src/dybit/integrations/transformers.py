@@ -8,15 +8,19 @@ initializes what a file lacks, a weight without values; it is swapped when all w
 from __future__ import annotations
 
 import copy
-import zlib
+import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dybit.errors import CheckpointError, DyBitError, MissingExtraError
+from dybit.errors import CheckpointError, DyBitError, DyBitWarning, MissingExtraError
+from dybit.integrity import crc32, label, read_json
 from dybit.layers import InputSpec, is_experts, layout, swap_, weight_names
 from dybit.model import bypass_fast_path_, dequantize_, folded_pairs, quantized_layers
 from dybit.plan import plan_layers
@@ -39,6 +43,8 @@ except ImportError as error:
 
 METHOD = "dybit"
 FORMAT_VERSION = 1
+_OWN, _REST = "quantization_config", "config.json"  # in the checksums: those of this configuration and of the model's
+_FREE = {_OWN, "architectures", "dtype", "torch_dtype", "transformers_version"}  # are written later or may change
 _WEIGHT_FIELDS = ("family", "granularity", "group_size", "scale", "choice")
 
 
@@ -51,8 +57,10 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         layers: Of a saved model: groups of layers that are stored alike, each a mapping with ``modules`` (their names),
             ``weights`` (fields of :class:`dybit.tensor.TensorSpec`) and ``input``.
         tied: Of a saved model: from names of weights to those of the weights that they are tied to.
-        checksums: Of a saved model: from names of weights to the CRC-32 of their codes, scales and choices, as eight
-            hexadecimal digits, checked when it is loaded; a weight without one is not checked.
+        checksums: Of a saved model, checked when it is loaded: from names of weights to the CRC-32 of their codes,
+            scales and choices, as eight hexadecimal digits; from names of other tensors to type, shape and
+            CRC-32, as in ``float32 64x48:89abcdef``, for those who load them as such; those of all these
+            arguments and of the model's own configuration. What has none is not checked.
         format_version: Of ``layers`` and ``tied``.
         quant_method: Always ``"dybit"``.
         **fields: The fields of a recipe.
@@ -90,7 +98,9 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(fields if recipe is None else recipe)
         self.layers = layers
         self.tied = tied or {}
-        self.checksums = checksums or {}
+        self.checksums = {name: str(known) for name, known in (checksums or {}).items() if name != _OWN}
+        known = (checksums or {}).get(_OWN)
+        self.damaged = known is not None and known != _own(recipe, layers, self.tied, self.checksums)
         if layers is None and self.recipe.activations is not None and self.recipe.activation_mode == "static":
             raise DyBitError(
                 f"activations={self.recipe.activations!r} are static and need calibration: set "
@@ -109,7 +119,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         if self.tied:
             data["tied"] = dict(self.tied)
         if self.checksums:
-            data["checksums"] = dict(self.checksums)
+            own = _own(data["recipe"], self.layers, self.tied, self.checksums)
+            data["checksums"] = {**self.checksums, _OWN: own}
         return data
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -142,11 +153,22 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         # A copy: a config may serve several models, and this one will say what became of its own.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._layers: dict[str, _Layer] = {}
+        self._folder = "the checkpoint"  # for errors
         self._ties: dict[str, str] = {}  # taken from the model's own table, which knows parameters only
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any, **_: Any) -> tuple[None, dict[str, str]]:  # noqa: ANN401
+        """Nothing, but transformers calls it before it saves: the time to note what is saved beside the codes."""
+        config = model.config.quantization_config
+        known = {name: crc for name, crc in config.checksums.items() if ":" not in crc}
+        config.checksums = known | {
+            name: label(tensor.dtype, tensor.shape, [tensor]) for name, tensor in _plain(model).items()
+        }
+        config.checksums[_REST] = checksum_rest(json.loads(model.config.to_json_string()))
+        return None, {}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:  # noqa: ANN401
         """Whether a tensor is a weight that is quantized, or whose codes replace one of another shape."""
@@ -214,9 +236,21 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         source = self._ties.get(key, key)
         return [other for other in {source, *self._ties} if other != key and self._ties.get(other, other) == source]
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:  # noqa: ANN401
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,  # noqa: ANN401
+        checkpoint_files: list[str] | None = None,
+        **_: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        files = [Path(file) for file in checkpoint_files or ()]
+        _check_headers(files)
+        self._folder = str(files[0].parent) if files else self._folder
         if self.pre_quantized and self.quantization_config.layers is not None:
-            self._prepare(model)
+            _check_rest(files, self.quantization_config.checksums.get(_REST))
+            try:
+                self._prepare(model)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._folder}: {error}") from None
         else:
             self._plan(model)
         return model
@@ -267,6 +301,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             _resolve_key(target, resolve): _resolve_key(s, resolve)
             for target, s in self.quantization_config.tied.items()
         }
+        if self.quantization_config.damaged:
+            raise CheckpointError(f"{_OWN} in config.json is damaged: its contents are not those that were saved")
         self._take_over(model, {t: s for t, s in ties.items() if t and s})
         for name, layer in self._layers.items():
             own = [weight for weight in layer.specs if f"{name}.{weight}" not in self._ties]
@@ -283,7 +319,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:  # noqa: ANN401
         if self.pre_quantized:
             for name, layer in self._layers.items():
-                layer.codes = _arrived_(name, layer)
+                layer.codes = _arrived_(name, layer, self._folder)
             for target, source in self._ties.items():
                 (owner, weight), (first, first_weight) = self._find(target), self._find(source)
                 if owner is not None and first is not None:
@@ -293,6 +329,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # a head that the file did not have, initialized at random: it is there to be trained
             scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
             swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
+        if self.pre_quantized:
+            _check_plain(self._folder, model, self.quantization_config.checksums)
         bypass_fast_path_(model, quantized_layers(model).values())
         _store_as_held_(model)
         model._dybit_recipe = self.quantization_config.recipe
@@ -360,7 +398,7 @@ def _describe_(config: DyBitConfig, model: nn.Module) -> None:
                 config.tied[key] = source
             else:
                 stored = (layer._buffers[weight + suffix] for suffix in layer.weight_specs[weight].buffers())
-                config.checksums[key] = _checksum(cast(Tensor, part) for part in stored)
+                config.checksums[key] = crc32(cast(Tensor, part) for part in stored)
 
 
 def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
@@ -424,13 +462,13 @@ def _await_(layer: _Layer, own: list[str]) -> None:
     module.__class__ = type(type(module).__name__, (type(module),), members)
 
 
-def _arrived_(name: str, layer: _Layer) -> dict[str, QuantizedTensor]:
+def _arrived_(name: str, layer: _Layer, folder: str) -> dict[str, QuantizedTensor]:
     """What the loader put into a layer that :func:`_await_` prepared, checked; the layer is as it was before."""
     module = layer.module
     module.__class__ = type(module).__mro__[1]
     for key in ("input_scale", "input_offset"):
         if key in module._buffers:
-            _check_part(f"{name}.{key}", module._buffers[key], (1,), torch.float32)
+            _check_part(folder, f"{name}.{key}", module._buffers[key], (1,), torch.float32)
     codes = {}
     for weight, spec in layer.specs.items():
         if weight not in module._buffers:
@@ -438,34 +476,74 @@ def _arrived_(name: str, layer: _Layer) -> dict[str, QuantizedTensor]:
         parts: dict[str, Any] = {}
         for suffix, (shape, dtype) in spec.buffers().items():
             parts[suffix] = module._buffers.pop(weight + suffix)
-            _check_part(f"{name}.{weight}{suffix}", parts[suffix], shape, dtype)
+            _check_part(folder, f"{name}.{weight}{suffix}", parts[suffix], shape, dtype)
         codes[weight] = QuantizedTensor(
             spec, parts[""], parts["_scale"], parts.get("_choice"), parts.get("_tensor_scale")
         )
-        if layer.checksums.get(weight, "") not in ("", _checksum(parts.values())):
-            raise CheckpointError(
-                f"the checkpoint is damaged: the codes of '{name}.{weight}' are not those that were saved"
-            )
+        if layer.checksums.get(weight, "") not in ("", crc32(parts.values())):
+            raise CheckpointError(f"{folder} is damaged: the codes of '{name}.{weight}' are not those that were saved")
     return codes
 
 
-def _checksum(parts: Iterable[Tensor]) -> str:
-    """CRC-32 of the bytes of some tensors, one after the other."""
-    found = 0
-    for part in parts:
-        found = zlib.crc32(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
+def _own(recipe: object, layers: object, tied: object, checksums: object) -> str:
+    """CRC-32 of a configuration, as it is stored."""
+    return crc32([json.dumps([recipe, layers, tied, checksums], sort_keys=True, default=repr).encode()])
+
+
+def checksum_rest(config: Mapping[str, Any]) -> str:
+    """CRC-32 of what ``config.json`` says about the model itself."""
+    rest = {name: value for name, value in config.items() if name not in _FREE}
+    return crc32([json.dumps(rest, sort_keys=True).encode()])
+
+
+def _check_headers(files: Iterable[Path]) -> None:
+    """Checks files before transformers opens them, whose error does not say which one it is."""
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from None
+
+
+def _check_rest(files: Iterable[Path], known: str | None) -> None:
+    """Warns of a ``config.json`` that is not the one that was saved: people do edit it."""
+    path = next((file.with_name("config.json") for file in files), None)
+    if known is not None and path is not None and path.is_file() and checksum_rest(read_json(path)) != known:
+        message = f"{path} is not what was saved: it was edited, or is damaged"
+        warnings.warn(message, DyBitWarning, stacklevel=2)
+
+
+def _plain(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """What is stored of a model beside codes and their scales, where it is at hand as a whole."""
+    kept = set(model._keys_to_ignore_on_save or ())
+    for name, layer in quantized_layers(model).items():
+        kept |= {f"{name}.{key}{suffix}" for key, spec in layer.weight_specs.items() for suffix in spec.buffers()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in kept}
+    return {name: tensor for name, tensor in state.items() if type(tensor) is Tensor and not tensor.is_meta}
+
+
+def _check_plain(folder: str, model: Any, checksums: Mapping[str, str]) -> None:  # noqa: ANN401
+    """Checks what lies beside the codes, as far as the model has it in the type and shape in which it was stored."""
+    tensors, prefix = _plain(model), f"{model.base_model_prefix}."
+    for name, known in checksums.items():
+        near = (other for other in (name, prefix + name, name.removeprefix(prefix)) if other in tensors)
+        tensor = tensors.get(next(near, ""))
+        found = known if tensor is None else label(tensor.dtype, tensor.shape, [tensor])
+        if found != known and found.partition(":")[0] == known.partition(":")[0]:
+            raise CheckpointError(f"{folder} is damaged: {name!r} is not what was saved")
 
 
 def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.buffers().values(), other.buffers().values(), strict=True))
 
 
-def _check_part(key: str, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_part(folder: str, key: str, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if not getattr(part, "_is_hf_initialized", False) or part is None:
-        raise CheckpointError(f"the checkpoint lacks {key!r}")
+        raise CheckpointError(f"{folder} lacks {key!r}")
     if tuple(part.shape) != shape or part.dtype != dtype:
         raise CheckpointError(
-            f"the checkpoint does not fit: {key!r} is {part.dtype} of shape {tuple(part.shape)}, "
+            f"{folder} does not fit: {key!r} is {part.dtype} of shape {tuple(part.shape)}, "
             f"expected {dtype} of shape {shape}"
         )

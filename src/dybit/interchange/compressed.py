@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dybit.checkpoint import replacing
 from dybit.errors import CheckpointError, DyBitError
+from dybit.integrity import SHA256, check_digest, check_regular, digest, read_json
 from dybit.interchange.blocks import Blocks, from_blocks, to_blocks
 from dybit.interchange.imported import Imported
 from dybit.model import quantized_layers
@@ -28,6 +29,8 @@ _VERSION = "0.20.0"  # of compressed-tensors, whose layout this is
 
 def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Saves a quantized model as compressed-tensors does: safetensors, and ``quantization_config`` in config.json.
+
+    The metadata of the safetensors file has the SHA-256 of its tensors as ``dybit.sha256``.
 
     Args:
         model: Of which only ``nn.Linear`` layers are quantized, all weight-only in ``s4r2`` (or ``e2m1``) with
@@ -78,14 +81,14 @@ def read_compressed(path: str | os.PathLike[str]) -> Imported:
     """
     folder = Path(path)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         quantization = config["quantization_config"]
         if quantization["quant_method"] != "compressed-tensors":
             raise CheckpointError(f"{folder} has the quant_method {quantization['quant_method']!r:.100}")
         formats = {group.get("format") or quantization["format"] for group in quantization["config_groups"].values()}
         tensors: dict[str, Tensor] = {}
         for file in _files(folder):
-            tensors |= safetensors.torch.load_file(folder / file)
+            tensors |= _read(folder / file)
     except OSError as error:
         raise CheckpointError(f"{folder} is no checkpoint: cannot read {error.filename or CONFIG}") from None
     except SafetensorError as error:
@@ -121,10 +124,19 @@ def _imported(tensors: dict[str, Tensor], folder: Path) -> Imported:
     return Imported(found.weights, tensors, inputs)
 
 
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which are those that were written if it says which those were."""
+    with safe_open(check_regular(file, CheckpointError), framework="pt") as stored:
+        known = (stored.metadata() or {}).get(SHA256)
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # no iterator
+    check_digest(tensors, known, file)
+    return tensors
+
+
 def _files(folder: Path) -> list[str]:
     if (folder / TENSORS).exists() or not (folder / INDEX).exists():
         return [TENSORS]
-    names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{folder / INDEX} names a file outside its directory")
     return names
@@ -181,8 +193,21 @@ def _write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
         storages[pointer] = key
     with replacing(path) as folder:
         try:
-            safetensors.torch.save_file(contiguous, folder / TENSORS, metadata={"format": "pt"})
+            metadata = {"format": "pt", SHA256: digest(contiguous)}
+            safetensors.torch.save_file(contiguous, folder / TENSORS, metadata=metadata)
+            _order(folder / TENSORS, metadata)
         except SafetensorError as error:
             raise DyBitError(f"path {str(path)!r} cannot be written: {error}") from None
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return path
+
+
+def _order(file: Path, metadata: Mapping[str, str]) -> None:
+    """Puts the metadata of a safetensors file in order, which is left to chance: equal files get equal bytes."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        text = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        stream.seek(8)
+        stream.write(text.ljust(size))

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
+from dybit.integrity import SHA256, check_digest, digest
 from dybit.interchange.blocks import MX_BLOCK, Blocks, from_blocks, to_blocks
+from dybit.interchange.header import check_header
 from dybit.interchange.imported import Imported
 from dybit.tensor import QuantizedTensor
 
@@ -32,7 +34,7 @@ def write_gguf(
     architecture: str = "dybit",
     metadata: Mapping[str, str | int | float | bool] | None = None,
 ) -> Path:
-    """Writes weights as MXFP4 tensors, atomically.
+    """Writes weights as MXFP4 tensors, atomically, with the SHA-256 of all tensors in the field ``dybit.sha256``.
 
     Args:
         path: The file.
@@ -51,17 +53,18 @@ def write_gguf(
     for name, block in blocks.items():
         if block.divisor is not None:
             raise DyBitError(f"{name!r} is NVFP4; GGUF files are written with MXFP4 (scale='pow2', group_size=32)")
+    stored = {name: _interleave(block) for name, block in blocks.items()}
+    stored |= {name: tensor.detach().float().contiguous().numpy() for name, tensor in (tensors or {}).items()}
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             part = Path(folder) / "part"
             writer = gguf.GGUFWriter(part, architecture)
-            for key, value in (metadata or {}).items():
+            for key, value in {**(metadata or {}), SHA256: digest(stored)}.items():
                 add = {bool: writer.add_bool, int: writer.add_int64, float: writer.add_float64, str: writer.add_string}
                 add[type(value)](key, value)
-            for name, block in blocks.items():
-                writer.add_tensor(name, _interleave(block), raw_dtype=gguf.GGMLQuantizationType.MXFP4)
-            for name, tensor in (tensors or {}).items():
-                writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
+            for name, array in stored.items():
+                kind = gguf.GGMLQuantizationType.MXFP4 if name in blocks else gguf.GGMLQuantizationType.F32
+                writer.add_tensor(name, array, raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -76,13 +79,16 @@ def read_gguf(path: str | os.PathLike[str]) -> Imported:
     """Reads the MXFP4 tensors of a GGUF file, value for value; those of FP32 and FP16 come as they are.
 
     Raises:
-        CheckpointError: The file is missing, truncated or no GGUF.
+        CheckpointError: The file is missing, truncated, damaged or no GGUF.
         DyBitError: It has no MXFP4 tensor of two dimensions.
         MissingExtraError: The package gguf is not installed.
     """
     gguf = _gguf()
     try:
+        check_header(path, gguf.GGML_QUANT_SIZES)
         reader = gguf.GGUFReader(path)
+        known = reader.get_field(SHA256)
+        check_digest({tensor.name: tensor.data for tensor in reader.tensors}, known and str(known.contents()), path)
         found = Imported()
         for tensor in reader.tensors:
             shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -90,6 +96,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Imported:
                 found.weights[tensor.name] = from_blocks(_separate(np.asarray(tensor.data), shape), tensor.name)
             elif tensor.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
                 found.tensors[tensor.name] = torch.from_numpy(np.array(tensor.data).reshape(shape))
+    except CheckpointError:
+        raise
     except DyBitError as error:
         raise DyBitError(f"{path}: {error}") from None
     except OSError as error:

@@ -17,6 +17,7 @@ import torch
 from dybit import rivals
 from dybit.codec import Family
 from dybit.errors import CheckpointError, DyBitError
+from dybit.integrity import check_regular
 from dybit.interchange.imported import Imported
 from dybit.onnx.graph import Array
 from dybit.onnx.weights import MICROSOFT
@@ -45,6 +46,7 @@ def read(path: str | os.PathLike[str]) -> Imported:
         CheckpointError: The file is missing, truncated, no ONNX, or contradicts itself.
         DyBitError: It has no such weight, or one whose values dybit cannot hold exactly; the message says which.
     """
+    check_regular(path, CheckpointError)
     try:
         proto = onnx.load(os.fspath(path))
         onnx.checker.check_model(proto)
