@@ -5,10 +5,37 @@
 #include <cstring>
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(_M_ARM64)
+#include <windows.h>
+#endif
+
 #include "packed.h"
 
 namespace dybit {
 namespace {
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+bool has_dot_products() {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, which old headers do not know
+  return getauxval(AT_HWCAP) & kDotProducts;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#elif defined(_M_ARM64)
+  return IsProcessorFeaturePresent(43);  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, which old headers do not know
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> present() {
   std::vector<const Kernels*> sets{&kScalar};
@@ -18,6 +45,10 @@ std::vector<const Kernels*> present() {
   if (sets.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
     sets.push_back(&kAvx512);
+#endif
+#if defined(__aarch64__) || defined(_M_ARM64)
+  sets.push_back(&kNeon);
+  if (has_dot_products()) sets.push_back(&kNeonDot);
 #endif
   return sets;
 }

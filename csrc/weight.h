@@ -147,5 +147,10 @@ extern const Kernels kAvx512;
 extern const CodeKernels kAvx2Codes;
 extern const CodeKernels kAvx512Codes;
 #endif
+#if defined(__aarch64__) || defined(_M_ARM64)
+extern const Kernels kNeon;
+extern const Kernels kNeonDot;
+extern const CodeKernels kNeonCodes;
+#endif
 
 }  // namespace dybit
