@@ -36,7 +36,7 @@ void expand_as(const Weight& w, int block, int s, T* out) {
   const Job job{w, {}, {}, w.tables, nullptr, 0, 0, nullptr};
   tables.load(w, w.tables, job.choices(block, s));
   unpack_rows<kStorage, sizeof(T) == 1 ? Product::kSigned8 : Product::kSigned16>(
-      job.codes(block, s), w.chunk_bytes, tables, vdupq_n_u8(0), w.segments[s].chunks, reinterpret_cast<uint8_t*>(out));
+      job.codes(block, s), tables, vdupq_n_u8(0), w.segments[s].chunks, reinterpret_cast<uint8_t*>(out));
 }
 
 void expand(const Weight& w, int block, int s, int8_t* out) {
