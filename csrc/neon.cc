@@ -165,6 +165,10 @@ void linear(const Weight& w, const Input& in, const Output& out, int first_block
   switch (in.kind) {
     case InputKind::kSigned8: return linear_as<Product::kSigned8>(w, in, out, first_block, last_block);
     case InputKind::kUnsigned8: return linear_as<Product::kUnsigned8>(w, in, out, first_block, last_block);
+    case InputKind::kSigned16:
+      if (w.storage <= 8 && in.max_input <= 127 * 256 + 127)
+        return linear_as<Product::kSplit16>(w, in, out, first_block, last_block);
+      [[fallthrough]];
     default: plain::linear(w, in, out, first_block, last_block);
   }
 }
