@@ -107,26 +107,29 @@ struct Lanes {
 // 2^kSteps floats in registers, looked up byte by byte. Indices are those bytes: of a float i, 4·i … 4·i + 3.
 template <int kSteps>
 struct Floats {
-  uint8x16_t part[kSteps <= 2 ? 1 : 1 << (kSteps - 2)];
+  struct Two {
+    uint8x16x4_t low, high;
+  };
+  using Few = std::conditional_t<kSteps <= 2, uint8x16_t, uint8x16x2_t>;
+  using Many = std::conditional_t<kSteps == 4, uint8x16x4_t, Two>;
+  std::conditional_t<kSteps <= 3, Few, Many> registers;
 
   DYBIT_INLINE explicit Floats(const float* p) {
-    if constexpr (kSteps == 1)
-      part[0] = vcombine_u8(vreinterpret_u8_f32(vld1_f32(p)), vdup_n_u8(0));
-    else
-      unroll<1 << (kSteps - 2)>([&](auto i) DYBIT_INLINE { part[i] = vreinterpretq_u8_f32(vld1q_f32(p + 4 * i)); });
+    const auto* bytes = reinterpret_cast<const uint8_t*>(p);
+    if constexpr (kSteps == 1) registers = vcombine_u8(vld1_u8(bytes), vdup_n_u8(0));
+    if constexpr (kSteps == 2) registers = vld1q_u8(bytes);
+    if constexpr (kSteps == 3) registers = vld1q_u8_x2(bytes);
+    if constexpr (kSteps == 4) registers = vld1q_u8_x4(bytes);
+    if constexpr (kSteps == 5) registers = {vld1q_u8_x4(bytes), vld1q_u8_x4(bytes + 64)};
   }
 
   DYBIT_INLINE float32x4_t at(uint8x16_t bytes) const {
     uint8x16_t found;
-    if constexpr (kSteps <= 2) {
-      found = vqtbl1q_u8(part[0], bytes);
-    } else if constexpr (kSteps == 3) {
-      found = vqtbl2q_u8({{part[0], part[1]}}, bytes);
-    } else {
-      found = vqtbl4q_u8({{part[0], part[1], part[2], part[3]}}, bytes);
-      if constexpr (kSteps == 5)
-        found = vqtbx4q_u8(found, {{part[4], part[5], part[6], part[7]}}, vsubq_u8(bytes, vdupq_n_u8(64)));
-    }
+    if constexpr (kSteps <= 2) found = vqtbl1q_u8(registers, bytes);
+    if constexpr (kSteps == 3) found = vqtbl2q_u8(registers, bytes);
+    if constexpr (kSteps == 4) found = vqtbl4q_u8(registers, bytes);
+    if constexpr (kSteps == 5)  // those beyond the first four registers; else what is found already
+      found = vqtbx4q_u8(vqtbl4q_u8(registers.low, bytes), registers.high, vsubq_u8(bytes, vdupq_n_u8(64)));
     return vreinterpretq_f32_u8(found);
   }
 };
@@ -202,6 +205,7 @@ DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
   return vaddvq_s32(sum);
 }
 
+constexpr int kMixLanes = 1;  // sums of six units in 24 of 32 registers
 #include "codes.inc"
 
 }  // namespace

@@ -1,8 +1,8 @@
 // NEON. "neon" is that of every 64-bit Arm processor: products of bytes are summed in 16 bits, a few at a time, before
 // they are widened. "neon-dot" sums 16 products of bytes exactly in 32 bits with one instruction, sdot or udot.
 //
-// Both operands of a product have the same sign: for unsigned inputs, weights are biased by their largest magnitude, and as
-// many times the sum of the inputs is subtracted.
+// Both operands of a product are signed or both are not: for unsigned inputs, weights are biased by their largest
+// magnitude, and as many times the sum of the inputs is subtracted.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -132,8 +132,10 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon",        1,          plain::input_kind, plain::linear, plain::encode, plain::dequantize,
-                       &kNeonCodes, plain::multiply};
+const Kernels kNeon = {"neon",        1,
+                       plain::input_kind, plain::linear,
+                       plain::encode,     plain::dequantize,
+                       &kNeonCodes,       plain::multiply};
 
 }  // namespace dybit
 
@@ -188,8 +190,10 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kNeonDot;
-const Kernels kNeonDot = {"neon-dot",   1,           plain::input_kind, dotted::linear, plain::encode, plain::dequantize,
-                          &kNeonCodes, dotted::multiply};
+const Kernels kNeonDot = {"neon-dot",        1,
+                          plain::input_kind, dotted::linear,
+                          plain::encode,     plain::dequantize,
+                          &kNeonCodes,       dotted::multiply};
 
 }  // namespace dybit
 #if !defined(__ARM_FEATURE_DOTPROD)

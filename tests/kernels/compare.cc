@@ -1,6 +1,6 @@
-// Compares every instruction set of this machine with the scalar one, bit for bit. Needs neither Python nor torch, so it
-// also runs under emulation. Arguments: the sets that must be there, besides the scalar one. The last line of its output
-// is a hash of the scalar results, which is the same on every architecture.
+// Compares every instruction set of this machine with the scalar one, bit for bit. Needs neither Python nor torch, so
+// it also runs under emulation. Arguments: the sets that must be there, besides the scalar one. The last line of its
+// output is a hash of the scalar results, which is the same on every architecture.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -70,7 +70,8 @@ void compare(const std::string& what, F&& f) {
     state = before;
     const auto found = f(*set);
     ++comparisons;
-    if (found.size() == expected.size() && !std::memcmp(found.data(), expected.data(), found.size() * sizeof(T))) continue;
+    if (found.size() == expected.size() && !std::memcmp(found.data(), expected.data(), found.size() * sizeof(T)))
+      continue;
     if (++failures > 20) continue;
     size_t i = 0, differ = 0;
     for (size_t j = found.size(); j-- > 0;)
@@ -116,14 +117,15 @@ struct WeightCase {
   }
 
   Portable portable() const {
-    return {packed.data(), rows,        columns,     bits, group, scale.data(), true, true, choose ? choice.data() : nullptr,
-            true,          true,        table.data(), steps.data(), books};
+    const uint8_t* choices = choose ? choice.data() : nullptr;
+    return {packed.data(), rows, columns, bits, group,        scale.data(), true,
+            true,          choices, true, true, table.data(), steps.data(), books};
   }
 };
 
-const InputFormat kInputs[] = {{false, 0, 0, false, 0}, {true, 7, 1, true, 0},  {true, 3, 3, true, 0}, {true, 7, 7, true, 0},
-                               {true, 7, 2, true, 0},   {true, 8, 1, false, 0}, {true, 4, 2, false, 0}, {true, 7, 1, false, 0},
-                               {true, 8, 8, false, 0}};
+const InputFormat kInputs[] = {{false, 0, 0, false, 0}, {true, 7, 1, true, 0},  {true, 3, 3, true, 0},
+                               {true, 7, 7, true, 0},   {true, 7, 2, true, 0},  {true, 8, 1, false, 0},
+                               {true, 4, 2, false, 0},  {true, 7, 1, false, 0}, {true, 8, 8, false, 0}};
 
 void linear_case(const WeightCase& w, InputFormat input, int rows, bool grouped, bool extreme) {
   input.group_size = grouped ? std::max(1, w.columns / 3) : w.columns;
@@ -152,12 +154,12 @@ void linears() {
     int bits, largest;
     WeightCase::Form form;
   };
-  const Kind kinds[] = {{2, 3, WeightCase::kRandom},      {2, 127, WeightCase::kExtreme}, {3, 16, WeightCase::kRandom},
-                        {3, 127, WeightCase::kRandom},    {4, 16, WeightCase::kRandom},   {4, 64, WeightCase::kExtreme},
-                        {4, 65, WeightCase::kExtreme},    {4, 127, WeightCase::kExtreme}, {4, 300, WeightCase::kRandom},
-                        {5, 127, WeightCase::kRandom},    {6, 127, WeightCase::kExtreme}, {8, 127, WeightCase::kRandom},
-                        {8, 60, WeightCase::kExtreme},    {7, 8000, WeightCase::kRun},    {8, 8000, WeightCase::kRun},
-                        {8, 8192, WeightCase::kExtreme},  {7, 32767, WeightCase::kRandom}, {8, 32767, WeightCase::kExtreme}};
+  constexpr auto kRandom = WeightCase::kRandom, kExtreme = WeightCase::kExtreme, kRun = WeightCase::kRun;
+  const Kind kinds[] = {{2, 3, kRandom},     {2, 127, kExtreme}, {3, 16, kRandom},     {3, 127, kRandom},
+                        {4, 16, kRandom},    {4, 64, kExtreme},  {4, 65, kExtreme},    {4, 127, kExtreme},
+                        {4, 300, kRandom},   {5, 127, kRandom},  {6, 127, kExtreme},   {8, 127, kRandom},
+                        {8, 60, kExtreme},   {7, 8000, kRun},    {8, 8000, kRun},      {8, 8192, kExtreme},
+                        {7, 32767, kRandom}, {8, 32767, kExtreme}};
   for (const Kind& kind : kinds)
     for (const InputFormat& input : kInputs)
       for (int i = 0; i < 10 * kTimes; ++i) {
@@ -366,7 +368,8 @@ void convolutions() {
       std::vector<uint8_t> results(size_t(batch) * places[1] * places[2] * (all + 5), 99);
       const Image image{data.data(), kind, before, before, channels, channels};
       const Image result{results.data(), to, {}, {}, all, all + 5};
-      const Rounding rounding{format.magnitude_bits, format.max_run, format.is_signed, false, 1.0f, scale_of_inputs, 0.0f};
+      const Rounding rounding{format.magnitude_bits, format.max_run, format.is_signed, false, 1.0f,
+                              scale_of_inputs,       0.0f};
       const Finish finish{stores ? y.data() : nullptr, below(2) ? addend.data() : nullptr, 0.0f, 6.0f, &result,
                           {8, 1, false, false, 1.0f, 0.05f, 0.0f}};
       bool good = !fused || round_to_image(x.data(), batch, size, &rounding, false, image, 1);
