@@ -276,7 +276,8 @@ void roundings() {
   for (int m = 1; m <= 8; ++m)
     for (int r = 1; r <= m; ++r)
       for (bool is_signed : {false, true}) {
-        const Rounding rounding{m, r, is_signed, false, 1.0f, one_of({1.0f, 0.3f, 0.01f}), below(2) ? 0.0f : uniform()};
+        const Rounding rounding{m, r, is_signed, false, 1.0f, one_of({1.0f, 0.5f, 0.3f, 0.01f}),
+                                below(3) ? 0.0f : uniform()};
         std::vector<InputKind> kinds = kinds_of(rounding);
         const int count = between(1, 300);
         const std::vector<float> x = numbers(count, false), finite = numbers(count);
@@ -286,6 +287,8 @@ void roundings() {
             const int stride = channels + below(3), from_stride = (channels + 15) / 16 * 16;
             const bool more = below(2), adds = below(2), nan = below(8) == 0;
             std::vector<float> from = numbers(rows * from_stride), addend = numbers(rows * stride), y(rows * stride);
+            for (float& value : from)
+              if (below(4) == 0) value = std::ldexp(float(between(-300, 300)) + 0.5f, 1 - m) * rounding.scale;  // ties
             for (int row = 0; row < rows; ++row)
               for (int c = channels; c < from_stride; ++c) from[row * from_stride + c] = 0;
             if (nan) from[below(channels)] = NAN;
@@ -321,6 +324,42 @@ void roundings() {
                       return out;
                     });
       }
+}
+
+void gathers() {
+  for (int i = 0; i < 60 * kTimes; ++i) {
+    const int segments = between(1, 3), rows = between(1, 5), bytes = i % 2 ? 1 : 2;
+    std::vector<Segment> cut;
+    std::vector<GatherRun> runs;
+    int chunk = 0, start = 0;
+    for (int s = 0; s < segments; ++s) {
+      const int length = between(1, 150), chunks = (length + kChunk - 1) / kChunk;
+      cut.push_back({start, length, chunk, chunks, s, s});
+      const int half = below(length);
+      if (half) runs.push_back({chunk * kChunk * bytes, below(500), half * bytes});
+      runs.push_back({(chunk * kChunk + half) * bytes, below(500), (length - half) * bytes});
+      start += length;
+      chunk += chunks;
+    }
+    const size_t row_bytes = size_t(chunk) * kChunk * bytes;
+    std::vector<uint8_t> image(2000);
+    for (auto& byte : image) byte = below(4) ? uint8_t(draw()) : one_of({uint8_t(127), uint8_t(128)});
+    std::vector<int64_t> origins(rows);
+    for (auto& origin : origins) origin = below(500);
+    const GatherTask task{image.data(), runs.data(), int(runs.size()), cut.data(), segments, bytes, row_bytes};
+    compare("gather", [&](const Kernels& set) {
+      std::vector<int32_t> sums(rows * segments);
+      std::vector<uint8_t> out(row_bytes * rows, 99);
+      set.codes->gather(task, origins.data(), rows, out.data(), bytes == 1 ? sums.data() : nullptr);
+      std::vector<int32_t> result(out.begin(), out.end());
+      result.insert(result.end(), sums.begin(), sums.end());
+      if (bytes == 1) {  // rows as they lie
+        set.codes->gather(task, origins.data(), rows, nullptr, sums.data());
+        result.insert(result.end(), sums.begin(), sums.begin() + rows);
+      }
+      return result;
+    });
+  }
 }
 
 void convolutions() {
@@ -407,7 +446,8 @@ int main(int count, char** names) {
     }
   linears();
   codes();
-  roundings();
+  for (int i = 0; i < kTimes; ++i) roundings();
+  gathers();
   convolutions();
   std::printf("%lld comparisons, %lld failures\nscalar results: %016llx\n", (long long)comparisons, (long long)failures,
               (unsigned long long)hash);
