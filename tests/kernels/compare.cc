@@ -70,12 +70,12 @@ void compare(const std::string& what, F&& f) {
     state = before;
     const auto found = f(*set);
     ++comparisons;
-    if (found.size() == expected.size() && !std::memcmp(found.data(), expected.data(), found.size() * sizeof(T)))
-      continue;
+    auto same_bits = [](const T& a, const T& b) { return !std::memcmp(&a, &b, sizeof(T)); };
+    if (std::equal(found.begin(), found.end(), expected.begin(), expected.end(), same_bits)) continue;
     if (++failures > 20) continue;
     size_t i = 0, differ = 0;
-    for (size_t j = found.size(); j-- > 0;)
-      if (std::memcmp(&found[j], &expected[j], sizeof(T))) i = j, ++differ;
+    for (size_t j = std::min(found.size(), expected.size()); j-- > 0;)
+      if (!same_bits(found[j], expected[j])) i = j, ++differ;
     std::printf("%s: %s: %zu of %zu differ, the first at %zu: %.9g, not %.9g\n", set->name, what.c_str(), differ,
                 found.size(), i, double(found[i]), double(expected[i]));
   }
