@@ -39,16 +39,16 @@ bool has_dot_products() {
 
 std::vector<const Kernels*> present() {
   std::vector<const Kernels*> sets{&kScalar};
+#if defined(__aarch64__) || defined(_M_ARM64)
+  sets.push_back(&kNeon);
+  if (has_dot_products()) sets.push_back(&kNeonDot);
+#endif
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kAvx2);
   if (sets.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
     sets.push_back(&kAvx512);
-#endif
-#if defined(__aarch64__) || defined(_M_ARM64)
-  sets.push_back(&kNeon);
-  if (has_dot_products()) sets.push_back(&kNeonDot);
 #endif
   return sets;
 }

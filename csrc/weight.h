@@ -141,16 +141,16 @@ struct Kernels {
 
 extern const Kernels kScalar;
 extern const CodeKernels kScalarCodes;
+#if defined(__aarch64__) || defined(_M_ARM64)
+extern const Kernels kNeon;
+extern const Kernels kNeonDot;
+extern const CodeKernels kNeonCodes;
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const CodeKernels kAvx2Codes;
 extern const CodeKernels kAvx512Codes;
-#endif
-#if defined(__aarch64__) || defined(_M_ARM64)
-extern const Kernels kNeon;
-extern const Kernels kNeonDot;
-extern const CodeKernels kNeonCodes;
 #endif
 
 }  // namespace dybit
