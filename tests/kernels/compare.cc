@@ -1,0 +1,455 @@
+// Compares every instruction set of this machine with the scalar one, bit for bit. Needs neither Python nor torch, so
+// it also runs under emulation. Arguments: the sets that must be there, besides the scalar one. The last line of its
+// output is a hash of the scalar results, which is the same on every architecture.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../../csrc/codes.h"
+#include "../../csrc/conv.h"
+#include "../../csrc/dispatch.h"
+#include "../../csrc/packed.h"
+
+using namespace dybit;
+
+namespace {
+
+constexpr int kTimes = 4;  // how often random cases are drawn
+
+uint32_t state = 1;
+uint32_t draw() { return (state = state * 1664525u + 1013904223u) >> 8; }
+int below(int count) { return int(draw() % uint32_t(count)); }
+int between(int low, int high) { return low + below(high - low + 1); }
+float uniform() { return float(draw()) / float(1 << 23) - 1.0f; }  // from -1 to 1, both not reached
+template <class T>
+T one_of(std::initializer_list<T> list) {
+  return list.begin()[below(int(list.size()))];
+}
+
+// With ties, zeros and very small and large ones among them.
+std::vector<float> numbers(int64_t count, bool finite = true) {
+  std::vector<float> x(count);
+  const float size = one_of({0.01f, 1.0f, 3.0f, 100.0f});
+  for (float& value : x) {
+    value = uniform() * size;
+    if (below(8) == 0) value = float(between(-40, 40)) / 8;  // ties
+    if (below(40) == 0) value = one_of({0.0f, -0.0f, 1e-41f, -1e-38f, 1e30f, -1e30f});
+    if (!finite && below(40) == 0) value = one_of({INFINITY, -INFINITY, float(NAN)});
+  }
+  return x;
+}
+
+int64_t comparisons = 0, failures = 0;
+uint64_t hash = 14695981039346656037ull;
+
+template <class T>
+void add_to_hash(const std::vector<T>& numbers) {
+  for (T number : numbers) {
+    if constexpr (std::is_floating_point_v<T>)
+      if (number != number) number = 0;  // NaN's sign depends on the architecture
+    uint8_t bytes[sizeof(T)];
+    std::memcpy(bytes, &number, sizeof(T));
+    for (uint8_t byte : bytes) hash = (hash ^ byte) * 1099511628211ull;
+  }
+}
+
+// Calls f(kernels) → a vector of plain numbers for every set.
+template <class F>
+void compare(const std::string& what, F&& f) {
+  const uint32_t before = state;
+  const auto expected = f(kScalar);
+  using T = typename std::decay_t<decltype(expected)>::value_type;
+  add_to_hash(expected);
+  const uint32_t after = state;
+  for (const Kernels* set : available()) {
+    if (set == &kScalar) continue;
+    state = before;
+    const auto found = f(*set);
+    ++comparisons;
+    auto same_bits = [](const T& a, const T& b) { return !std::memcmp(&a, &b, sizeof(T)); };
+    if (std::equal(found.begin(), found.end(), expected.begin(), expected.end(), same_bits)) continue;
+    if (++failures > 20) continue;
+    size_t i = 0, differ = 0;
+    for (size_t j = std::min(found.size(), expected.size()); j-- > 0;)
+      if (!same_bits(found[j], expected[j])) i = j, ++differ;
+    std::printf("%s: %s: %zu of %zu differ, the first at %zu: %.9g, not %.9g\n", set->name, what.c_str(), differ,
+                found.size(), i, double(found[i]), double(expected[i]));
+  }
+  state = after;
+}
+
+struct WeightCase {
+  int bits, rows, columns, group, books, largest;
+  enum Form { kRandom, kExtreme, kRun } form;
+  bool choose;
+  std::vector<uint8_t> packed, choice;
+  std::vector<float> scale, steps;
+  std::vector<int32_t> table;
+
+  WeightCase(int bits, int rows, int columns, int group, int largest, Form form)
+      : bits(bits), rows(rows), columns(columns), group(group), books(between(1, 3)), largest(largest), form(form) {
+    const int groups = (columns + group - 1) / group, count = books << bits;
+    table.resize(count);
+    for (int i = 0; i < count; ++i) {
+      table[i] = between(-largest, largest);
+      if (form == kExtreme) table[i] = below(4) ? largest : -largest;
+      if (form == kRun) {
+        const int run = i / 16, step = between(-100, 100);
+        const int start = run == 3 ? 0 : between(-largest, largest);
+        for (int l = 0; l < 16 && i + l < count; ++l)
+          table[i + l] = (bits < 8 ? run % 8 : run % 16) % 7 == 3 ? between(-largest, largest) : start + l * step;
+        i += 15;
+      }
+    }
+    table[0] = largest;
+    packed.resize(size_t(rows) * groups * (group + 8));
+    for (auto& byte : packed) byte = uint8_t(draw());
+    choose = books > 1;
+    choice.resize(size_t(rows) * groups);
+    for (auto& book : choice) book = uint8_t(below(books));
+    scale = numbers(int64_t(rows) * groups);
+    for (auto& value : scale) value = std::min(std::fabs(value) + 0.001f, 100.0f);
+    steps.assign(books, 0.25f);
+  }
+
+  Portable portable() const {
+    const uint8_t* choices = choose ? choice.data() : nullptr;
+    return {packed.data(), rows, columns, bits, group,        scale.data(), true,
+            true,          choices, true, true, table.data(), steps.data(), books};
+  }
+};
+
+const InputFormat kInputs[] = {{false, 0, 0, false, 0}, {true, 7, 1, true, 0},  {true, 3, 3, true, 0},
+                               {true, 7, 7, true, 0},   {true, 7, 2, true, 0},  {true, 8, 1, false, 0},
+                               {true, 4, 2, false, 0},  {true, 7, 1, false, 0}, {true, 8, 8, false, 0}};
+
+void linear_case(const WeightCase& w, InputFormat input, int rows, bool grouped, bool extreme) {
+  input.group_size = grouped ? std::max(1, w.columns / 3) : w.columns;
+  std::vector<float> x = numbers(int64_t(rows) * w.columns), bias = numbers(w.rows);
+  if (extreme)
+    for (float& value : x) value = input.quantized ? (below(8) ? 1e9f : -1e9f) : value;
+  const float scale = 0.37f, offset = 0.11f;
+  const bool fixed = extreme || (!grouped && below(3) == 0), moved = fixed && below(2), has_bias = below(2);
+  const std::string what = "linear, " + std::to_string(w.bits) + " bits up to " + std::to_string(w.largest) + ", " +
+                           std::to_string(w.rows) + "x" + std::to_string(w.columns) + " in groups of " +
+                           std::to_string(w.group) + ", " + std::to_string(rows) + " rows, inputs of " +
+                           std::to_string(input.magnitude_bits) + " bits, runs up to " + std::to_string(input.max_run) +
+                           (input.is_signed ? ", signed" : "");
+  compare(what, [&](const Kernels& set) {
+    const PackedWeight weight(w.portable(), input, set);
+    std::vector<float> y(size_t(rows) * w.rows, -1.0f);
+    weight.linear(x.data(), rows, y.data(), has_bias ? bias.data() : nullptr, fixed ? &scale : nullptr,
+                  moved ? &offset : nullptr, 1.5f, 1 + rows % 2);
+    y.push_back(float(weight.weight().storage));
+    return y;
+  });
+}
+
+void linears() {
+  struct Kind {
+    int bits, largest;
+    WeightCase::Form form;
+  };
+  constexpr auto kRandom = WeightCase::kRandom, kExtreme = WeightCase::kExtreme, kRun = WeightCase::kRun;
+  const Kind kinds[] = {{2, 3, kRandom},     {2, 127, kExtreme}, {3, 16, kRandom},     {3, 127, kRandom},
+                        {4, 16, kRandom},    {4, 64, kExtreme},  {4, 65, kExtreme},    {4, 127, kExtreme},
+                        {4, 300, kRandom},   {5, 127, kRandom},  {6, 127, kExtreme},   {8, 127, kRandom},
+                        {8, 60, kExtreme},   {7, 8000, kRun},    {8, 8000, kRun},      {8, 8192, kExtreme},
+                        {7, 32767, kRandom}, {8, 32767, kExtreme}};
+  for (const Kind& kind : kinds)
+    for (const InputFormat& input : kInputs)
+      for (int i = 0; i < 10 * kTimes; ++i) {
+        const int columns = one_of({1, 5, 31, 32, 33, 77, 128, 130, 257}), rows = one_of({1, 3, 15, 16, 17, 37});
+        const int group = below(2) ? columns : one_of({8, 32, 40, 64});
+        const WeightCase w(kind.bits, rows, columns, group, kind.largest, kind.form);
+        const int inputs = i % 10 < 9 ? i % 10 + 1 : between(10, 20);
+        const bool grouped = below(3) == 0;
+        linear_case(w, input, inputs, grouped, kind.form == WeightCase::kExtreme);
+      }
+  // Rows that take several segments, and several panels.
+  for (int i = 0; i < 2 * kTimes; ++i)
+    for (const Kind& kind : {kinds[4], kinds[11], kinds[16]})
+      for (const InputFormat& input : {kInputs[1], kInputs[3], kInputs[5]})
+        linear_case(WeightCase(kind.bits, 17, 9000, 9000, kind.largest, kind.form), input, i % 2 ? 1 : 5, false, false);
+  for (const Kind& kind : kinds) {
+    const WeightCase w(kind.bits, 37, 77, 32, kind.largest, kind.form);
+    compare("dequantize, " + std::to_string(kind.bits) + " bits", [&](const Kernels& set) {
+      std::vector<float> out(size_t(w.rows) * w.columns);
+      PackedWeight(w.portable(), kInputs[0], set).dequantize(out.data(), 1);
+      return out;
+    });
+  }
+}
+
+Codebook random_book(int count) {
+  std::vector<float> boundaries = numbers(count - 1), values = numbers(count);
+  std::sort(boundaries.begin(), boundaries.end());
+  std::sort(values.begin(), values.end());
+  std::vector<uint8_t> codes(count);
+  for (auto& code : codes) code = uint8_t(draw());
+  return Codebook(boundaries.data(), values.data(), codes.data(), count);
+}
+
+void codes() {
+  for (int i = 0; i < 300 * kTimes; ++i) {
+    const int levels = i % 3 ? 1 << (1 + i % 8) : between(2, 256), count = below(4) ? below(50) : between(1000, 2100);
+    const Codebook book = random_book(levels);
+    const std::string what = std::to_string(levels) + " levels, " + std::to_string(count) + " elements";
+    std::vector<float> x = numbers(count, false), finite = numbers(count), weights = numbers(count);
+    for (auto& value : weights) value = std::fabs(value);
+    const float step = one_of({1.0f, 0.3f, 1e-39f, 1e38f, 7.0f}), offset = uniform();
+    for (auto& value : x)  // on a boundary
+      if (below(5) == 0) value = book.tree[below((1 << book.steps) - 1)] * step;
+    const bool moved = below(2), weighted = below(2);
+    compare("round, " + what, [&](const Kernels& set) {
+      std::vector<float> out(count);
+      set.codes->round(book, x.data(), count, step, moved ? &offset : nullptr, out.data());
+      return out;
+    });
+    compare("encode, " + what, [&](const Kernels& set) {
+      std::vector<uint8_t> out(count);
+      set.codes->encode(book, x.data(), count, step, out.data());
+      return out;
+    });
+    compare("largest, " + what, [&](const Kernels& set) {
+      return std::vector<uint32_t>{set.codes->largest(x.data(), count)};
+    });
+    compare("fit, " + what, [&](const Kernels& set) {
+      const Fit fit = set.codes->fit(book, finite.data(), weighted ? weights.data() : nullptr, count, step);
+      return std::vector<double>{fit.error, fit.cross, fit.square};
+    });
+    const int bits = 1 + i % 8;
+    std::vector<uint8_t> indices(count);
+    for (auto& index : indices) index = uint8_t(below(1 << bits));
+    const std::vector<float> table = numbers(1 << bits, false);
+    compare("lookup, " + std::to_string(bits) + " bits", [&](const Kernels& set) {
+      std::vector<float> out(count);
+      set.codes->lookup(table.data(), bits, indices.data(), count, step, out.data());
+      for (float& value : out) value = value == value ? value : NAN;
+      return out;
+    });
+    std::vector<float> small(count);
+    for (auto& value : small) value = below(10) ? uniform() : one_of({1.0f, -1.0f, 0.0f, -0.0f});
+    compare("cells", [&](const Kernels& set) {
+      std::vector<uint16_t> out(count);
+      set.codes->cells(small.data(), count, one_of({64, 256, 1024}), out.data());
+      return out;
+    });
+  }
+  for (int units = 1; units <= kMixUnits; ++units) {
+    const int cells = 70;
+    const std::vector<float> histogram = numbers(units * cells), table = numbers(cells * kMixColumns);
+    compare("mix of " + std::to_string(units), [&](const Kernels& set) {
+      std::vector<float> sums(units * kMixColumns);
+      const float* from[kMixUnits];
+      float* to[kMixUnits];
+      for (int u = 0; u < units; ++u) from[u] = histogram.data() + u * cells, to[u] = sums.data() + u * kMixColumns;
+      set.codes->mix(from, units, table.data(), cells, to);
+      return sums;
+    });
+    const std::vector<uint16_t> list{3, 4, 17, 69};
+    compare("mix_few", [&](const Kernels& set) {
+      std::vector<float> sums(kMixColumns);
+      set.codes->mix_few(histogram.data(), list.data(), 4, table.data(), sums.data());
+      return sums;
+    });
+  }
+}
+
+// The kinds that hold the significands of a format.
+std::vector<InputKind> kinds_of(const Rounding& r) {
+  const int most = max_significand(r.magnitude_bits, r.max_run);
+  std::vector<InputKind> kinds;
+  if (most <= 127) kinds.push_back(InputKind::kSigned8);
+  if (most <= 255 && !r.is_signed) kinds.push_back(InputKind::kUnsigned8);
+  if (most <= 32767) kinds.push_back(InputKind::kSigned16);
+  return kinds;
+}
+
+size_t size_of(InputKind kind) { return kind == InputKind::kFloat ? 4 : kind == InputKind::kSigned16 ? 2 : 1; }
+
+void roundings() {
+  for (int m = 1; m <= 8; ++m)
+    for (int r = 1; r <= m; ++r)
+      for (bool is_signed : {false, true}) {
+        const Rounding rounding{m, r, is_signed, false, 1.0f, one_of({1.0f, 0.5f, 0.3f, 0.01f}),
+                                below(3) ? 0.0f : uniform()};
+        std::vector<InputKind> kinds = kinds_of(rounding);
+        const int count = between(1, 300);
+        const std::vector<float> x = numbers(count, false), finite = numbers(count);
+        for (InputKind kind : kinds) {
+          compare("finish", [&](const Kernels& set) {
+            const int channels = between(1, 40), padded = channels + below(40), rows = between(1, 4);
+            const int stride = channels + below(3), from_stride = (channels + 15) / 16 * 16;
+            const bool more = below(2), adds = below(2), nan = below(8) == 0;
+            std::vector<float> from = numbers(rows * from_stride), addend = numbers(rows * stride), y(rows * stride);
+            for (float& value : from)
+              if (below(4) == 0) value = std::ldexp(float(between(-300, 300)) + 0.5f, 1 - m) * rounding.scale;  // ties
+            for (int row = 0; row < rows; ++row)
+              for (int c = channels; c < from_stride; ++c) from[row * from_stride + c] = 0;
+            if (nan) from[below(channels)] = NAN;
+            std::vector<uint8_t> image(rows * padded * size_of(kind), 99);
+            std::vector<uint8_t*> images;
+            for (int row = 0; row < rows; ++row) images.push_back(image.data() + row * padded * size_of(kind));
+            const FinishTask task{from.data(), from_stride, bool(below(2)), adds ? addend.data() : nullptr,
+                                  more ? y.data() : nullptr, stride, below(2) ? -INFINITY : 0.0f,
+                                  below(2) ? INFINITY : 2.0f, &rounding, kind, images.data(), channels, padded};
+            const bool unknown = set.codes->finish(task, rows);
+            if (nan) return std::vector<uint8_t>{unknown};  // significands of NaN may be any
+            std::vector<uint8_t> result = image;
+            result.push_back(unknown);
+            const auto* bytes = reinterpret_cast<const uint8_t*>(y.data());
+            result.insert(result.end(), bytes, bytes + y.size() * sizeof(float));
+            return result;
+          });
+          for (InputKind to : {InputKind::kSigned16, InputKind::kFloat})
+            compare("convert", [&](const Kernels& set) {
+              std::vector<uint8_t> some(count * size_of(kind)), out(count * size_of(to));
+              set.codes->significands(rounding, kind, finite.data(), count, some.data());
+              set.codes->convert(kind, some.data(), count, to, out.data());
+              return out;
+            });
+        }
+        kinds.push_back(InputKind::kFloat);
+        for (InputKind kind : kinds)
+          for (const auto* source : {&x, &finite})
+            compare("significands of " + std::to_string(m) + " bits, runs up to " + std::to_string(r),
+                    [&](const Kernels& set) {
+                      std::vector<uint8_t> out(count * size_of(kind) + 1);
+                      out.back() = set.codes->significands(rounding, kind, source->data(), count, out.data());
+                      return out;
+                    });
+      }
+}
+
+void gathers() {
+  for (int i = 0; i < 60 * kTimes; ++i) {
+    const int segments = between(1, 3), rows = between(1, 5), bytes = i % 2 ? 1 : 2;
+    std::vector<Segment> cut;
+    std::vector<GatherRun> runs;
+    int chunk = 0, start = 0;
+    for (int s = 0; s < segments; ++s) {
+      const int length = between(1, 150), chunks = (length + kChunk - 1) / kChunk;
+      cut.push_back({start, length, chunk, chunks, s, s});
+      const int half = below(length);
+      if (half) runs.push_back({chunk * kChunk * bytes, below(500), half * bytes});
+      runs.push_back({(chunk * kChunk + half) * bytes, below(500), (length - half) * bytes});
+      start += length;
+      chunk += chunks;
+    }
+    const size_t row_bytes = size_t(chunk) * kChunk * bytes;
+    std::vector<uint8_t> image(2000);
+    for (auto& byte : image) byte = below(4) ? uint8_t(draw()) : one_of({uint8_t(127), uint8_t(128)});
+    std::vector<int64_t> origins(rows);
+    for (auto& origin : origins) origin = below(500);
+    const GatherTask task{image.data(), runs.data(), int(runs.size()), cut.data(), segments, bytes, row_bytes};
+    compare("gather", [&](const Kernels& set) {
+      std::vector<int32_t> sums(rows * segments);
+      std::vector<uint8_t> out(row_bytes * rows, 99);
+      set.codes->gather(task, origins.data(), rows, out.data(), bytes == 1 ? sums.data() : nullptr);
+      std::vector<int32_t> result(out.begin(), out.end());
+      result.insert(result.end(), sums.begin(), sums.end());
+      if (bytes == 1) {  // rows as they lie
+        set.codes->gather(task, origins.data(), rows, nullptr, sums.data());
+        result.insert(result.end(), sums.begin(), sums.begin() + rows);
+      }
+      return result;
+    });
+  }
+}
+
+void convolutions() {
+  for (int i = 0; i < 120 * kTimes; ++i) {
+    const bool depthwise = i % 3 == 2;
+    const int groups = depthwise ? 1 : between(1, 2), channels = groups * one_of({1, 3, 8, 16, 32, 37});
+    const int outputs = one_of({1, 5, 16, 33}), batch = between(1, 2);
+    const Extent size{1, between(4, 9), between(4, 9)}, kernel{1, one_of({1, 3}), one_of({1, 3})};
+    const Extent stride{1, between(1, 2), between(1, 2)}, dilation{1, 1, kernel[2] == 3 && below(3) == 0 ? 2 : 1};
+    const Extent before{0, kernel[1] / 2, kernel[2] / 2};
+    const ConvGeometry geometry{kernel, stride, dilation, before, before, channels, depthwise ? channels : groups,
+                                !depthwise && below(4) == 0};
+    const InputFormat formats[] = {kInputs[1], kInputs[5], kInputs[3], kInputs[6]};
+    InputFormat format = formats[below(4)];
+    const int columns = kernel[1] * kernel[2] * channels / groups;
+    format.group_size = columns;
+    std::vector<WeightCase> weights;
+    const int largest = one_of({16, 16, 127});
+    for (int g = 0; g < groups; ++g)
+      weights.emplace_back(4, outputs, columns, columns, largest, WeightCase::kRandom);
+    std::vector<float> x = numbers(int64_t(batch) * size[1] * size[2] * channels);
+    for (float& value : x) value = std::clamp(value, -5.0f, 5.0f);
+    const int all = depthwise ? channels : outputs * groups;
+    std::vector<float> bias = numbers(all), scales(channels), significands(kernel[1] * kernel[2] * channels);
+    for (auto& value : scales) value = std::fabs(uniform());
+    for (auto& value : significands) value = float(between(-16, 16));
+    const Extent places = geometry.output(size);
+    const int64_t count = int64_t(batch) * places[1] * places[2] * all;
+    const float scale_of_inputs = 0.04f;
+    const bool fixed = below(2), fused = below(2), stores = below(2);
+    const std::vector<float> addend = numbers(count);
+    const std::string what = (depthwise ? "depthwise of " : "conv of ") + std::to_string(channels) + " channels";
+    compare(what, [&](const Kernels& set) {
+      use(set.name);
+      std::vector<float> y(count);
+      const ConvInput input{x.data(), batch, size, fixed ? &scale_of_inputs : nullptr, nullptr, 3.0f};
+      // The inputs as an image; results likewise.
+      std::vector<PackedWeight> held;
+      std::vector<const PackedWeight*> pointers;
+      held.reserve(groups);
+      for (const WeightCase& w : weights) pointers.push_back(&held.emplace_back(w.portable(), format, set));
+      const InputKind kind = held[0].kind();
+      const InputKind to = InputKind::kUnsigned8;
+      std::vector<uint8_t> data(size_of(kind) * batch * (size[1] + 2) * (size[2] + 2) * channels);
+      std::vector<uint8_t> results(size_t(batch) * places[1] * places[2] * (all + 5), 99);
+      const Image image{data.data(), kind, before, before, channels, channels};
+      const Image result{results.data(), to, {}, {}, all, all + 5};
+      const Rounding rounding{format.magnitude_bits, format.max_run, format.is_signed, false, 1.0f,
+                              scale_of_inputs,       0.0f};
+      const Finish finish{stores ? y.data() : nullptr, below(2) ? addend.data() : nullptr, 0.0f, 6.0f, &result,
+                          {8, 1, false, false, 1.0f, 0.05f, 0.0f}};
+      bool good = !fused || round_to_image(x.data(), batch, size, &rounding, false, image, 1);
+      auto run = [&](const auto& conv) {
+        if (fused)
+          good &= conv.run(image, batch, size, scale_of_inputs, nullptr, bias.data(), finish, 1);
+        else
+          good &= conv.run(input, y.data(), bias.data(), 1);
+      };
+      if (depthwise) {
+        run(Depthwise(significands.data(), scales.data(), geometry, format));
+      } else {
+        run(Conv(pointers, geometry));
+      }
+      std::vector<uint8_t> found = results;
+      const auto* bytes = reinterpret_cast<const uint8_t*>(y.data());
+      found.insert(found.end(), bytes, bytes + y.size() * sizeof(float));
+      found.push_back(good);
+      return found;
+    });
+  }
+}
+
+}  // namespace
+
+int main(int count, char** names) {
+  std::string sets;
+  for (const Kernels* set : available()) sets += std::string(" ") + set->name;
+  std::printf("sets that are here and passed their test at load:%s\n", sets.c_str());
+  for (int i = 1; i < count; ++i)
+    if (std::none_of(available().begin(), available().end(),
+                     [&](const Kernels* set) { return !std::strcmp(set->name, names[i]); })) {
+      std::printf("%s is missing\n", names[i]);
+      return 1;
+    }
+  linears();
+  codes();
+  for (int i = 0; i < kTimes; ++i) roundings();
+  gathers();
+  convolutions();
+  std::printf("%lld comparisons, %lld failures\nscalar results: %016llx\n", (long long)comparisons, (long long)failures,
+              (unsigned long long)hash);
+  return failures != 0;
+}
