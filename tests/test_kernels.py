@@ -97,7 +97,11 @@ def test_integers_are_exact(bits, signed, seed):
     for fmt in variants(bits):
         every = [f for width in range(2, 9) for f in variants(width, signed) if not (f.midrise or f.spare)]
         inputs = every[rng.integers(len(every))]
-        shape = (int(rng.choice([1, 2, 3, 5, 7, 8, 16, 19, 33, 50])), int(rng.integers(1, 70)), int(rng.integers(1, 200)))
+        shape = (
+            int(rng.choice([1, 2, 3, 5, 7, 8, 16, 19, 33, 50])),
+            int(rng.integers(1, 70)),
+            int(rng.integers(1, 200)),
+        )
         check_integers(rng, fmt, inputs, shape, [None, 1, 7, 16, 32, 48, 128][rng.integers(7)])
 
 

@@ -8,6 +8,7 @@ from dybit import ptq
 from dybit.errors import DyBitError
 from dybit.layers import Quantized
 from dybit.model import quantize_
+from dybit.plan import plan_layers
 from dybit.recipe import Recipe
 
 RECIPE = Recipe(weights=4)
@@ -114,10 +115,22 @@ def test_every_stage_gets_what_it_works_on(made_up):
     assert "before: layer" in seen and "last: layer" in seen and seen[-1] == "done"
 
 
-def test_auto():
+@pytest.mark.parametrize(
+    ("recipe", "convolutions", "others"),
+    [
+        (Recipe(8, 8), ("rtn", "statistics"), ("gptq",)),
+        (Recipe(4, 8), ("rtn", "adaround"), ("gptq",)),
+        (Recipe("nf3"), ("rtn", "adaround"), ("gptq",)),
+        (Recipe(8, 4), ("rtn", "statistics"), ("smooth", "gptq")),
+        (Recipe("s4mid", "s4"), ("rtn", "adaround"), ("smooth", "gptq")),
+    ],
+)
+def test_auto(recipe, convolutions, others):
     norms = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    assert ptq.resolve("auto", norms, calibrated=False) == ("rtn",)
-    assert set(ptq.resolve("auto", norms, calibrated=True)) <= {"rtn", "statistics", "adaround", "brecq"}
+    for model, chain in ((norms, convolutions), (mlp(), others)):
+        recipes = [plan.recipe for plan in plan_layers(model, recipe)]
+        assert ptq.resolve("auto", model, recipes, calibrated=False) == ("rtn",)
+        assert ptq.resolve("auto", model, recipes, calibrated=True) == chain
 
 
 def test_workdir_is_for_gptq(tmp_path):

@@ -72,7 +72,7 @@ def quantize_(
         torch.Size([64, 64])
     """
     plans = plan_layers(model, recipe)
-    chain = ptq.resolve(algorithm, model, calibrated=calibration is not None)
+    chain = ptq.resolve(algorithm, model, [plan.recipe for plan in plans], calibrated=calibration is not None)
     if workdir is not None:
         ptq.check_workdir(workdir, chain)
     if len(chain) > 1 or chain != ("rtn",):

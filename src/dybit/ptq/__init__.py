@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from dybit import rivals
 from dybit.calibrate import iterate
 from dybit.errors import DyBitError
 from dybit.plan import Plan
@@ -31,6 +32,7 @@ from dybit.ptq.rounding import Progress, rtn_
 from dybit.ptq.sequential import gptq_
 from dybit.ptq.smooth import smooth_
 from dybit.ptq.statistics import correct_bias_, match_statistics_
+from dybit.recipe import LayerRecipe
 
 __all__ = ["ALGORITHMS", "Algorithm", "Progress", "check_workdir", "materialize", "resolve", "run_"]
 
@@ -81,12 +83,19 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def resolve(algorithm: str | Sequence[str] | None, model: nn.Module | None, *, calibrated: bool) -> tuple[str, ...]:
+def resolve(
+    algorithm: str | Sequence[str] | None,
+    model: nn.Module | None,
+    recipes: Iterable[LayerRecipe] = (),
+    *,
+    calibrated: bool,
+) -> tuple[str, ...]:
     """Returns the names of a chain, checked, with the rounding that it needs.
 
     Args:
         algorithm: A name, names, ``"auto"``, or None.
         model: The floating-point model; needed for ``"auto"`` only.
+        recipes: Those of its layers; likewise.
         calibrated: Whether there is calibration.
 
     Raises:
@@ -94,7 +103,7 @@ def resolve(algorithm: str | Sequence[str] | None, model: nn.Module | None, *, c
             algorithm needs calibration.
     """
     if algorithm == "auto":
-        return choose(model, calibrated=calibrated)
+        return choose(model, recipes, calibrated=calibrated)
     names = (algorithm,) if isinstance(algorithm, str) else tuple(algorithm or ())
     for name in names:
         if name not in ALGORITHMS:
@@ -121,16 +130,21 @@ def resolve(algorithm: str | Sequence[str] | None, model: nn.Module | None, *, c
     return (*names[:place], "rtn", *names[place:])
 
 
-def choose(model: nn.Module | None, *, calibrated: bool) -> tuple[str, ...]:
-    """The chain that ``"auto"`` means: what measured best for the kind of model (docs/accuracy.md)."""
+def choose(model: nn.Module | None, recipes: Iterable[LayerRecipe], *, calibrated: bool) -> tuple[str, ...]:
+    """The chain that ``"auto"`` means: what measured best for the kind of model and the widths (docs/accuracy.md)."""
     if not calibrated or model is None:
         return ("rtn",)
+    recipes = list(recipes)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if any(isinstance(module, norms) for module in model.modules()):
-        wanted: tuple[str, ...] = ("rtn", "statistics")
-    else:
-        wanted = ("gptq",)
-    return tuple(name for name in wanted if name in ALGORITHMS) or ("rtn",)
+        return ("rtn", "adaround" if any(_is_narrow(recipe.weights) for recipe in recipes) else "statistics")
+    return ("smooth", "gptq") if any(_is_narrow(recipe.activations) for recipe in recipes) else ("gptq",)
+
+
+def _is_narrow(form: int | str | None) -> bool:
+    """Whether a format has four bits or fewer."""
+    bits = rivals.family(form).books[0].bits if isinstance(form, str) else form
+    return bits is not None and bits <= 4
 
 
 def materialize(batches: Iterable[Any] | None) -> list[Any] | None:
