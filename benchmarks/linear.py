@@ -32,7 +32,20 @@ from dybit import extension, kernels, packing, rivals
 from dybit.tensor import QuantizedTensor, TensorSpec
 
 Runs = list[Callable[[], object]]
-COPIES_BYTES = 160 << 20  # more than the last cache
+
+
+def last_cache() -> int:
+    """Bytes of the last cache, 0 where the system does not say."""
+    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(file.read_text().strip().removesuffix("K")) << 10 for file in found), default=0)
+
+
+COPIES_BYTES = max(160 << 20, min(last_cache() * 5 // 4, 640 << 20))  # of all copies of a weight: more than the cache
+
+
+def copies(nbytes: int, batch: int) -> int:
+    """How many copies of a weight take turns."""
+    return max(2, min(64, -(-COPIES_BYTES // nbytes))) if batch <= 4 else 2
 
 
 def random_weight(family: str, rows: int, columns: int, group: int | None) -> QuantizedTensor:
@@ -59,13 +72,12 @@ def dybit_runs(family: str, inputs: str, x: torch.Tensor, rows: int, group: int 
     weight = random_weight(family, rows, x.shape[1], group)
     form = kernels.input_format(inputs)
     first = kernels.PackedWeight(weight, form)
-    count = max(2, min(16, COPIES_BYTES // first.nbytes)) if x.shape[0] <= 4 else 2
-    copies = [first, *(kernels.PackedWeight(weight, form) for _ in range(count - 1))]
-    return [lambda w=w: w.linear(x, reach=1.9) for w in copies], first.nbytes
+    weights = [first, *(kernels.PackedWeight(weight, form) for _ in range(copies(first.nbytes, x.shape[0]) - 1))]
+    return [lambda w=w: w.linear(x, reach=1.9) for w in weights], first.nbytes
 
 
 def float_runs(x: torch.Tensor, rows: int) -> Runs:
-    weights = [torch.randn(rows, x.shape[1]) for _ in range(3)]
+    weights = [torch.randn(rows, x.shape[1]) for _ in range(copies(rows * x.shape[1] * 4, x.shape[0]))]
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 
@@ -74,7 +86,7 @@ def int8_runs(x: torch.Tensor, rows: int) -> Runs:
 
     torch.backends.quantized.engine = "x86"
     layers = []
-    for _ in range(4):
+    for _ in range(copies(rows * x.shape[1], x.shape[0])):
         layer = Linear(x.shape[1], rows)
         scales, zeros = torch.full((rows,), 0.01), torch.zeros(rows, dtype=torch.int64)
         weight = torch.quantize_per_channel(torch.randn(rows, x.shape[1]), scales, zeros, 0, torch.qint8)
@@ -91,7 +103,7 @@ def onnx_runs(x: torch.Tensor, rows: int, threads: int) -> Runs:
 
     array, columns, rng = x.numpy(), x.shape[1], np.random.default_rng(0)
     runs: Runs = []
-    for _ in range(12 if x.shape[0] <= 4 else 2):
+    for _ in range(copies(rows * columns // 2, x.shape[0])):
         codes = rng.integers(0, 256, (rows, columns // 128, 64), dtype=np.uint8)
         scale = rng.uniform(0.001, 0.01, rows * columns // 128).astype(np.float32)
         node = helper.make_node(
@@ -146,7 +158,7 @@ def ggml_runs(libraries: tuple[ctypes.CDLL, ctypes.CDLL], kind: str, x: torch.Te
     pointer, columns, batch = ctypes.c_void_p, x.shape[1], x.shape[0]
     values, runs = torch.randn(rows, columns), []
     first, size, work = pointer(), 0, (128 if batch > 4 else 32) << 20  # every run takes some of its pool, for good
-    for _ in range(12 if batch <= 4 else 2):
+    for _ in range(copies(rows * columns // 2, batch)):
         context = pointer(base.ggml_init(GgmlPool(rows * columns + batch * (rows + columns) * 16 + work, None, False)))
         weight = pointer(
             base.ggml_new_tensor_2d(context, GGML_TYPES[kind], ctypes.c_int64(columns), ctypes.c_int64(rows))
