@@ -14,7 +14,7 @@ help:
 	@echo "make lint    ruff, formatting and type checks, as CI runs them"
 	@echo "make format  mend formatting and imports"
 	@echo "make rtl     write the accelerator's Verilog; verilate, synth: check and measure it (see docs/accelerator.md)"
-	@echo "make bench   time the kernels against FP32, INT8 and ONNX Runtime (about 5 minutes)"
+	@echo "make bench   time the kernels against FP32, INT8 and ONNX Runtime (about 15 minutes)"
 	@echo "make docs    build the documentation into docs/_build, warnings being errors"
 	@echo "make dist    build the source archive and this platform's wheel into dist/, and check them"
 	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
@@ -50,6 +50,7 @@ synth: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxruntime
 	$(BIN)/python benchmarks/linear.py --json linear.json
+	$(BIN)/python benchmarks/encoder.py --json encoder.json
 	$(BIN)/python benchmarks/vision.py --json vision.json
 	$(BIN)/python benchmarks/quantizer.py --json quantizer.json
 

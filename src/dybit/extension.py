@@ -35,7 +35,7 @@ def load() -> ModuleType | None:
 
 
 def isa() -> str:
-    """Which path runs: ``avx512``, ``avx2``, ``neon-dot``, ``neon``, ``scalar``, or ``torch`` without the extension.
+    """Which path runs: ``amx``, ``avx512``, ``avxvnni``, ``avx2``, ``neon-dot``, ``neon``, ``scalar``, or ``torch`` without the extension.
 
     Raises:
         DyBitError: ``DYBIT_ISA`` names one that cannot run here.
