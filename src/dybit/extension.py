@@ -35,7 +35,10 @@ def load() -> ModuleType | None:
 
 
 def isa() -> str:
-    """Which path runs: ``amx``, ``avx512``, ``avxvnni``, ``avx2``, ``neon-dot``, ``neon``, ``scalar``, or ``torch`` without the extension.
+    """The name of the path that runs.
+
+    It is ``amx``, ``avx512``, ``avxvnni`` or ``avx2`` on x86, ``neon-dot`` or ``neon`` on Arm, ``scalar`` elsewhere, and
+    ``torch`` without the extension.
 
     Raises:
         DyBitError: ``DYBIT_ISA`` names one that cannot run here.
