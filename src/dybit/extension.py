@@ -37,8 +37,8 @@ def load() -> ModuleType | None:
 def isa() -> str:
     """The name of the path that runs.
 
-    It is ``amx``, ``avx512``, ``avxvnni`` or ``avx2`` on x86, ``neon-dot`` or ``neon`` on Arm, ``scalar`` elsewhere, and
-    ``torch`` without the extension.
+    It is ``amx``, ``avx512``, ``avxvnni`` or ``avx2`` on x86, ``neon-dot`` or ``neon`` on Arm, ``scalar`` elsewhere,
+    and ``torch`` without the extension.
 
     Raises:
         DyBitError: ``DYBIT_ISA`` names one that cannot run here.
