@@ -40,7 +40,7 @@ namespace {
 #include "avx512_decode.inc"
 
 constexpr int kGrain = 4;    // blocks of the least work for a thread
-constexpr int kFewRows = 7;  // up to so many input rows AVX-512 takes less time: a tile has 16, used or not
+constexpr int kFewRows = 4;  // up to so many input rows AVX-512 streams the weights, in less time
 constexpr int kStep = 64;    // columns of a tile
 constexpr int kTile = 1024;  // bytes: 16 rows of 64
 constexpr int kPair = 2 * kBlockRows;  // input rows, and weight rows, of four tiles of sums
