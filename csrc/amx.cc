@@ -46,6 +46,7 @@ constexpr int kTile = 1024;  // bytes: 16 rows of 64
 constexpr int kPair = 2 * kBlockRows;  // input rows, and weight rows, of four tiles of sums
 constexpr int kPanelSteps = 8;         // of columns, at least one segment: a pair's weights stay in the L1 cache
 constexpr int kPackedBytes = 1 << 20;  // of inputs, at least a pair: they stay in the L2 cache
+constexpr int kMostTiles = 16;         // of inputs: each row of results is on a page of its own, and few pages are at hand
 
 enum class Product { kSigned8, kUnsigned8, kPlanes };
 
@@ -305,7 +306,7 @@ void run(const Job& job, int first_block, int last_block) {
   }
   const size_t tile_bytes = size_t(all) * kPlanesOf(kP) * kTile;  // of 16 rows of inputs
   const int tiles_wanted = (job.in.rows + kBlockRows - 1) / kBlockRows;
-  const int tiles_once = std::min(tiles_wanted, std::max(2, int(kPackedBytes / tile_bytes) / 2 * 2));
+  const int tiles_once = std::min(tiles_wanted, std::clamp(int(kPackedBytes / tile_bytes) / 2 * 2, 2, kMostTiles));
   uint8_t* panel = scratch<0>(size_t(most) * 2 * kTile);
   uint8_t* packed = scratch<1>(tiles_once * tile_bytes);
   auto* totals = reinterpret_cast<float*>(scratch<2>((tiles_once + 1) * kBlockRows * kPair * sizeof(float)));

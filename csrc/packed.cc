@@ -286,8 +286,8 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   const int unit = kernels_.unit_blocks;
   const int units = (weight_.blocks + unit - 1) / unit;
   const size_t unit_bytes = size_t(unit) * weight_.chunk_count * weight_.chunk_bytes;
-  const int wanted = m > 4 ? std::max(1, 16 / unit) : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
-  const int step = std::max(1, std::min(wanted, units / std::max(1, 4 * threads)));
+  const int wanted = m > 4 ? std::max(1, 64 / unit) : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
+  const int step = std::max(1, threads > 1 ? std::min(wanted, units / (4 * threads)) : wanted);
   const size_t work = size_t(m) * weight_.rows * padded;
   parallel_for((units + step - 1) / step, work < 200000 ? 1 : threads, [&](int i) {
     kernels_.linear(weight_, in, out, i * step * unit, std::min(weight_.blocks, (i + 1) * step * unit));
