@@ -84,7 +84,7 @@ QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 COMPARED := $(notdir $(basename $(filter-out csrc/module.cc,$(wildcard csrc/*.cc)))) compare
 vpath %.cc csrc tests/kernels
 
-COMPILE = @mkdir -p $(@D); set -x; $(1) -std=c++20 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra \
+COMPILE = @mkdir -p $(@D); set -x; $(1) -std=c++20 -O3 -ffp-contract=off -fno-trapping-math -fvisibility=hidden -Wall -Wextra \
 	-Wno-maybe-uninitialized -pthread -c $< -o $@
 
 build/compare/native/%.o: %.cc $(wildcard csrc/*.h csrc/*.inc)
