@@ -5,9 +5,9 @@ on the next of several copies of its weights, so that the weights of single rows
 disturbances. Printed are medians of the rounds, the quartiles of the paired ratios, and the share of a floor: the
 bytes of the weights over the read bandwidth, or the products over the integer peak, whichever takes longer. Both are
 measured in the same run: memory read in order, and a loop of the path's byte multiplication on registers alone
-(vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak. With one thread
-the clock is the thread's processor time, so that other programs on the machine disturb the memory but do not count;
-with more it is the wall's.
+(AMX's tiles, vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak. With
+one thread the clock is the thread's processor time, so that other programs on the machine disturb the memory but do not
+count; with more it is the wall's.
 """
 
 from __future__ import annotations
