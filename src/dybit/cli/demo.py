@@ -201,7 +201,7 @@ def _remark(subject: _Subject, outcomes: list[_Outcome], kind: Kind) -> None:
         figures = ", ".join(f"{item.name} {item.fidelity.agreement:.0%}" for item in poor)
         note(
             f"note: rounding to the nearest keeps too few {what} of {subject.title.split(' (')[0]} at {figures}; "
-            "algorithms that make up for the error are to come (CHANGELOG.md, roadmap)"
+            'quantize_(…, algorithm="auto") makes up for much of the error (docs/corrections.md)'
         )
 
 
