@@ -8,6 +8,7 @@
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -83,19 +84,43 @@ class Pool {
   std::atomic<uint64_t> turn_{0};
 };
 
-// Never destroyed: its threads wait until the process ends. A forked child has none of them, so it gets a new pool.
-std::atomic<Pool*> current{nullptr};
+// Calls a function on every thread of a team, the calling one included; GCC's OpenMP and those that stand in for it.
+using Team = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-Pool& pool() {
+// Torch's, where it is loaded. Its threads spin for a while after each of its operators, in the hope of the next: a pool
+// beside them would wait for their cores.
+Team find_team() {
+#if defined(__linux__)
+  if (void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD))
+    return reinterpret_cast<Team>(dlsym(torch, "GOMP_parallel"));
+#endif
+  return nullptr;
+}
+
+// Never destroyed: its threads wait until the process ends. A forked child has none of them, and none of the team's, so
+// it gets a new pool and no team.
+std::atomic<Pool*> current{nullptr};
+std::atomic<Team> team{nullptr};
+
+void prepare() {
   static std::once_flag once;
   std::call_once(once, [] {
     current = new Pool;
+    team = find_team();
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] {
+      current = new Pool;
+      team = nullptr;
+    });
 #endif
   });
-  return *current;
 }
+
+struct Share {
+  const std::function<void(int)>& work;
+  int count;
+  std::atomic<int> next{0};
+};
 
 }  // namespace
 
@@ -104,7 +129,17 @@ void parallel_for(int count, int threads, const std::function<void(int)>& work) 
     for (int i = 0; i < count; ++i) work(i);
     return;
   }
-  pool().run(count, threads, work);
+  prepare();
+  const Team all = team;
+  if (!all) return current.load()->run(count, threads, work);
+  // As many as torch asks for, whatever the count: a smaller team would end the threads that are too many.
+  Share share{work, count};
+  all(
+      [](void* data) {
+        auto& share = *static_cast<Share*>(data);
+        for (int i; (i = share.next.fetch_add(1)) < share.count;) share.work(i);
+      },
+      &share, unsigned(threads), 0);
 }
 
 }  // namespace dybit
