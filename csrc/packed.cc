@@ -16,6 +16,8 @@
 namespace dybit {
 namespace {
 
+constexpr int kRowsAtOnce = 256;  // of inputs, at least
+constexpr size_t kInputBytes = 384 << 10;
 constexpr size_t kAlignment = 64, kHugePage = size_t(1) << 21;
 
 // Bytes of a group of codes.
@@ -280,17 +282,24 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   const int grain = std::max(1, 65536 / padded);
   parallel_for((m + grain - 1) / grain, threads,
                [&](int i) { kernels_.encode(task, i * grain, std::min(m, (i + 1) * grain)); });
-  const Input in{m, kind_, max_input_, data, task.segment_sums, task.group_scales, scratch.rows.data()};
-  const Output out{y, weight_.rows, scratch.bias.data()};
-  // About 256 KB of weights, or a share of them, at a time; whole units.
+  // About 256 KB of weights, or a share of them, at a time; whole units. Of many inputs as many rows at a time as the L2
+  // cache holds beside the unpacked weights, which are unpacked anew for the next ones.
   const int unit = kernels_.unit_blocks;
   const int units = (weight_.blocks + unit - 1) / unit;
   const size_t unit_bytes = size_t(unit) * weight_.chunk_count * weight_.chunk_bytes;
   const int wanted = m > 4 ? std::max(1, 64 / unit) : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
   const int step = std::max(1, threads > 1 ? std::min(wanted, units / (4 * threads)) : wanted);
+  const int steps = (units + step - 1) / step;
+  const int most = std::max(kRowsAtOnce, int(kInputBytes / (size * padded)));
   const size_t work = size_t(m) * weight_.rows * padded;
-  parallel_for((units + step - 1) / step, work < 200000 ? 1 : threads, [&](int i) {
-    kernels_.linear(weight_, in, out, i * step * unit, std::min(weight_.blocks, (i + 1) * step * unit));
+  parallel_for((m + most - 1) / most * steps, work < 200000 ? 1 : threads, [&](int i) {
+    const int first = i / steps * most, block = i % steps * step * unit;
+    const size_t parts = size_t(first) * segments;
+    const Input in{std::min(most, m - first), kind_, max_input_, data + size * first * padded,
+                   task.segment_sums ? task.segment_sums + parts : nullptr,
+                   task.group_scales ? task.group_scales + parts : nullptr, scratch.rows.data() + first};
+    const Output out{y + int64_t(first) * weight_.rows, weight_.rows, scratch.bias.data()};
+    kernels_.linear(weight_, in, out, block, std::min(weight_.blocks, block + step * unit));
   });
   for (int row = 0; row < m; ++row)
     if (scratch.nan[row])

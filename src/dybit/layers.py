@@ -186,7 +186,7 @@ class _QuantizedLinear(Quantized):
             ready = self.__dict__.get("_ready")
             if ready is None or not ready.fits(self._buffers):
                 ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
-            y = ready.multiply(x, bias)
+            y = ready.multiply(x, bias, self._buffers.get("input_scale"), self._buffers.get("input_offset"))
             if y is not None:
                 return cast(Tensor, y)
         spec, weight = self.input_spec, self.quantized_tensor()
@@ -208,8 +208,6 @@ def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:
     """What a linear layer keeps between its calls."""
     if spec is None:
         return Ready(weight)
-    if spec.mode == "static":
-        return Ready(weight, usable=False)
     return Ready(weight, spec.format, spec.reach or 1.0, spec.group_size or 0)
 
 
