@@ -1,5 +1,11 @@
 """The compiled kernels against the NumPy oracle: integer sums exact, every instruction set the same bits."""
 
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -228,21 +234,75 @@ def test_codes_whose_significands_need_16_bits_stay_bytes(bits):
             np.testing.assert_array_equal(packed.dequantize().numpy(), values)
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @needs_kernels
-def test_threads_give_the_same_bits():
+@pytest.mark.parametrize("group_size", [0, 100])
+@pytest.mark.parametrize("rows", [1, 40, 1500])  # the last are more than are multiplied at once
+@pytest.mark.usefixtures("three_threads")
+def test_threads_give_the_same_bits(rows, group_size):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (700, 300), dtype=np.uint8)
     weight = portable(codes, Format(4), 0.1)
-    x = torch.from_numpy(rng.normal(size=(40, 300)).astype(np.float32))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run_all(weight, "s8r1", x, reach=1.9)
-        torch.set_num_threads(3)
-        three = run_all(weight, "s8r1", x, reach=1.9)
-    finally:
-        torch.set_num_threads(before)
-    np.testing.assert_array_equal(one, three)
+    x = torch.from_numpy(rng.normal(size=(rows, 300)).astype(np.float32))
+    three = run_all(weight, "s8r1", x, group_size, reach=1.9)
+    torch.set_num_threads(1)
+    np.testing.assert_array_equal(run_all(weight, "s8r1", x, group_size, reach=1.9), three)
+    few = [run_all(weight, "s8r1", part, group_size, reach=1.9) for part in x.split(400)]
+    np.testing.assert_array_equal(np.concatenate(few), three)
+
+
+def _product(rows=64):
+    rng = np.random.default_rng(0)
+    weight = portable(rng.integers(0, 16, (700, 300), dtype=np.uint8), Format(4), 0.1)
+    packed = kernels.PackedWeight(weight, kernels.input_format("s8r1"), 0)
+    return packed.linear(torch.from_numpy(rng.normal(size=(rows, 300)).astype(np.float32)), reach=1.9)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("three_threads")
+def test_callers_at_the_same_time():
+    expected = _product()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found.result(), expected) for found in [pool.submit(_product) for _ in range(20)])
+
+
+@needs_kernels
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.usefixtures("three_threads")
+def test_a_forked_child_has_threads_of_its_own():
+    expected = _product().numpy()
+    child = os.fork()
+    if not child:  # no operator of torch that takes threads: those wait for ever in a child
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
+        os._exit(0 if np.array_equal(_product().numpy(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_kernels
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads by /proc")
+def test_no_threads_beside_those_of_torch():
+    program = """
+import os, torch
+torch.set_num_threads(3)
+torch.ones(2000, 2000).sqrt()
+before = len(os.listdir("/proc/self/task"))
+import dybit
+layer = dybit.quantize_(torch.nn.Sequential(torch.nn.Linear(300, 700)), dybit.Recipe(weights=4, activations="int8",
+                        activation_mode="dynamic"))
+layer(torch.ones(64, 300))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert int(done.stdout) == 0
 
 
 @needs_kernels

@@ -17,20 +17,23 @@ FIELDS = {
     "weights": {},
     "int8": {"activations": "int8", "activation_mode": "dynamic"},
     "groups": {"activations": 8, "activation_mode": "dynamic", "activation_group_size": 16},
+    "static": {"activations": 8},
+    "offset": {"activations": "uint8"},
 }
 
 
 def layer(fields=FIELDS["weights"], bias=True, weights=4):
     torch.manual_seed(0)
     recipe = dybit.Recipe(weights=weights, group_size=32, **fields)
-    return dybit.quantize_(nn.Sequential(nn.Linear(64, 24, bias=bias)), recipe)[0]
+    return dybit.quantize_(nn.Sequential(nn.Linear(64, 24, bias=bias)), recipe, [torch.randn(32, 64)])[0]
 
 
 def slow(module, x):
     """The layer without what it keeps."""
     spec = module.input_spec
     rounding = {} if spec is None else {
-        "input_format": spec.format, "reach": spec.reach, "input_group_size": spec.group_size or 0
+        "input_format": spec.format, "reach": spec.reach or 1.0, "input_group_size": spec.group_size or 0,
+        "input_scale": module._buffers.get("input_scale"), "input_offset": module._buffers.get("input_offset"),
     }  # fmt: skip
     return linear(x, module.quantized_tensor(), module._parameters.get("bias"), **rounding)
 
@@ -106,6 +109,3 @@ def test_weights_made_in_inference_mode():
 def test_what_has_to_be_asked_for():
     weight = quantize(torch.randn(24, 64), TensorSpec("nf4", (24, 64)))  # the kernels cannot hold it
     assert Ready(weight).multiply(torch.randn(1, 64), None) is None
-    assert Ready(quantize(torch.randn(8, 64), TensorSpec("dybit4", (8, 64))), usable=False).multiply(
-        torch.randn(1, 64), None
-    ) is None  # fmt: skip
