@@ -7,7 +7,8 @@ bytes of the weights over the read bandwidth, or the products over the integer p
 measured in the same run: memory read in order, and a loop of the path's byte multiplication on registers alone
 (AMX's tiles, vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak. With
 one thread the clock is the thread's processor time, so that other programs on the machine disturb the memory but do not
-count; with more it is the wall's.
+count; with more it is the wall's. Idle threads of torch, ONNX Runtime and llama.cpp spin for some milliseconds before
+they sleep: with more than one thread every turn waits for that and is preceded by one that is not timed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def last_cache() -> int:
 
 
 COPIES_BYTES = max(160 << 20, min(last_cache() * 5 // 4, 640 << 20))  # of all copies of a weight: more than the cache
+
+
+SPINNING = 0.015  # seconds, at most, that idle threads wait for more before they sleep
 
 
 def copies(nbytes: int, batch: int) -> int:
@@ -197,12 +201,17 @@ def measure(contestants: dict[str, Runs], seconds: float, limit: int = 400) -> d
         for run in runs:
             run()
     order, start, i = list(contestants), time.perf_counter(), 0
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    alone = torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     shuffle = random.Random(0)
-    while i < 5 or (time.perf_counter() - start < seconds and i < limit):
+    while i < 9 or (time.perf_counter() - start < seconds and i < limit):
         shuffle.shuffle(order)
         for name in order:
-            run = contestants[name][i % len(contestants[name])]
+            runs = contestants[name]
+            if not alone:
+                time.sleep(SPINNING)
+                runs[i * 2 % len(runs)]()
+            run = runs[(i if alone else i * 2 + 1) % len(runs)]
             begin = clock()
             run()
             times[name].append((clock() - begin) * 1e3)
