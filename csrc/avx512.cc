@@ -146,11 +146,18 @@ void unpack_panel(const Job& job, int block0, int first, int last, uint8_t* pane
   }
 }
 
-// Sums of products of a segment: out[m][j][row] over kM input rows and kBlocks blocks, from start[m] on. By itself, and
-// its results in memory, so that the sums stay in registers inside the loop: GCC spills them where more surrounds it.
+// Keeps a sum in its register: GCC would store every one of them in every step of the loop that they are made in.
+DYBIT_INLINE inline void pin(__m512i& sum) {
+#if defined(__GNUC__)
+  asm("" : "+v"(sum));
+#endif
+}
+
+// Adds a segment's sums of products, which begin with start[m], times their scales to total[m][j][row], over kM input rows
+// and kBlocks blocks. Scales of the blocks lie `stride` times 16 apart, those of the inputs' groups, or null, `stride`.
 template <Product kP, int kM, int kBlocks>
-[[gnu::noinline]] void sum_words(const uint8_t* panel, const uint8_t* x, int64_t x_stride, int words,
-                                 const int32_t* start, int32_t* out) {
+DYBIT_NOINLINE void add_words(const uint8_t* panel, const uint8_t* x, int64_t x_stride, int words, const int32_t* start,
+                              const float* scales, const float* group_scales, int64_t stride, float* total) {
   __m512i sum[kM][kBlocks];
   unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE { sum[i / kBlocks][i % kBlocks] = _mm512_set1_epi32(start[i / kBlocks]); });
   for (int k = 0; k < words; ++k, panel += 64 * kUnit, x += 4) {
@@ -160,10 +167,19 @@ template <Product kP, int kM, int kBlocks>
       int32_t word;
       std::memcpy(&word, x + m * x_stride, 4);
       const __m512i xs = _mm512_set1_epi32(word);
-      unroll<kBlocks>([&](auto j) DYBIT_INLINE { sum[m][j] = multiply_add<kP>(sum[m][j], weights[j], xs); });
+      unroll<kBlocks>([&](auto j) DYBIT_INLINE {
+        sum[m][j] = multiply_add<kP>(sum[m][j], weights[j], xs);
+        pin(sum[m][j]);
+      });
     });
   }
-  unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE { _mm512_store_si512(out + 16 * i, sum[i / kBlocks][i % kBlocks]); });
+  unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE {
+    constexpr int m = i / kBlocks, j = i % kBlocks;
+    __m512 scale = _mm512_loadu_ps(scales + j * stride * kBlockRows);
+    if (group_scales) scale = _mm512_mul_ps(scale, _mm512_set1_ps(group_scales[m * stride]));
+    float* place = total + i * kBlockRows;
+    _mm512_store_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][j]), scale, _mm512_load_ps(place)));
+  });
 }
 
 // kM input rows times kBlocks blocks of a panel. y holds the totals between panels.
@@ -172,8 +188,6 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
   const Weight& w = job.w;
   constexpr int kSize = kP == Product::kSigned16 ? 2 : 1;
   alignas(64) float total[kM][kBlocks][kBlockRows];
-  alignas(64) int32_t sums[kM * kBlocks * kBlockRows];
-  const bool begins = first == 0, ends = last == w.segment_count;
   auto mask = [&](int j) DYBIT_INLINE {
     const int rows = w.rows - (block0 + j) * kBlockRows;
     return rows >= kBlockRows ? __mmask16(0xffff) : __mmask16((1 << rows) - 1);
@@ -181,37 +195,30 @@ void tile(const Job& job, const uint8_t* panel, int block0, int first, int last,
   auto place = [&](int m, int j) DYBIT_INLINE {
     return job.out.data + (m0 + m) * job.out.stride + (block0 + j) * kBlockRows;
   };
-  if (!begins)
-    for (int m = 0; m < kM; ++m)
-      for (int j = 0; j < kBlocks; ++j) _mm512_store_ps(total[m][j], _mm512_maskz_loadu_ps(mask(j), place(m, j)));
+  for (int m = 0; m < kM; ++m)
+    for (int j = 0; j < kBlocks; ++j)
+      _mm512_store_ps(total[m][j], first ? _mm512_maskz_loadu_ps(mask(j), place(m, j)) : _mm512_setzero_ps());
   const uint8_t* x = job.x + m0 * job.x_stride + size_t(w.segments[first].chunk) * kChunk * kSize;
+  const float* group_scales = job.in.group_scales ? job.in.group_scales + int64_t(m0) * w.segment_count : nullptr;
   for (int s = first; s < last; ++s) {
     int32_t start[kM] = {};
     if (kP == Product::kSigned8)
       for (int m = 0; m < kM; ++m) start[m] = -job.correction(m0 + m, s);
     const int words = w.segments[s].chunks * kChunk * kSize / 4;
-    sum_words<kP, kM, kBlocks>(panel, x, job.x_stride, words, start, sums);
+    add_words<kP, kM, kBlocks>(panel, x, job.x_stride, words, start, job.scales(block0, s),
+                               group_scales ? group_scales + s : nullptr, w.segment_count, total[0][0]);
     panel += size_t(words) * 64 * kUnit;
     x += words * 4;
-    const bool final = ends && s + 1 == last;
-    unroll<kBlocks>([&](auto j) DYBIT_INLINE {
-      const __m512 scale = _mm512_loadu_ps(job.scales(block0 + j, s));
-      const __m512 bias = _mm512_loadu_ps(job.out.bias + (block0 + j) * kBlockRows);
-      unroll<kM>([&](auto m) DYBIT_INLINE {
-        const __m512i part = _mm512_load_si512(sums + (m * kBlocks + j) * kBlockRows);
-        const __m512 before = s ? _mm512_load_ps(total[m][j]) : _mm512_setzero_ps();
-        const __m512 after = add_segment(job, part, before, scale, m0 + m, s);
-        if (final)
-          _mm512_mask_storeu_ps(place(m, j), mask(j),
-                                _mm512_fmadd_ps(after, _mm512_set1_ps(job.in.row_scales[m0 + m]), bias));
-        else
-          _mm512_store_ps(total[m][j], after);
-      });
-    });
   }
-  if (!ends)
-    for (int m = 0; m < kM; ++m)
-      for (int j = 0; j < kBlocks; ++j) _mm512_mask_storeu_ps(place(m, j), mask(j), _mm512_load_ps(total[m][j]));
+  const bool ends = last == w.segment_count;
+  unroll<kM * kBlocks>([&](auto i) DYBIT_INLINE {
+    constexpr int m = i / kBlocks, j = i % kBlocks;
+    __m512 y = _mm512_load_ps(total[m][j]);
+    if (ends)
+      y = _mm512_fmadd_ps(y, _mm512_set1_ps(job.in.row_scales[m0 + m]),
+                          _mm512_loadu_ps(job.out.bias + (block0 + j) * kBlockRows));
+    _mm512_mask_storeu_ps(place(m, j), mask(j), y);
+  });
 }
 
 template <Product kP, int kBlocks>
