@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# Threads of OpenMP that wait by spinning take the cores from those that work, on a machine that is busy.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Tests share their machine: threads of OpenMP that wait by spinning would take the cores from those that work.
+PATIENT := OMP_WAIT_POLICY=PASSIVE
 
 .PHONY: help demo test lint format bench sanitize neon rtl verilate synth docs dist clean
 
@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(BIN)/dybit demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PATIENT) $(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -71,7 +71,7 @@ sanitize: $(VENV)/installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DDYBIT_SANITIZE=ON \
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build build/sanitize
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(PATIENT) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 DYBIT_KERNELS=$(abspath build/sanitize) \
 		$(BIN)/pytest -p no:cacheprovider tests/test_kernels.py tests/test_codes.py \
 		tests/test_conv.py tests/test_image.py tests/test_fusion.py \
