@@ -155,35 +155,65 @@ class GgmlPool(ctypes.Structure):
     _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-def ggml_runs(libraries: tuple[ctypes.CDLL, ctypes.CDLL], kind: str, x: torch.Tensor, rows: int, threads: int) -> Runs:
-    """Graphs of one ggml_mul_mat, each with a weight of its own, quantized from random numbers."""
+def ggml_interleaving(cpu: ctypes.CDLL, base: ctypes.CDLL) -> ctypes.c_void_p | None:
+    """The kind of buffer whose weights ggml interleaves, as its model loader does where there is one."""
+    pointer = ctypes.c_void_p
+    cpu.ggml_backend_cpu_reg.restype = base.ggml_backend_reg_get_proc_address.restype = pointer
+    base.ggml_backend_reg_dev_get.restype = base.ggml_backend_buft_name.restype = pointer
+    registry = pointer(cpu.ggml_backend_cpu_reg())
+    address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    device = pointer(base.ggml_backend_reg_dev_get(registry, ctypes.c_size_t(0)))
+    for kind in ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(address)(device):
+        if not kind:
+            return None
+        if ctypes.string_at(base.ggml_backend_buft_name(pointer(kind))) == b"CPU_REPACK":
+            return pointer(kind)
+    return None
+
+
+def ggml_runs(
+    libraries: tuple[ctypes.CDLL, ctypes.CDLL],
+    kind: str,
+    x: torch.Tensor,
+    rows: int,
+    threads: int,
+    buffers: ctypes.c_void_p | None = None,
+) -> Runs:
+    """Graphs of one ggml_mul_mat, each with a weight of its own, quantized from random numbers, in a kind of buffer."""
     base, cpu = libraries
     cpu.ggml_cpu_init()
+    base.ggml_backend_buft_alloc_buffer.restype = base.ggml_backend_buffer_get_base.restype = ctypes.c_void_p
+    base.ggml_quantize_chunk.restype = ctypes.c_size_t
     pointer, columns, batch = ctypes.c_void_p, x.shape[1], x.shape[0]
     values, runs = torch.randn(rows, columns), []
-    first, size, work = pointer(), 0, (128 if batch > 4 else 32) << 20  # every run takes some of its pool, for good
+    codes = ctypes.create_string_buffer(rows * columns)
+    size = base.ggml_quantize_chunk(
+        GGML_TYPES[kind], pointer(values.data_ptr()), codes, ctypes.c_int64(0), ctypes.c_int64(rows),
+        ctypes.c_int64(columns), None,
+    )  # fmt: skip
+    work = (128 if batch > 4 else 32) << 20  # every run takes some of its pool, for good
     for _ in range(copies(rows * columns // 2, batch)):
         context = pointer(base.ggml_init(GgmlPool(rows * columns + batch * (rows + columns) * 16 + work, None, False)))
+        outside = pointer(base.ggml_init(GgmlPool(1 << 16, None, True))) if buffers else context
         weight = pointer(
-            base.ggml_new_tensor_2d(context, GGML_TYPES[kind], ctypes.c_int64(columns), ctypes.c_int64(rows))
+            base.ggml_new_tensor_2d(outside, GGML_TYPES[kind], ctypes.c_int64(columns), ctypes.c_int64(rows))
         )
-        inputs = pointer(base.ggml_new_tensor_2d(context, 0, ctypes.c_int64(columns), ctypes.c_int64(batch)))
-        data = pointer(base.ggml_get_data(weight))
-        if runs:
-            ctypes.memmove(data, first, size)
+        if buffers:
+            buffer = pointer(base.ggml_backend_buft_alloc_buffer(buffers, ctypes.c_size_t(size + 4096)))
+            base.ggml_backend_tensor_alloc(buffer, weight, pointer(base.ggml_backend_buffer_get_base(buffer)))
+            base.ggml_backend_tensor_set(weight, codes, ctypes.c_size_t(0), ctypes.c_size_t(size))
         else:
-            base.ggml_quantize_chunk.restype = ctypes.c_size_t
-            size = base.ggml_quantize_chunk(
-                GGML_TYPES[kind], pointer(values.data_ptr()), data, ctypes.c_int64(0), ctypes.c_int64(rows),
-                ctypes.c_int64(columns), None,
-            )  # fmt: skip
-            first = data
+            ctypes.memmove(pointer(base.ggml_get_data(weight)), codes, size)
+        inputs = pointer(base.ggml_new_tensor_2d(context, 0, ctypes.c_int64(columns), ctypes.c_int64(batch)))
         ctypes.memmove(pointer(base.ggml_get_data(inputs)), x.data_ptr(), x.numel() * 4)
         product = pointer(base.ggml_mul_mat(context, weight, inputs))
         graph = pointer(base.ggml_new_graph(context))
         base.ggml_build_forward_expand(graph, product)
         run = lambda c=context, g=graph: cpu.ggml_graph_compute_with_ctx(c, g, threads)  # noqa: E731
         weakref.finalize(run, base.ggml_free, context)
+        if buffers:
+            weakref.finalize(run, base.ggml_backend_buffer_free, buffer)
+            weakref.finalize(run, base.ggml_free, outside)
         runs.append(run)
     result = torch.frombuffer(
         (ctypes.c_float * (batch * rows)).from_address(base.ggml_get_data(product)), dtype=torch.float32
@@ -271,7 +301,9 @@ def run_case(
         except ImportError:
             print("(onnxruntime and onnx are not installed: left out)")
         if ggml:
-            contestants |= {f"llama.cpp {kind}": ggml_runs(ggml, kind, x, rows, threads) for kind in GGML_TYPES}
+            for how, buffers in (("", None), (" interleaved", ggml_interleaving(*reversed(ggml)))):
+                for kind in GGML_TYPES if buffers or not how else ():
+                    contestants[f"llama.cpp {kind}{how}"] = ggml_runs(ggml, kind, x, rows, threads, buffers)
     times = measure(contestants, seconds)
     median = {key: statistics.median(value) for key, value in times.items()}
     ratios = {
