@@ -104,6 +104,8 @@ void expand(const Weight& w, int block, int s, int8_t* out) {
   }
 }
 
+void expand(const Weight& w, int block, int s, int16_t* out) { expand_plainly(w, block, s, out); }
+
 #include "avx512_float.inc"
 
 void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
@@ -119,14 +121,7 @@ void float_blocks(const Weight& w, const Input& in, const Output& out, int first
 }
 
 void dequantize(const Weight& w, float* out, int first_block, int last_block) {
-  auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
-  auto words = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
-  for (int block = first_block; block < last_block; ++block) {
-    if (w.storage > 8)
-      dequantize_block<int16_t>(w, out, block, words);
-    else
-      dequantize_block<int8_t>(w, out, block, bytes);
-  }
+  dequantize_blocks(w, out, first_block, last_block, [&](int block, int s, auto* to) { expand(w, block, s, to); });
 }
 
 void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
