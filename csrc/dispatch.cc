@@ -90,7 +90,7 @@ std::vector<float> sample(const Kernels& kernels) {
     }
     std::vector<uint8_t> packed(kRows * 80), choice(kRows * 2);
     for (auto& byte : packed) byte = uint8_t(draw());
-    for (auto& book : choice) book = uint8_t(draw() & 1);
+    for (size_t i = 0; i < choice.size(); ++i) choice[i] = i % 2 ? uint8_t(draw() & 1) : 0;  // a group that shares its table
     std::vector<float> scale(kRows * 2, 0.25f), x(kInputs * kColumns), steps{0.5f, 0.25f};
     for (auto& value : x) value = float(int(draw() % 4001) - 2000) / 500.0f;
     const Portable portable{packed.data(), kRows, kColumns, bits,         48,           scale.data(), true, true,

@@ -86,22 +86,14 @@ DYBIT_NOINLINE void float_sums(const float* x, const T* w, int padded, float* ou
   });
 }
 
-template <class T>
 void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
-  auto unpack = [&](int block, int s, T* to) { expand(w, block, s, to); };
-  auto sums = [](const float* x, const T* rows, int padded, float* d) { float_sums(x, rows, padded, d); };
-  for (int block = first_block; block < last_block; ++block) float_linear<T>(w, in, out, block, unpack, sums);
+  auto unpack = [&](int block, int s, auto* to) { expand(w, block, s, to); };
+  auto sums = [](const float* x, const auto* rows, int padded, float* d) { float_sums(x, rows, padded, d); };
+  float_linear(w, in, out, first_block, last_block, unpack, sums);
 }
 
 void dequantize(const Weight& w, float* out, int first_block, int last_block) {
-  auto bytes = [&](int block, int s, int8_t* to) { expand(w, block, s, to); };
-  auto words = [&](int block, int s, int16_t* to) { expand(w, block, s, to); };
-  for (int block = first_block; block < last_block; ++block) {
-    if (w.storage > 8)
-      dequantize_block<int16_t>(w, out, block, words);
-    else
-      dequantize_block<int8_t>(w, out, block, bytes);
-  }
+  dequantize_blocks(w, out, first_block, last_block, [&](int block, int s, auto* to) { expand(w, block, s, to); });
 }
 
 void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
@@ -109,9 +101,7 @@ void linear(const Weight& w, const Input& in, const Output& out, int first_block
     case InputKind::kSigned8: return linear_as<Product::kSigned8>(w, in, out, first_block, last_block);
     case InputKind::kUnsigned8: return linear_as<Product::kUnsigned8>(w, in, out, first_block, last_block);
     case InputKind::kSigned16: return linear_as<Product::kSigned16>(w, in, out, first_block, last_block);
-    default:
-      if (w.storage > 8) return float_blocks<int16_t>(w, in, out, first_block, last_block);
-      float_blocks<int8_t>(w, in, out, first_block, last_block);
+    default: return float_blocks(w, in, out, first_block, last_block);
   }
 }
 

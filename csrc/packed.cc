@@ -134,7 +134,7 @@ PackedWeight::PackedWeight(const Portable& p, const InputFormat& input, const Ke
 bool PackedWeight::make_runs(const Portable& p, const std::vector<bool>& used) {
   if (p.bits < 4) return false;
   const int count = (1 << p.bits) / 16;
-  runs_.assign(kMaxBooks, Runs{});
+  runs_.assign(size_t(p.books), Runs{});
   run_index_.assign(size_t(p.books) * 16, 0);
   auto split = [](int value, int8_t& low, int8_t& high) { low = int8_t(value), high = int8_t(value >> 8); };
   for (int book = 0; book < p.books; ++book) {
@@ -167,6 +167,7 @@ bool PackedWeight::make_runs(const Portable& p, const std::vector<bool>& used) {
         split(values(listed[place])[l], (place ? runs.bottom_low : runs.top_low)[l],
               (place ? runs.bottom_high : runs.top_high)[l]);
     }
+    for (int i = 0; i < 256; ++i) split(runs.at(i), runs.low[i], runs.high[i]);
   }
   return true;
 }

@@ -47,23 +47,22 @@ void linear_block(const Weight& w, const Input& in, const Output& out, int block
 }
 
 void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
-  auto expand = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
-  auto sums = [](const float* x, const int16_t* rows, int padded, float* d) {
+  auto expand = [&](int block, int s, auto* to) { expand_plainly(w, block, s, to); };
+  auto sums = [](const float* x, const auto* rows, int padded, float* d) {
     for (int n = 0; n < 4; ++n) d[n] = float_sum(x, rows + int64_t(n) * padded, padded);
   };
+  if (in.kind == InputKind::kFloat) return float_linear(w, in, out, first_block, last_block, expand, sums);
   for (int block = first_block; block < last_block; ++block) {
     switch (in.kind) {
       case InputKind::kSigned8: linear_block<int8_t>(w, in, out, block); break;
       case InputKind::kUnsigned8: linear_block<uint8_t>(w, in, out, block); break;
-      case InputKind::kSigned16: linear_block<int16_t>(w, in, out, block); break;
-      default: float_linear<int16_t>(w, in, out, block, expand, sums);
+      default: linear_block<int16_t>(w, in, out, block);
     }
   }
 }
 
 void dequantize(const Weight& w, float* out, int first_block, int last_block) {
-  auto expand = [&](int block, int s, int16_t* to) { expand_plainly(w, block, s, to); };
-  for (int block = first_block; block < last_block; ++block) dequantize_block<int16_t>(w, out, block, expand);
+  dequantize_blocks(w, out, first_block, last_block, [&](int block, int s, auto* to) { expand_plainly(w, block, s, to); });
 }
 
 }  // namespace

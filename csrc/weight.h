@@ -54,6 +54,7 @@ struct Runs {
   alignas(16) int8_t step[16];  // 0 in runs kTop and kBottom, as is the base
   alignas(16) int8_t base_low[16], base_high[16];
   alignas(16) int8_t top_low[16], top_high[16], bottom_low[16], bottom_high[16];
+  alignas(64) int8_t low[256], high[256];  // the same by the whole index
 
   int at(int index) const {
     const int h = index >> 4, l = index & 15;
@@ -79,7 +80,7 @@ struct Weight {
   const uint8_t* choices;  // [blocks][segment_count or 1][16]: the table of each row; storage 2 to 4 and kRuns
   bool choice_by_segment;
   const int8_t* tables;  // [kMaxBooks][16] significands by code, repeated to 16 entries
-  const Runs* runs;      // [kMaxBooks]; storage kRuns only
+  const Runs* runs;      // by codebook; storage kRuns only
   int max_weight;        // largest magnitude of a significand
 };
 

@@ -243,6 +243,38 @@ def three_threads():
 
 
 @needs_kernels
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+@pytest.mark.parametrize("pattern", ["tensor", "blocks", "rows", "groups"])
+@pytest.mark.parametrize("group_size", [None, 24, 64])
+def test_rows_that_share_a_codebook_of_16_bits_and_rows_that_do_not(bits, pattern, group_size):
+    """Blocks of 16 rows are decoded in other ways where all of them have the same choice."""
+    rng = np.random.default_rng(bits)
+    books = variants(bits)
+    held = [i for i, book in enumerate(books) if not book.spare]
+    widest = max(held, key=lambda i: books[i].max_significand)
+    n, k = 69, 150  # the last block has rows to spare
+    groups = -(-k // group_size) if group_size else 1
+    choice = rng.choice(held, (n, groups)).astype(np.uint8)
+    if pattern == "tensor":
+        choice[:] = widest
+    elif pattern == "blocks":
+        choice[:] = choice[np.arange(n) // 16]
+    elif pattern == "groups":
+        choice[:, ::2] = choice[np.arange(n) // 16, ::2]
+    codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
+    weight = portable(codes, books[0], 0.5, group_size, f"dybit{bits}", choice)
+    largest = max(books[i].max_significand for i in np.unique(choice))
+    packed = kernels.PackedWeight(weight, kernels.input_format("s8"))
+    assert packed.storage == (9 if largest > 127 else 8)
+    for m in (1, 2, 3, 4, 7):
+        x = torch.from_numpy(rng.normal(size=(m, k)).astype(np.float32))
+        for inputs in ("s8", "s8r1", "u8", ""):
+            found = run_all(weight, inputs, x, **({"reach": 1.5} if inputs else {}))
+            if not inputs:
+                torch.testing.assert_close(torch.from_numpy(found), x @ weight.dequantize().T, rtol=1e-4, atol=1e-3)
+
+
+@needs_kernels
 @pytest.mark.parametrize("group_size", [0, 100])
 @pytest.mark.parametrize("rows", [1, 40, 1500])  # the last are more than are multiplied at once
 @pytest.mark.usefixtures("three_threads")
