@@ -2,7 +2,7 @@
 
     python benchmarks/ptq_vision.py [--weights 4,int4,nf4] [--activations 8] [--group-size 32] [--ends 8]
                                     [--algorithms rtn,statistics,adaround] [--crops 240] [--calibration-crops 64]
-                                    [--seed 0] [--output result.json]
+                                    [--more folder] [--seed 0] [--output result.json]
 
 An algorithm is a chain such as adaround+bias. Calibration and evaluation share no picture. The standard error is that
 of crops drawn independently; there are eleven pictures only, so it is optimistic. All formats get the same calibration,
@@ -39,11 +39,17 @@ def main() -> None:
     parser.add_argument("--algorithms", default="rtn,bias,statistics,adaround", help="chains, separated by commas")
     parser.add_argument("--crops", type=int, default=240, help="to judge by")
     parser.add_argument("--calibration-crops", type=int, default=64)
+    parser.add_argument("--more", type=Path, help="a folder of further pictures to calibrate with")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration crops")
     parser.add_argument("--output", type=Path, help="write the results as JSON, too")
     arguments = parser.parse_args()
     model = efficientnet_lite0()
-    calibration = image_batches(batches=arguments.calibration_crops // _BATCH, batch_size=_BATCH, seed=arguments.seed)
+    calibration = image_batches(
+        batches=arguments.calibration_crops // _BATCH,
+        batch_size=_BATCH,
+        seed=arguments.seed,
+        more=sorted(arguments.more.iterdir()) if arguments.more else (),
+    )
     evaluation = image_batches("evaluation", batches=arguments.crops // _BATCH, batch_size=_BATCH)
     rows = []
     activations = _width(arguments.activations)

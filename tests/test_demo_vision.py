@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,6 +62,24 @@ def test_splits_share_no_picture():
     calibration, evaluation = (_PICTURES[split] for split in ("calibration", "evaluation"))
     assert not set(calibration) & set(evaluation)
     assert all(_read(name).shape[0] == 3 for name in calibration + evaluation)
+
+
+def test_more_pictures(tmp_path):
+    for name, value in (("a.png", 40), ("b.jpg", 80)):
+        packages.load("skimage.io").imsave(tmp_path / name, np.full((20, 30, 3), value, np.uint8), check_contrast=False)
+    files = sorted(tmp_path.iterdir())
+    batch = image_batches(batch_size=13, batches=1, size=8, more=files)[0]
+    assert (batch[10] - (40 - 127) / 128).abs().max() < 1e-6
+    assert (batch[11] - (80 - 127) / 128).abs().max() < 0.02
+    assert batch[12].std() > 0
+
+
+def test_rejects_files_that_are_no_pictures(tmp_path):
+    transparent = tmp_path / "a.png"
+    packages.load("skimage.io").imsave(transparent, np.zeros((9, 9, 4), np.uint8), check_contrast=False)
+    for file, message in ((transparent, r"\(9, 9, 4\)"), (tmp_path / "b.png", "cannot be read")):
+        with pytest.raises(DyBitError, match=message):
+            image_batches(batch_size=1, batches=1, size=8, more=[file])
 
 
 def test_size():

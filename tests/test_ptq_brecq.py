@@ -85,6 +85,20 @@ def test_a_block_that_got_worse_is_left(network, data, monkeypatch):
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
+def test_convolutions_learn_with_channels_last(network, data):
+    quantized, reference = pair(network, data, activations=8)
+    seen = []
+
+    def hook(module, args):
+        if torch.is_grad_enabled():
+            seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+
+    for block in quantized.stages[0]:
+        block.project.register_forward_pre_hook(hook)
+    brecq_(quantized, reference, data)
+    assert seen == [True] * (2 * brecq._STEPS)
+
+
 def test_transformer_layers(data):
     class Layer(nn.Module):
         def __init__(self):

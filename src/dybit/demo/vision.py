@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +85,12 @@ def picture(name: str = "coffee.png", size: int = 224) -> Tensor:
 
 
 def image_batches(
-    split: str = "calibration", batch_size: int = 8, batches: int = 8, size: int = 224, seed: int = 0
+    split: str = "calibration",
+    batch_size: int = 8,
+    batches: int = 8,
+    size: int = 224,
+    seed: int = 0,
+    more: Iterable[str | os.PathLike[str]] = (),
 ) -> list[Tensor]:
     """Random crops of real pictures for :func:`efficientnet_lite0`.
 
@@ -96,29 +104,40 @@ def image_batches(
         batches: Number of batches.
         size: Height and width of the images.
         seed: Seed of the crops.
+        more: Files of further pictures, PNG or JPEG, without transparency. Corrections fit the pictures that they are
+            calibrated on: twice as many bring more than twice as many crops (docs/corrections.md).
 
     Returns:
         One tensor per batch, float32 (batch_size, 3, size, size).
 
     Raises:
-        DyBitError: If ``split`` is unknown, or a size is below one.
+        DyBitError: If ``split`` is unknown, a size is below one, or a file holds no such picture.
         MissingExtraError: If scikit-image or scikit-learn is not installed.
     """
     for argument, value in (("batch_size", batch_size), ("batches", batches), ("size", size)):
         if value < 1:
             raise DyBitError(f"{argument}={value!r} is below one.")
     generator = random.Random(f"{seed} {is_evaluation(split)}")
-    pictures = [_read(name) for name in _PICTURES[split]]
+    pictures = [_read(name) for name in _PICTURES[split]] + [_load(Path(file)) for file in more]
     cycle = itertools.cycle(pictures)  # every picture equally often
     crops = (_random_crop(next(cycle), size, generator) for _ in range(batches * batch_size))
     return [torch.stack(list(itertools.islice(crops, batch_size))) for _ in range(batches)]
 
 
 def _read(name: str) -> Tensor:
-    """Read a picture as float32 (3, height, width), 0 to 255."""
+    """Read a bundled picture as float32 (3, height, width), 0 to 255."""
     folder = ("sklearn", "datasets", "images") if name in _SKLEARN else ("skimage", "data")
-    path = packages.find(*folder, name)
-    pixels = torch.from_numpy(packages.load("skimage.io").imread(path).copy())
+    return _load(packages.find(*folder, name))
+
+
+def _load(path: Path) -> Tensor:
+    """Read a file, grey or RGB, as float32 (3, height, width), 0 to 255."""
+    try:
+        pixels = torch.from_numpy(packages.load("skimage.io").imread(path).copy())
+    except (OSError, ValueError) as error:
+        raise DyBitError(f"{path} cannot be read as a picture: {error}") from error
+    if pixels.dtype != torch.uint8 or pixels.shape[2:] not in ((), (3,)):
+        raise DyBitError(f"{path} is no grey or RGB picture of 8 bits, but {pixels.dtype} of {tuple(pixels.shape)}")
     if pixels.ndim == 2:
         pixels = pixels.unsqueeze(-1).expand(-1, -1, 3)
     return pixels.permute(2, 0, 1).float()

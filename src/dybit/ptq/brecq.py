@@ -127,8 +127,15 @@ class _Learner:
         matrix = (self.low + choice * self.span) * self.candidates.scale * self.gain
         proxy: Any = self.proxy
         proxy.weight, proxy.bias = self.spec.from_matrix(matrix), self.bias
-        args = tuple(self.layer.round_input(x) if i == 0 else x for i, x in enumerate(args))
+        args = tuple(self._round(x) if i == 0 else x for i, x in enumerate(args))
         return proxy(*args, **kwargs)
+
+    def _round(self, x: Tensor) -> Tensor:
+        """Rounds an input. Channels stay last if they are, which spares convolutions half of their time."""
+        spec = self.layer.input_spec
+        if spec and spec.mode == "static" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return self.layer.round_input(x.movedim(1, -1)).movedim(-1, 1)
+        return self.layer.round_input(x)
 
     def store(self) -> None:
         """Gives the layer what was learned."""
@@ -155,6 +162,11 @@ def _learn(
     if not power or not before:
         return
     learners = [_Learner(*part) for part in parts.values()]
+    laid = list(zip(calls, targets, strict=True))
+    if all(isinstance(original, nn.Conv2d) for _, original in parts.values()):
+        laid = [
+            (Call(tuple(map(_channels_last, call.args)), call.kwargs), _channels_last(target)) for call, target in laid
+        ]
     choices, fine = zip(*(learner.parameters() for learner in learners), strict=True)
     optimizer = torch.optim.Adam(
         [{"params": choices, "lr": _RATE}, {"params": [p for some in fine for p in some], "lr": _FINE_RATE}]
@@ -164,9 +176,9 @@ def _learn(
         for step in range(_STEPS):
             if step % len(calls) == 0:
                 order = torch.randperm(len(calls), generator=generator).tolist()
-            index = order[step % len(calls)]
-            output = output_tensor(block.forward(*calls[index].args, **calls[index].kwargs))
-            loss = (output.float() - targets[index]).square().mean() / power
+            call, target = laid[order[step % len(calls)]]
+            output = output_tensor(block.forward(*call.args, **call.kwargs))
+            loss = (output.float() - target).square().mean() / power
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -182,6 +194,11 @@ def _learn(
             layer._buffers.update(buffers)
             layer._parameters.update(parameters)
             layer.added_bias = added
+
+
+def _channels_last(x: Any) -> Any:  # noqa: ANN401  # an argument of any kind
+    """Lays a batch of pictures out as convolutions are fastest; returns anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
 
 
 def _error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -> float:
