@@ -155,9 +155,9 @@ class GgmlPool(ctypes.Structure):
     _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-def ggml_interleaving(cpu: ctypes.CDLL, base: ctypes.CDLL) -> ctypes.c_void_p | None:
+def ggml_interleaving(libraries: tuple[ctypes.CDLL, ctypes.CDLL]) -> ctypes.c_void_p | None:
     """The kind of buffer whose weights ggml interleaves, as its model loader does where there is one."""
-    pointer = ctypes.c_void_p
+    (base, cpu), pointer = libraries, ctypes.c_void_p
     cpu.ggml_backend_cpu_reg.restype = base.ggml_backend_reg_get_proc_address.restype = pointer
     base.ggml_backend_reg_dev_get.restype = base.ggml_backend_buft_name.restype = pointer
     registry = pointer(cpu.ggml_backend_cpu_reg())
@@ -301,9 +301,11 @@ def run_case(
         except ImportError:
             print("(onnxruntime and onnx are not installed: left out)")
         if ggml:
-            for how, buffers in (("", None), (" interleaved", ggml_interleaving(*reversed(ggml)))):
-                for kind in GGML_TYPES if buffers or not how else ():
-                    contestants[f"llama.cpp {kind}{how}"] = ggml_runs(ggml, kind, x, rows, threads, buffers)
+            contestants |= {f"llama.cpp {kind}": ggml_runs(ggml, kind, x, rows, threads) for kind in GGML_TYPES}
+            if buffers := ggml_interleaving(ggml):
+                for kind in GGML_TYPES:
+                    runs = ggml_runs(ggml, kind, x, rows, threads, buffers)
+                    contestants[f"llama.cpp {kind} interleaved"] = runs
     times = measure(contestants, seconds)
     median = {key: statistics.median(value) for key, value in times.items()}
     ratios = {

@@ -309,9 +309,10 @@ def run_alone(program):
     """What a program prints in a process of its own, with no threads but those it starts."""
     head = """
 import os, torch
-import dybit
 torch.set_num_threads(3)
 torch.ones(2000, 2000).sqrt()
+before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+import dybit
 torch.manual_seed(0)
 layer = dybit.quantize_(torch.nn.Sequential(torch.nn.Linear(300, 700)), dybit.Recipe(weights=4, activations="int8",
                         activation_mode="dynamic"))[0]
@@ -341,7 +342,6 @@ def test_a_forked_child_has_threads_of_its_own():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads by /proc")
 def test_no_threads_beside_those_of_torch():
     program = """
-        before = len(os.listdir("/proc/self/task"))
         layer(x)
         print(len(os.listdir("/proc/self/task")) - before)
         """

@@ -131,7 +131,7 @@ class _Learner:
         return proxy(*args, **kwargs)
 
     def _round(self, x: Tensor) -> Tensor:
-        """Rounds an input. Channels stay last if they are, which spares convolutions half of their time."""
+        """Rounds an input. Channels stay last if they are, which spares convolutions a third of their time."""
         spec = self.layer.input_spec
         if spec and spec.mode == "static" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return self.layer.round_input(x.movedim(1, -1)).movedim(-1, 1)
