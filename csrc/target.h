@@ -15,10 +15,14 @@
 #define DYBIT_TARGET_END
 #endif
 
+// DYBIT_PIN keeps a sum in its vector register (x86): GCC would store every one of them in every step of the loop that they
+// are made in.
 #if defined(__GNUC__)
 #define DYBIT_INLINE __attribute__((always_inline))
 #define DYBIT_NOINLINE __attribute__((noinline))
+#define DYBIT_PIN(sum) asm("" : "+v"(sum))
 #else
 #define DYBIT_INLINE
 #define DYBIT_NOINLINE
+#define DYBIT_PIN(sum)
 #endif
