@@ -1,7 +1,8 @@
 """The sentence encoder MiniLM-L6 as a whole: FP32 against packed W4A8, paired and interleaved.
 
 Run ``python benchmarks/encoder.py``; it needs the demo's models. Weights have 4 bits in groups of 128 and inputs 8 bits
-(integers, dynamic per token); embeddings stay in FP32. Attention, norms and GELU are torch's own on both sides.
+(integers, dynamic per token); embeddings stay in FP32. Attention and norms are torch's own on all sides; in ``fused``
+(``dybit.fuse``) GELU is computed by the layer before it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dybit import Recipe, kernels, quantize_
+from dybit import Recipe, fuse, kernels, quantize_
 from dybit.demo.sentences import minilm
 
 
@@ -33,9 +34,11 @@ def main() -> None:
     recipe = Recipe(
         weights=4, activations="int8", group_size=128, activation_mode="dynamic", method="absmax", embeddings=None
     )
-    models = {"fp32": exact, "dybit": quantize_(copy.deepcopy(exact), recipe)}
+    quantized = quantize_(copy.deepcopy(exact), recipe)
+    models = {"fp32": exact, "dybit": quantized, "fused": fuse(quantized)}
     results = []
-    print(f"{kernels.isa()}\n\n| batch | threads | FP32 ms | dybit ms | times faster |\n|---|---|---|---|---|")
+    print(f"{kernels.isa()}\n\n| batch | threads | FP32 ms | dybit ms | times faster | fused ms | times faster |")
+    print("|---|---|---|---|---|---|---|")
     for threads in dict.fromkeys(options.threads):
         torch.set_num_threads(threads)
         for batch in (1, 32):
@@ -52,14 +55,15 @@ def main() -> None:
                         begin = time.perf_counter()
                         models[name](ids, mask)
                         times[name].append((time.perf_counter() - begin) * 1e3)
-            ratio = np.percentile([a / b for a, b in zip(times["fp32"], times["dybit"], strict=True)], [25, 50, 75])
             median = {name: statistics.median(value) for name, value in times.items()}
-            results.append({"batch": batch, "threads": threads, "ms": median, "ratio": ratio.tolist()})
-            print(
-                f"| {batch}×128 | {threads} | {median['fp32']:.1f} | {median['dybit']:.1f} "
-                f"| {ratio[1]:.2f}× ({ratio[0]:.2f} to {ratio[2]:.2f}) |",
-                flush=True,
+            ratios, row = {}, f"| {batch}×128 | {threads} | {median['fp32']:.1f} |"
+            for name in ("dybit", "fused"):
+                low, middle, high = ratios[name] = np.percentile(np.divide(times["fp32"], times[name]), [25, 50, 75])
+                row += f" {median[name]:.1f} | {middle:.2f}× ({low:.2f} to {high:.2f}) |"
+            results.append(
+                {"batch": batch, "threads": threads, "ms": median, "ratio": {k: list(v) for k, v in ratios.items()}}
             )
+            print(row, flush=True)
     if options.json:
         options.json.write_text(json.dumps({"isa": kernels.isa(), "results": results}, indent=1))
 

@@ -398,6 +398,10 @@ void dequantize(const Weight& w, float* out, int first_block, int last_block) {
   kAvx512.dequantize(w, out, first_block, last_block);
 }
 
+void activate(Activation kind, float* data, int rows, int columns, int64_t stride) {
+  kAvx512.activate(kind, data, rows, columns, stride);
+}
+
 int64_t multiply(int64_t count) {
   alignas(64) static const uint8_t ones[kTile] = {1};
   alignas(64) int32_t sums[kTile / 4];
@@ -422,7 +426,7 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kAmx;
-const Kernels kAmx = {"amx", kGrain, input_kind, linear, encode, dequantize, &kAvx512Codes, multiply};
+const Kernels kAmx = {"amx", kGrain, input_kind, linear, encode, dequantize, activate, &kAvx512Codes, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -154,7 +154,7 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize, &kAvx512Codes, multiply};
+const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode, dequantize, activate, &kAvx512Codes, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -75,12 +75,13 @@ std::vector<const Kernels*> present() {
   return sets;
 }
 
-// Small linear layers of every storage and kind of input, with numbers from a fixed generator.
+// Small linear layers of every storage, kind of input and activation, with numbers from a fixed generator.
 std::vector<float> sample(const Kernels& kernels) {
   std::vector<float> results;
   uint32_t state = 1;
   auto draw = [&state] { return (state = state * 1664525u + 1013904223u) >> 8; };
   constexpr int kRows = 19, kColumns = 77, kInputs = 21;
+  int activation = 0;
   for (int bits : {2, 3, 4, 6, 7, 8}) {
     std::vector<int32_t> table(2 << bits);
     for (int i = 0; i < 2 << bits; ++i) {
@@ -101,7 +102,8 @@ std::vector<float> sample(const Kernels& kernels) {
       const PackedWeight weight(portable, input, kernels);
       for (int rows : {1, 3, 7, kInputs}) {
         std::vector<float> y(size_t(rows) * kRows);
-        weight.linear(x.data(), rows, y.data(), nullptr, nullptr, nullptr, 1.5f, 1);
+        weight.linear(x.data(), rows, y.data(), nullptr, nullptr, nullptr, 1.5f, 1,
+                      Activation(activation++ % kActivations));
         results.insert(results.end(), y.begin(), y.end());
       }
     }

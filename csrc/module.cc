@@ -203,9 +203,9 @@ NB_MODULE(_kernels, m) {
       .def(
           "linear",
           [](const dybit::PackedWeight& self, uintptr_t x, int64_t rows, uintptr_t y, uintptr_t bias, uintptr_t scale,
-             uintptr_t offset, float reach, int threads) {
+             uintptr_t offset, float reach, int threads, int activation) {
             self.linear(pointer<float>(x), rows, reinterpret_cast<float*>(y), pointer<float>(bias), pointer<float>(scale),
-                        pointer<float>(offset), reach, threads);
+                        pointer<float>(offset), reach, threads, dybit::Activation(activation));
           },
           nb::call_guard<nb::gil_scoped_release>())
       .def(

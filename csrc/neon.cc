@@ -125,6 +125,7 @@ extern const Kernels kNeon;
 const Kernels kNeon = {"neon",        1,
                        plain::input_kind, plain::linear,
                        plain::encode,     plain::dequantize,
+                       plain::activate,
                        &kNeonCodes,       plain::multiply};
 
 }  // namespace dybit
@@ -183,6 +184,7 @@ extern const Kernels kNeonDot;
 const Kernels kNeonDot = {"neon-dot",        1,
                           plain::input_kind, dotted::linear,
                           plain::encode,     plain::dequantize,
+                          plain::activate,
                           &kNeonCodes,       dotted::multiply};
 
 }  // namespace dybit

@@ -253,7 +253,7 @@ size_t PackedWeight::bytes() const {
 }
 
 void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale,
-                          const float* offset, float reach, int threads) const {
+                          const float* offset, float reach, int threads, Activation activation) const {
   if (input_rows == 0) return;
   const int m = int(input_rows), padded = weight_.chunk_count * kChunk, segments = weight_.segment_count;
   const size_t size = kind_ == InputKind::kFloat ? 4 : kind_ == InputKind::kSigned16 ? 2 : 1;
@@ -294,13 +294,22 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   const int most = std::max(kRowsAtOnce, int(kInputBytes / (size * padded)));
   const size_t work = size_t(m) * weight_.rows * padded;
   parallel_for((m + most - 1) / most * steps, work < 200000 ? 1 : threads, [&](int i) {
-    const int first = i / steps * most, block = i % steps * step * unit;
+    const int first = i / steps * most;
+    int block = i % steps * step * unit;
     const size_t parts = size_t(first) * segments;
     const Input in{std::min(most, m - first), kind_, max_input_, data + size * first * padded,
                    task.segment_sums ? task.segment_sums + parts : nullptr,
                    task.group_scales ? task.group_scales + parts : nullptr, scratch.rows.data() + first};
     const Output out{y + int64_t(first) * weight_.rows, weight_.rows, scratch.bias.data()};
-    kernels_.linear(weight_, in, out, block, std::min(weight_.blocks, block + step * unit));
+    const int last = std::min(weight_.blocks, block + step * unit);
+    if (activation == Activation::kNone) return kernels_.linear(weight_, in, out, block, last);
+    for (int next; block < last; block = next) {  // unit by unit, whose results are still in the cache
+      next = std::min(last, block + unit);
+      kernels_.linear(weight_, in, out, block, next);
+      const int column = block * kBlockRows;
+      kernels_.activate(activation, out.data + column, in.rows, std::min(next * kBlockRows, weight_.rows) - column,
+                        out.stride);
+    }
   });
   for (int row = 0; row < m; ++row)
     if (scratch.nan[row])

@@ -40,7 +40,7 @@ class PackedWeight {
   // y (input_rows, rows) = x (input_rows, columns) · weightᵀ + bias, all FP32 and contiguous. bias may be null.
   // A row of x with NaN gives a row of NaN. Dynamic rounding where scale is null, else static.
   void linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale, const float* offset,
-              float reach, int threads) const;
+              float reach, int threads, Activation activation = Activation::kNone) const;
 
   // The values: FP32 (rows, columns).
   void dequantize(float* out, int threads) const;

@@ -100,6 +100,10 @@ struct Output {
   const float* bias;  // [blocks · 16]
 };
 
+// What may follow a linear layer. All but kRelu are x · σ(x · q(x²)) with a polynomial q (activation.inc).
+enum class Activation : int { kNone = 0, kRelu, kGelu, kGeluTanh, kSilu, kQuickGelu };
+constexpr int kActivations = 6;
+
 // How an input is rounded to significands.
 struct Rounding {
   int magnitude_bits, max_run;
@@ -135,6 +139,7 @@ struct Kernels {
   void (*encode)(const EncodeTask&, int first_row, int last_row);
   // Row-major values of some blocks: FP32 [16 · blocks][columns], significand times scale, rounded once.
   void (*dequantize)(const Weight&, float* out, int first_block, int last_block);
+  void (*activate)(Activation, float* data, int rows, int columns, int64_t stride);  // in place
   const CodeKernels* codes;
   // Products of bytes in registers alone, as fast as they come; returns how many. Null: not with single instructions.
   int64_t (*multiply)(int64_t count);

@@ -348,6 +348,45 @@ def test_no_threads_beside_those_of_torch():
     assert run_alone(program) == "0"
 
 
+def _exact(name, x):
+    """Activations in double precision; GELU by the complementary error function, which keeps its digits below zero."""
+    cubed = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    by_name = {
+        "relu": np.maximum(x, 0),
+        "gelu": x * (torch.special.erfc(torch.from_numpy(-x / np.sqrt(2))) / 2).numpy(),
+        "gelu_tanh": x / (1 + np.exp(-2 * cubed)),
+        "silu": x / (1 + np.exp(-x)),
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
+    }
+    return by_name[name]
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("name", kernels.ACTIVATIONS[1:])
+@pytest.mark.parametrize(("rows", "shape"), [(1, (700, 300)), (3, (17, 5)), (300, (700, 300)), (40, (1, 1))])
+def test_activations(name, rows, shape):
+    rng = np.random.default_rng(0)
+    weight = portable(rng.integers(0, 16, shape, dtype=np.uint8), Format(4), 0.3)
+    x = torch.from_numpy((rng.normal(size=(rows, shape[1])) * np.logspace(-3, 2, rows)[:, None]).astype(np.float32))
+    for inputs in ("s8r1", ""):
+        reach = {"reach": 1.9} if inputs else {}
+        plain = run_all(weight, inputs, x, **reach).astype(np.float64)
+        found = run_all(weight, inputs, x, activation=name, **reach)
+        expected = _exact(name, plain)
+        assert (np.abs(found - expected) <= 2e-7 * np.maximum(1, np.abs(expected))).all()
+
+
+@needs_kernels
+def test_activations_of_what_is_not_finite_are_those_of_torch():
+    weight = portable(np.array([[1]], dtype=np.uint8), Format(4), 4.0)
+    x = torch.tensor([[np.inf], [-np.inf], [np.nan], [-0.0], [3e38], [-3e38]])
+    expected = {"relu": [np.inf, 0], "gelu": [np.inf, np.nan], "gelu_tanh": [np.inf, np.nan], "silu": [np.inf, np.nan]}
+    for name, (above, below) in expected.items():
+        found = run_all(weight, "", x, activation=name).ravel()
+        np.testing.assert_array_equal(found, np.float32([above, below, np.nan, 0, 3e38, 0]), err_msg=name)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -362,6 +401,8 @@ def test_bad_inputs_are_named(change, message):
     packed = kernels.PackedWeight(portable(np.ones((4, 5), dtype=np.uint8), Format(4)), kernels.InputFormat())
     with pytest.raises(DyBitError, match=message):
         packed.linear(change(torch.zeros(3, 5)))
+    with pytest.raises(DyBitError, match=r"activation must be one of relu, .*, not 'tanh'"):
+        packed.linear(torch.zeros(3, 5), activation="tanh")
 
 
 def test_integers_are_dybit_with_a_run_of_one():

@@ -21,7 +21,17 @@ class PackedWeight:
         input_group_size: int,
     ) -> None: ...
     def linear(
-        self, x: int, rows: int, y: int, bias: int, scale: int, offset: int, reach: float, threads: int, /
+        self,
+        x: int,
+        rows: int,
+        y: int,
+        bias: int,
+        scale: int,
+        offset: int,
+        reach: float,
+        threads: int,
+        activation: int,
+        /,
     ) -> None: ...
     def dequantize(self, out: int, threads: int, /) -> None: ...
     @property

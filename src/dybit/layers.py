@@ -181,14 +181,9 @@ class _QuantizedLinear(Quantized):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Multiplies the only argument, whatever its name: (..., in_features) to (..., out_features)."""
         (x,) = (*args, *kwargs.values())
+        if not torch.compiler.is_compiling() and (y := self.multiply(x)) is not None:
+            return y
         bias = self._parameters.get("bias")
-        if not torch.compiler.is_compiling():
-            ready = self.__dict__.get("_ready")
-            if ready is None or not ready.fits(self._buffers):
-                ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
-            y = ready.multiply(x, bias, self._buffers.get("input_scale"), self._buffers.get("input_offset"))
-            if y is not None:
-                return cast(Tensor, y)
         spec, weight = self.input_spec, self.quantized_tensor()
         if spec is None:
             return linear(x, weight, bias)
@@ -202,6 +197,19 @@ class _QuantizedLinear(Quantized):
             reach=spec.reach or 1.0,
             input_group_size=spec.group_size or 0,
         )
+
+    def multiply(self, x: Tensor, activation: str = "") -> Tensor | None:
+        """What forward gives, and an activation after it, at once by the kernels; None where they cannot be asked.
+
+        Args:
+            x: (..., in_features).
+            activation: One of :data:`dybit.kernels.ACTIVATIONS`.
+        """
+        ready = self.__dict__.get("_ready")
+        if ready is None or not ready.fits(self._buffers):
+            ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
+        bias, scale, offset = self._parameters.get("bias"), *map(self._buffers.get, ("input_scale", "input_offset"))
+        return cast(Ready, ready).multiply(x, bias, scale, offset, activation)
 
 
 def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:

@@ -58,7 +58,12 @@ class Ready:
         return self._isa == kernels.isa()
 
     def multiply(
-        self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None, offset: Tensor | None = None
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None = None,
+        offset: Tensor | None = None,
+        activation: str = "",
     ) -> Tensor | None:
         """What :func:`dybit.linear.linear` gives, or None where it has to be asked.
 
@@ -67,6 +72,7 @@ class Ready:
             bias: Of shape (rows,), or None.
             scale: The static scale of the inputs, or None.
             offset: Their static offset, or None.
+            activation: What follows, one of :data:`dybit.kernels.ACTIVATIONS`.
         """
         packed = self._packed
         if (
@@ -80,5 +86,5 @@ class Ready:
             or not _unwatched(x, bias)
         ):
             return None
-        y = packed.linear(x.view(-1, self._columns), bias, scale, offset, self._reach)
+        y = packed.linear(x.view(-1, self._columns), bias, scale, offset, self._reach, activation)
         return y.view(*x.shape[:-1], self._rows)

@@ -134,16 +134,17 @@ void linear_case(const WeightCase& w, InputFormat input, int rows, bool grouped,
     for (float& value : x) value = input.quantized ? (below(8) ? 1e9f : -1e9f) : value;
   const float scale = 0.37f, offset = 0.11f;
   const bool fixed = extreme || (!grouped && below(3) == 0), moved = fixed && below(2), has_bias = below(2);
+  const auto activation = Activation(std::max(0, between(1 - kActivations, kActivations - 1)));
   const std::string what = "linear, " + std::to_string(w.bits) + " bits up to " + std::to_string(w.largest) + ", " +
                            std::to_string(w.rows) + "x" + std::to_string(w.columns) + " in groups of " +
                            std::to_string(w.group) + ", " + std::to_string(rows) + " rows, inputs of " +
                            std::to_string(input.magnitude_bits) + " bits, runs up to " + std::to_string(input.max_run) +
-                           (input.is_signed ? ", signed" : "");
+                           (input.is_signed ? ", signed" : "") + ", activation " + std::to_string(int(activation));
   compare(what, [&](const Kernels& set) {
     const PackedWeight weight(w.portable(), input, set);
     std::vector<float> y(size_t(rows) * w.rows, -1.0f);
     weight.linear(x.data(), rows, y.data(), has_bias ? bias.data() : nullptr, fixed ? &scale : nullptr,
-                  moved ? &offset : nullptr, 1.5f, 1 + rows % 2);
+                  moved ? &offset : nullptr, 1.5f, 1 + rows % 2, activation);
     y.push_back(float(weight.weight().storage));
     return y;
   });
