@@ -208,7 +208,7 @@ def test_nothing_to_fuse_is_said():
     with pytest.warns(DyBitWarning, match="no convolution is followed by"):
         assert fuse(alone) is alone
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
-    with pytest.warns(DyBitWarning, match="no quantized convolution has a static input scale"):
+    with pytest.warns(DyBitWarning, match="no convolution has a static input scale"):
         assert fuse(plain) is plain
 
 
