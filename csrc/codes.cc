@@ -269,25 +269,27 @@ void CoarseTable::search(const Units& units, const float* x, const float* weight
     errors.resize(size_t(kBatch) * panels_ * kMixColumns);
     lists.resize(size_t(kBatch) * cells);
     int counts[kBatch];
+    // Where few cells of a unit are in use, take only those. Empty ones add nothing, so the sums are the same.
+    const bool few = std::min(units.group, units.columns) < cells / 3;
     for (int u = 0; u < in_batch; ++u) {
       const Range range = group_range(units, (begin + u) % units.groups());
       const int64_t start = (begin + u) / units.groups() * units.columns + range.start;
       float* histogram = histograms.data() + size_t(u) * cells;
       places.resize(range.length);
       k.cells(x + start, range.length, half_, places.data());
+      if (weights)
+        for (int64_t i = 0; i < range.length; ++i) histogram[places[i]] += weights[start + i];
+      else
+        for (int64_t i = 0; i < range.length; ++i) histogram[places[i]] += 1.0f;
+      if (!few) continue;
       uint64_t used[64] = {};  // up to 4096 cells
-      for (int64_t i = 0; i < range.length; ++i) {
-        histogram[places[i]] += weights ? weights[start + i] : 1.0f;
-        used[places[i] / 64] |= uint64_t(1) << (places[i] % 64);
-      }
+      for (int64_t i = 0; i < range.length; ++i) used[places[i] / 64] |= uint64_t(1) << (places[i] % 64);
       int& filled = counts[u] = 0;
       for (int word = 0; word < cells / 64; ++word)
         for (uint64_t bits = used[word]; bits; bits &= bits - 1)
           lists[size_t(u) * cells + filled++] = uint16_t(word * 64 + std::countr_zero(bits));
     }
-    // Few cells of a unit are in use: take only those. Empty ones add nothing, so the sums are the same.
     const size_t row = size_t(panels_) * kMixColumns;
-    const bool few = std::min(units.group, units.columns) < cells / 3;
     for (int panel = 0; panel < panels_; ++panel) {
       const float* table = table_.data() + size_t(panel) * cells * kMixColumns;
       if (few) {

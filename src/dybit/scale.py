@@ -196,37 +196,43 @@ class _Search:
                 own, or all of all chunks are one unit (``pooled``).
             pooled: Whether all is one unit.
         """
-        largest = [x.abs().amax(1, keepdim=True) for x, _ in chunks]
+        largest = [_largest(x) for x, _ in chunks]
         top = torch.cat(largest).amax(0, keepdim=True) if pooled else largest[0]
         empty = top == 0
         unit = torch.where(empty, 1.0, top)
         normal = [(x / unit, h) for x, h in chunks]
         starts = self._coarse(normal, pooled) if self.method == "mse" else self._bounds(normal, pooled)
-        errors, scales = [], []
-        for book, start in zip(self.books, starts, strict=True):
-            error, scale = self._refine(normal, unit, book, start, pooled)
-            has_zero = bool((book.levels == 0).any())
-            nothing = self.rounder(torch.full_like(scale, 1.0 if has_zero else 0.0))[0]
-            errors.append(error * unit[:, 0].double() ** 2)
-            scales.append(torch.where(empty[:, 0], nothing, scale))
-        return torch.stack(errors, dim=-1), torch.stack(scales, dim=-1)
+        error, scale = self._refine(normal, unit[:, 0], starts, pooled)
+        has_zero = torch.tensor([bool((book.levels == 0).any()) for book in self.books], device=scale.device)
+        nothing = self.rounder(has_zero.float())[0]
+        return error.T * unit.double() ** 2, torch.where(empty, nothing, scale.T)
 
     def _refine(
-        self, chunks: list[tuple[Tensor, Tensor | None]], unit: Tensor, book: Codebook, starts: Tensor, pooled: bool
+        self, chunks: list[tuple[Tensor, Tensor | None]], unit: Tensor, starts: list[Tensor], pooled: bool
     ) -> tuple[Tensor, Tensor]:
-        """Judges the starting scales (units, starts) exactly and improves the best: (error, scale) of (units,)."""
+        """Judges the starting scales exactly and improves every codebook's best: (error, scale) of (books, units)."""
+        most = max(start.shape[1] for start in starts)
+        tried = torch.stack([start[:, [*range(start.shape[1])] + [0] * (most - start.shape[1])] for start in starts])
         # No level may overflow, also where the type rounds the scale up: E4M3 by up to a sixteenth.
-        limit = torch.finfo(torch.float32).max / 1.07 / max(1.0, float(np.abs(book.levels).max()))
+        reach = torch.tensor([[max(1.0, float(np.abs(book.levels).max()))] for book in self.books], device=unit.device)
+        limit = torch.finfo(torch.float32).max / 1.07 / reach
+
+        def better(best: _Trial | None, scales: Tensor) -> _Trial:
+            for scale in self.rounder(scales.clamp(-limit, limit)):
+                each = zip(self.books, (scale / unit)[:, :, None], strict=True)
+                sums = torch.stack([_sums(chunks, book, relative, pooled) for book, relative in each], dim=1)
+                best = _better(best, _Trial(scale, sums[0], (sums[1] / sums[2]).float()))
+            assert best is not None
+            return best
+
         best: _Trial | None = None
-        for start in starts.unbind(-1):
-            for scale in self.rounder((start * unit[:, 0]).clamp(-limit, limit)):
-                best = _better(best, _Trial(scale, *_evaluate(chunks, book, scale[:, None] / unit, pooled)))
+        for start in tried.unbind(-1):
+            best = better(best, start * unit)
         assert best is not None
         if self.method == "mse":
-            fitted = best.fitted * unit[:, 0]
+            fitted = best.fitted * unit
             usable = torch.isfinite(fitted) & (fitted * best.scale > 0)
-            for scale in self.rounder(torch.where(usable, fitted, best.scale).clamp(-limit, limit)):
-                best = _better(best, _Trial(scale, *_evaluate(chunks, book, scale[:, None] / unit, pooled)))
+            best = better(best, torch.where(usable, fitted, best.scale))
         return best.error, best.scale
 
     def _coarse(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
@@ -265,6 +271,11 @@ class _Search:
         return [torch.stack(_bound(book, high, low), dim=-1) for book in self.books]
 
 
+def _largest(rows: Tensor) -> Tensor:
+    """The largest magnitude of every row, (rows, 1)."""
+    return torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # without a copy of the magnitudes
+
+
 def _coarse_errors(x: Tensor, h: Tensor | None, table: Tensor, pooled: bool) -> Tensor:
     """The errors of all pairs of codebook and scale: (units, pairs), or (1, pairs) where all is one unit."""
     cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
@@ -273,7 +284,7 @@ def _coarse_errors(x: Tensor, h: Tensor | None, table: Tensor, pooled: bool) -> 
 
 
 class _Trial(NamedTuple):
-    """A scale that was judged: all of shape (units,)."""
+    """Scales that were judged: all of shape (books, units)."""
 
     scale: Tensor
     error: Tensor
@@ -302,25 +313,25 @@ def _signed_scale(book: Codebook) -> bool:
     return not book.symmetric and bool(book.levels[0] < 0)
 
 
-def _evaluate(
-    chunks: list[tuple[Tensor, Tensor | None]], book: Codebook, scale: Tensor, pooled: bool
-) -> tuple[Tensor, Tensor]:
-    """The exact error at a scale (units, 1) and the least-squares scale for the codes there: both of shape (units,)."""
+def _sums(chunks: list[tuple[Tensor, Tensor | None]], book: Codebook, scale: Tensor, pooled: bool) -> Tensor:
+    """Of every unit, or of all, at its scale (units, 1): the exact error, and what a least-squares step needs.
+
+    Returns:
+        float64 of shape (3, units): the sums of the squared error, of value · x and of value², all weighted.
+    """
     table = lookup(book, scale.device)
     totals = []
     for x, h in chunks:
-        fit = codes.fit(book, x, h, scale)
-        if fit is not None:
-            totals.append(fit.sum(1, keepdim=True) if pooled else fit)
-            continue
-        value = table.round(x / scale)
-        residual = torch.addcmul(x, value, scale, value=-1)
-        weighted = value if h is None else value * h
-        residual_h = residual if h is None else residual * h
-        sums = torch.stack([(residual_h * residual).sum(1), (weighted * x).sum(1), (weighted * value).sum(1)])
-        totals.append(sums.double().sum(1, keepdim=True) if pooled else sums.double())
-    error, cross, square = torch.stack(totals).sum(0) if pooled else totals[0]
-    return error, (cross / square).float()
+        sums = codes.fit(book, x, h, scale)
+        if sums is None:
+            value = table.round(x / scale)
+            residual = torch.addcmul(x, value, scale, value=-1)
+            weighted = value if h is None else value * h
+            residual_h = residual if h is None else residual * h
+            sums = torch.stack([(residual_h * residual).sum(1), (weighted * x).sum(1), (weighted * value).sum(1)])
+            sums = sums.double()
+        totals.append(sums.sum(1, keepdim=True) if pooled else sums)
+    return torch.stack(totals).sum(0) if pooled else totals[0]
 
 
 @lru_cache(maxsize=64)
@@ -383,15 +394,15 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
     Returns:
         The codebook, and the reach, a value between its middle level and somewhat above its largest.
     """
-    largest = rows.abs().amax(1, keepdim=True)
+    largest = _largest(rows)
     normal = rows / torch.where(largest > 0, largest, 1.0)
     best: tuple[float, Codebook, float] | None = None
     for book in family.books:
         for reach in _reaches(book, 0.5):
             unit = torch.full((1, 1), 1 / reach)
-            error, _ = _evaluate([(normal, largest.square().expand_as(normal))], book, unit, pooled=True)
-            if best is None or float(error) < best[0]:
-                best = float(error), book, reach
+            error = float(_sums([(normal, largest.square().expand_as(normal))], book, unit, pooled=True)[0])
+            if best is None or error < best[0]:
+                best = error, book, reach
     assert best is not None
     return best[1:]
 
