@@ -154,6 +154,36 @@ void round_units(const Codebook& book, const Units& units, const void* x, void* 
   });
 }
 
+void round_chosen(const std::vector<const Codebook*>& books, const Units& units, const float* x, PerUnit<float> scale,
+                  PerUnit<uint8_t> choice, float* out, int threads) {
+  const CodeKernels& k = code_kernels();
+  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t group = 0; group < units.groups(); ++group) {
+        const Range range = group_range(units, group);
+        const int64_t start = row * units.columns + range.start;
+        const float s = scale.at(units, row, group);
+        k.round(*books[choice.at(units, row, group)], x + start, range.length, s, nullptr, out + start);
+      }
+  });
+}
+
+void pass_units(const float* limits, const Units& units, const float* x, const float* grad, const float* rounded,
+                PerUnit<float> scale, PerUnit<uint8_t> choice, float* x_grad, float* slopes, int threads) {
+  const CodeKernels& k = code_kernels();
+  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t group = 0; group < units.groups(); ++group) {
+        const Range range = group_range(units, group);
+        const int64_t start = row * units.columns + range.start;
+        const float* limit = limits + 2 * (choice.data ? choice.at(units, row, group) : 0);
+        slopes[row * units.groups() + group] =
+            float(k.pass(x + start, grad + start, rounded + start, range.length, scale.at(units, row, group), limit[0],
+                         limit[1], x_grad + start));
+      }
+  });
+}
+
 void encode_units(const std::vector<const Codebook*>& books, const Units& units, int bits, const float* x,
                   PerUnit<float> scale, PerUnit<uint8_t> choice, uint8_t* packed, int threads) {
   const CodeKernels& k = code_kernels();

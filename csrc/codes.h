@@ -46,6 +46,9 @@ struct CodeKernels {
   void (*lookup)(const float* table, int bits, const uint8_t* codes, int64_t count, float scale, float* out);
   // weights: of every element, or null.
   Fit (*fit)(const Codebook&, const float* x, const float* weights, int64_t count, float scale);
+  // Straight through: gradients where x / scale is from low to high, else 0; Σ grad · rounded - x_grad · x, like Fit's.
+  double (*pass)(const float* x, const float* grad, const float* rounded, int64_t count, float scale, float low, float high,
+                 float* x_grad);
   // The cell of every element of at most 1 in magnitude: floor(sign · sqrt(|x|) · half) + half, from 0 to 2 · half - 1.
   void (*cells)(const float* x, int64_t count, int half, uint16_t* out);
   // sums[unit][column] = Σ histogram[unit][cell] · table[cell][column] over the cells in order, fused, 64 columns.
@@ -84,6 +87,14 @@ struct PerUnit {
 // x and out are FP32, or bfloat16 (`half`). Where scale is null it is dynamic: what maps the largest magnitude to reach.
 void round_units(const Codebook& book, const Units& units, const void* x, void* out, bool half, PerUnit<float> scale,
                  const float* offset, float reach, int threads);
+
+// The same for FP32 with a codebook for every unit.
+void round_chosen(const std::vector<const Codebook*>& books, const Units& units, const float* x, PerUnit<float> scale,
+                  PerUnit<uint8_t> choice, float* out, int threads);
+
+// For training: CodeKernels::pass of every unit, limits being [books][2]. slopes: [units].
+void pass_units(const float* limits, const Units& units, const float* x, const float* grad, const float* rounded,
+                PerUnit<float> scale, PerUnit<uint8_t> choice, float* x_grad, float* slopes, int threads);
 
 // Packs the codes of x, FP32, every group from a byte on (dybit/packing.py).
 void encode_units(const std::vector<const Codebook*>& books, const Units& units, int bits, const float* x,

@@ -75,6 +75,21 @@ void define_codes(nb::module_& m) {
                               writable<dybit::Fit>(out), threads);
            },
            released);
+  m.def("round_chosen",
+        [](const std::vector<const dybit::Codebook*>& books, const Shape& shape, uintptr_t x, const Spread& scale,
+           const Spread& choice, uintptr_t out, int threads) {
+          dybit::round_chosen(books, units(shape), pointer<float>(x), per_unit<float>(scale), per_unit<uint8_t>(choice),
+                              writable<float>(out), threads);
+        },
+        released);
+  m.def("pass_through",
+        [](uintptr_t limits, const Shape& shape, uintptr_t x, uintptr_t grad, uintptr_t rounded, const Spread& scale,
+           const Spread& choice, uintptr_t x_grad, uintptr_t slopes, int threads) {
+          dybit::pass_units(pointer<float>(limits), units(shape), pointer<float>(x), pointer<float>(grad),
+                            pointer<float>(rounded), per_unit<float>(scale), per_unit<uint8_t>(choice),
+                            writable<float>(x_grad), writable<float>(slopes), threads);
+        },
+        released);
   m.def("encode",
         [](const std::vector<const dybit::Codebook*>& books, const Shape& shape, int bits, uintptr_t x,
            const Spread& scale, const Spread& choice, uintptr_t packed, int threads) {

@@ -151,6 +151,43 @@ def test_sums_of_a_fit(name, weighted):
     extension.use(before)
 
 
+def test_units_of_several_codebooks(isa):
+    torch.manual_seed(0)
+    books = variants(3)
+    for length in (1, 15, 16, 300):
+        x, factor = torch.randn(9, length) * 3, torch.rand(9, 1) + 0.1
+        x[0, 0], x[1, 0] = torch.nan, torch.inf
+        choice = torch.arange(9, dtype=torch.uint8).remainder(len(books))[:, None]
+        expected = torch.cat([codes.fake_quantize(x[i : i + 1], factor[i : i + 1], None, books[c]) if length >= 8 else
+                              codes.fake_quantize(x[i], factor[i], None, books[c])[None]
+                              for i, c in enumerate(choice.view(-1).tolist())])  # fmt: skip
+        found = codes.round_chosen(x, factor, choice, books)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_gradients_of_rounded_units(chosen):
+    torch.manual_seed(0)
+    ends = torch.tensor([[-1.75, 1.75], [-2.0, 4.0], [-1.0, 2.5]])
+    before = extension.isa()
+    for units, length in ((1, 1), (5, 15), (5, 16), (3, 3000)):
+        x, grad, rounded = (torch.randn(units, length) * size for size in (2, 1, 2))
+        factor = torch.rand(units if chosen else 1, 1) + 0.2
+        choice = torch.arange(units, dtype=torch.uint8).remainder(3)[:, None] if chosen else None
+        x[0, 0] = 1.75 * factor[0, 0]  # on the edge, which is inside
+        results = []
+        for name in ISAS:
+            extension.use(name)
+            results.append(codes.pass_through(x, grad, rounded, factor, ends, choice))
+            assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True)), name
+        low, high = (ends[:1] if choice is None else ends[choice.view(-1).long()]).split(1, dim=1)
+        kept = torch.where((x / factor >= low) & (x / factor <= high), grad, 0.0)
+        assert torch.equal(results[0][0], kept)
+        slopes = (grad.double() * rounded - kept.double() * x).sum(1, keepdim=True)
+        torch.testing.assert_close(results[0][1].double(), slopes, rtol=1e-4, atol=1e-3)
+    extension.use(before)
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (100, 40), (20, 900), (2, 5000)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_coarse_search_finds_the_least_sum(shape, weighted):

@@ -113,6 +113,71 @@ def fake_quantize_dynamic(x: Tensor, book: Codebook, reach: float, group_size: i
     return out.to(x.dtype)
 
 
+def round_chosen(x: Tensor, scale: Tensor, choice: Tensor, books: Sequence[Codebook]) -> Tensor | None:
+    """The values nearest to units of several codebooks; NaN stays NaN.
+
+    Args:
+        x: float32 of shape (units, length).
+        scale: float32 of shape (units, 1).
+        choice: The index of the codebook of every unit, uint8, likewise.
+        books: The codebooks.
+    """
+    compiled = _ready(x, scale, choice)
+    if compiled is None or x.numel() == 0 or choice.dtype != torch.uint8:
+        return None
+    x, scale, choice = x.contiguous(), scale.contiguous(), choice.contiguous()
+    out, (units, length) = torch.empty_like(x), x.shape
+    compiled.round_chosen(
+        [_book(book) for book in books],
+        (units, length, length),
+        x.data_ptr(),
+        _spread(scale),
+        _spread(choice),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def pass_through(
+    x: Tensor, grad: Tensor, rounded: Tensor, scale: Tensor, ends: Tensor, choice: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The straight-through gradient of rounded units and what their scales' gradients need.
+
+    Args:
+        x: What was rounded, float32 of shape (units, length).
+        grad: The gradient of ``rounded``, likewise.
+        rounded: Likewise.
+        scale: float32 of shape (units or 1, 1).
+        ends: The lowest and the highest level of every codebook, float32 of shape (books, 2).
+        choice: The index of the codebook of every unit, uint8 of shape (units, 1); None for the first.
+
+    Returns:
+        ``grad`` where x / scale is between the ends and 0 elsewhere, and the sum of grad · rounded minus that · x over
+        every unit, float32 of shape (units, 1). None without the kernels.
+    """
+    compiled = _ready(x, grad, rounded, scale, ends, choice)
+    if compiled is None or x.numel() == 0 or (choice is not None and choice.dtype != torch.uint8):
+        return None
+    x, grad, rounded, scale = x.contiguous(), grad.contiguous(), rounded.contiguous(), scale.contiguous()
+    choice = None if choice is None else choice.contiguous()
+    units, length = x.shape
+    x_grad, slopes = torch.empty_like(x), torch.empty(units, 1)
+    compiled.pass_through(
+        ends.data_ptr(),
+        (units, length, length),
+        x.data_ptr(),
+        grad.data_ptr(),
+        rounded.data_ptr(),
+        _spread(scale),
+        _NONE if choice is None else _spread(choice),
+        x_grad.data_ptr(),
+        slopes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return x_grad, slopes
+
+
 def encode(
     x: Tensor, scale: Tensor, choice: Tensor | None, books: Sequence[Codebook], group_size: int | None
 ) -> Tensor | None:

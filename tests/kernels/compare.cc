@@ -223,6 +223,12 @@ void codes() {
       const Fit fit = set.codes->fit(book, finite.data(), weighted ? weights.data() : nullptr, count, step);
       return std::vector<double>{fit.error, fit.cross, fit.square};
     });
+    compare("pass, " + what, [&](const Kernels& set) {
+      std::vector<float> kept(count);
+      const float low = book.values[0], high = book.values[kMaxLevels - 1];
+      kept.push_back(float(set.codes->pass(finite.data(), weights.data(), finite.data(), count, step, low, high, kept.data())));
+      return kept;
+    });
     const int bits = 1 + i % 8;
     std::vector<uint8_t> indices(count);
     for (auto& index : indices) index = uint8_t(below(1 << bits));

@@ -33,8 +33,6 @@ from dybit.codec import Codebook
 from dybit.ops import fake_quantize, grid, lookup
 from dybit.tensor import TensorSpec
 
-_LEAST_GATHERED = 1 << 14  # elements of several codebooks: with fewer, one look-up in plain torch is faster
-
 
 class FamilyTable:
     """The codebooks of a family as tensors, to round at once what uses different ones.
@@ -44,15 +42,15 @@ class FamilyTable:
         device: Where the tensors live.
 
     Attributes:
-        limits: The lowest and the highest level of every codebook, and the factor of the gradient of a logarithm:
-            float32 of shape (books, 3).
+        ends: The lowest and the highest level of every codebook: float32 of shape (books, 2).
+        factors: Of the gradient of a logarithm, likewise: float32 of shape (books, 1).
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.books = rivals.family(name).books
-
-        rows = [(book.levels[0], book.levels[-1], learning_factor(book)) for book in self.books]
-        self.limits = torch.tensor(np.array(rows), dtype=torch.float32, device=device)
+        ends = np.array([(book.levels[0], book.levels[-1]) for book in self.books])
+        self.ends = torch.tensor(ends, dtype=torch.float32, device=device)
+        self.factors = torch.tensor([[learning_factor(book)] for book in self.books], device=device)
         self._unit, self._limit = grid(np.concatenate([book.midpoints for book in self.books]))
         if self._unit:
             # Entry 2k is the point k · unit, entry 2k+1 the open interval above it, in which no midpoint lies.
@@ -92,26 +90,6 @@ def _plain_round(x: Tensor, scale: Tensor, choice: Tensor, family: str) -> Tenso
     unknown = torch.isnan(ratio)
     value = family_table(family, x.device).round(ratio.masked_fill_(unknown, 0.0), choice)
     return value.mul_(scale).masked_fill_(unknown, math.nan)
-
-
-def _kernel_round(x: Tensor, scale: Tensor, choice: Tensor, family: str) -> Tensor | None:
-    """The same by the compiled kernels, with the same bits; None where they do not exist or would not be faster."""
-    if not _callable_directly(x):
-        return None
-    used = [place for place, count in enumerate(torch.bincount(choice.view(-1)).tolist()) if count]
-    books = rivals.family(family).books
-    if len(used) == 1:
-        return codes.fake_quantize(x, scale, None, books[used[0]])
-    if x.numel() < _LEAST_GATHERED:
-        return None
-    result = torch.empty_like(x)
-    for place in used:
-        rows = (choice == place).view(-1).nonzero().view(-1)
-        rounded = codes.fake_quantize(x.index_select(0, rows), scale.index_select(0, rows), None, books[place])
-        if rounded is None:
-            return None
-        result.index_copy_(0, rows, rounded)
-    return result
 
 
 def _round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) -> Tensor:
@@ -197,8 +175,10 @@ class _RoundWeight(torch.autograd.Function):
         if choice is None:
             rounded = _round(x, scale, None, family)
         else:
-            kernel = _kernel_round(x, scale, choice.view(-1, 1), family)
-            rounded = _plain_round(x, scale, choice.view(-1, 1), family) if kernel is None else kernel
+            choice = choice.view(-1, 1)
+            direct = _callable_directly(x)
+            done = codes.round_chosen(x, scale, choice, rivals.family(family).books) if direct else None
+            rounded = _plain_round(x, scale, choice, family) if done is None else done
         ctx.save_for_backward(weight, rounded, scale, chosen, choice)
         ctx.layout = layout
         return layout.join(rounded, weight)
@@ -208,15 +188,20 @@ class _RoundWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         weight, rounded, scale, chosen, choice = ctx.saved_tensors
         layout = ctx.layout
-        limits = family_table(layout.spec.family, weight.device).limits
-        limits = limits if choice is None else limits.index_select(0, choice.view(-1).to(torch.int32))
-        low, high, factor = limits.split(1, dim=1)
+        table = family_table(layout.spec.family, weight.device)
+        index = None if choice is None else choice.view(-1).to(torch.int32)
         x, grad = layout.split(weight), layout.split(grad)
-        ratio = x / scale
-        x_grad = grad * (ratio >= low).logical_and_(ratio <= high)
+        done = codes.pass_through(x, grad, rounded, scale, table.ends, choice) if _callable_directly(grad) else None
+        if done is None:
+            low, high = (table.ends if index is None else table.ends.index_select(0, index)).split(1, dim=1)
+            ratio = x / scale
+            x_grad = torch.where((ratio >= low).logical_and_(ratio <= high), grad, 0.0)
+            slope = (grad * rounded).addcmul_(x_grad, x, value=-1).sum(1, keepdim=True)
+        else:
+            x_grad, slope = done
         log_grad = None
-        if ctx.needs_input_grad[1]:
-            slope = (grad * rounded).addcmul_(x_grad, x, value=-1).sum(1, keepdim=True)  # s · ∂L/∂s
+        if ctx.needs_input_grad[1]:  # slope is s · ∂L/∂s
+            factor = table.factors if index is None else table.factors.index_select(0, index)
             constant = factor / (chosen.view(-1, 1).square() * math.sqrt(x.shape[1]))
             log_grad = slope.mul_(constant).view(chosen.shape)
         return layout.join(x_grad, weight), log_grad, None, None, None, None
@@ -265,6 +250,11 @@ class _RoundInput(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, rounded, scale, chosen, offset = ctx.saved_tensors
+        shared = math.sqrt(max(1, x.numel() // max(1, len(x))))  # the features of a sample share the scale
+        if offset is None and (done := _pass_samples(x, grad, rounded, scale, ctx.format)) is not None:
+            x_grad, slope = done
+            constant = family_table(ctx.format, x.device).factors[0] / (chosen.square() * shared)
+            return x_grad, slope.mul_(constant) if ctx.needs_input_grad[1] else None, None, None, None, None, None
         book = rivals.family(ctx.format).books[0]
         s, b, o = float(scale), float(chosen), 0.0 if offset is None else float(offset)
         low, high = sorted(np.float32(level * s + o) for level in (book.levels[0], book.levels[-1]))
@@ -272,7 +262,6 @@ class _RoundInput(torch.autograd.Function):
         below, above = float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
         x_grad = torch.ops.aten.hardtanh_backward(grad, x, below, above)
         log_grad = shift_grad = None
-        shared = math.sqrt(max(1, x[:1].numel()))  # the features of a sample share the scale
         clipped = float(grad.sum(dtype=torch.float32) - x_grad.sum(dtype=torch.float32)) if offset is not None else 0.0
         if ctx.needs_input_grad[1]:
             slope = _dot(grad, rounded) - _dot(x_grad, x) - o * clipped  # s · ∂L/∂s
@@ -281,6 +270,17 @@ class _RoundInput(torch.autograd.Function):
             # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
             shift_grad = torch.full_like(scale, clipped * learning_factor(book) * spacing(book) / b / shared)
         return x_grad, log_grad, shift_grad, None, None, None, None
+
+
+def _pass_samples(x: Tensor, grad: Tensor, rounded: Tensor, scale: Tensor, format: str) -> tuple[Tensor, Tensor] | None:
+    """:func:`dybit.codes.pass_through` for an input of one scale, and the sum over all; None where it would copy."""
+    plain = x.dtype == torch.float32 and x.ndim > 1 and x.is_contiguous() and grad.is_contiguous()
+    if not plain or x.numel() == 0 or not _callable_directly(grad):
+        return None
+    rows = len(x)
+    x2, grad2, rounded2 = (tensor.view(rows, -1) for tensor in (x, grad, rounded))
+    done = codes.pass_through(x2, grad2, rounded2, scale.view(1, 1), family_table(format, x.device).ends, None)
+    return None if done is None else (done[0].view(x.shape), done[1].sum(0))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
