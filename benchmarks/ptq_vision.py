@@ -2,11 +2,11 @@
 
     python benchmarks/ptq_vision.py [--weights 4,int4,nf4] [--activations 8] [--group-size 32] [--ends 8]
                                     [--algorithms rtn,statistics,adaround] [--crops 240] [--calibration-crops 64]
-                                    [--more folder] [--seed 0] [--output result.json]
+                                    [--more folder] [--judge-more folder …] [--seed 0] [--output result.json]
 
 An algorithm is a chain such as adaround+bias. Calibration and evaluation share no picture. The standard error is that
-of crops drawn independently; there are eleven pictures only, so it is optimistic. All formats get the same calibration,
-the same search of scales and the same algorithm.
+of crops drawn independently; there are only eleven pictures unless more are given, so it is optimistic. All formats get
+the same calibration, the same search of scales and the same algorithm.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=240, help="to judge by")
     parser.add_argument("--calibration-crops", type=int, default=64)
     parser.add_argument("--more", type=Path, help="a folder of further pictures to calibrate with")
+    parser.add_argument(
+        "--judge-more", type=Path, nargs="+", default=[], help="folders of further pictures to judge by"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the calibration crops")
     parser.add_argument("--output", type=Path, help="write the results as JSON, too")
     arguments = parser.parse_args()
@@ -50,7 +53,8 @@ def main() -> None:
         seed=arguments.seed,
         more=sorted(arguments.more.iterdir()) if arguments.more else (),
     )
-    evaluation = image_batches("evaluation", batches=arguments.crops // _BATCH, batch_size=_BATCH)
+    others = [file for folder in arguments.judge_more for file in sorted(folder.iterdir())]
+    evaluation = image_batches("evaluation", batches=arguments.crops // _BATCH, batch_size=_BATCH, more=others)
     rows = []
     activations = _width(arguments.activations)
     print("weights      activations algorithm             top-1 %   SE   SQNR dB  KL nats  seconds (CPU)")
