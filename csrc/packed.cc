@@ -199,11 +199,16 @@ void PackedWeight::cut(const Portable& p) {
 void PackedWeight::fill(const Portable& p) {
   const Units units{p};
   const size_t size = size_t(weight_.blocks) * weight_.chunk_count * weight_.chunk_bytes;
-  codes_.reset(allocate(size));
-  scales_.assign(size_t(weight_.blocks) * weight_.segment_count * kBlockRows, 0.0f);
+  const size_t scales = size_t(weight_.blocks) * weight_.segment_count * kBlockRows;
   weight_.choice_by_segment = p.choice && p.choice_by_group && weight_.segment_count > 1;
   const int choice_units = weight_.choice_by_segment ? weight_.segment_count : 1;
-  choices_.assign(size_t(weight_.blocks) * choice_units * kBlockRows, 0);
+  const size_t choices = size_t(weight_.blocks) * choice_units * kBlockRows;
+  // One piece: streams of scales and choices gain as much by huge pages as that of codes.
+  memory_bytes_ = size + scales * sizeof(float) + choices;
+  memory_.reset(allocate(memory_bytes_));
+  uint8_t* const codes_at = memory_.get();
+  float* const scales_at = reinterpret_cast<float*>(codes_at + size);
+  uint8_t* const choices_at = codes_at + size + scales * sizeof(float);
   sums_.assign(size_t(weight_.blocks) * kBlockRows, 0.0f);
   if (weight_.storage <= 4)
     for (int book = 0; book < p.books; ++book)
@@ -222,15 +227,15 @@ void PackedWeight::fill(const Portable& p) {
       const int choice = units.choice(row, segment.group);
       const int32_t* table = p.significands + (size_t(choice) << p.bits);
       const float scale = units.scale(row, segment.group) * p.steps[choice];
-      scales_[(block * weight_.segment_count + s) * kBlockRows + n] = scale;
+      scales_at[(block * weight_.segment_count + s) * kBlockRows + n] = scale;
       if (weight_.choice_by_segment || s == 0)
-        choices_[(block * choice_units + (weight_.choice_by_segment ? s : 0)) * kBlockRows + n] = uint8_t(choice);
+        choices_at[(block * choice_units + (weight_.choice_by_segment ? s : 0)) * kBlockRows + n] = uint8_t(choice);
       if (segment.start % p.group_size == 0)
         reader = Reader(p.packed + row * row_bytes + segment.group * full, p.bits);
       int64_t sum = 0;
       for (int k = 0; k < segment.length; ++k) {
         const int code = reader.next();
-        uint8_t* chunk = codes_.get() + (block * weight_.chunk_count + segment.chunk + k / kChunk) * weight_.chunk_bytes;
+        uint8_t* chunk = codes_at + (block * weight_.chunk_count + segment.chunk + k / kChunk) * weight_.chunk_bytes;
         const int stored = weight_.storage <= 4        ? code
                            : weight_.storage == kRuns ? run_index_[choice * 16 + code / 16] * 16 + code % 16
                                                       : table[code];
@@ -241,15 +246,11 @@ void PackedWeight::fill(const Portable& p) {
     }
     sums_[row] = float(total);
   }
-  weight_.codes = codes_.get();
-  weight_.scales = scales_.data();
-  weight_.choices = choices_.data();
+  weight_.codes = codes_at;
+  weight_.scales = scales_at;
+  weight_.choices = choices_at;
   weight_.tables = tables_.entries;
   weight_.runs = runs_.data();
-}
-
-size_t PackedWeight::bytes() const {
-  return size_t(weight_.blocks) * weight_.chunk_count * weight_.chunk_bytes + scales_.size() * 4 + choices_.size();
 }
 
 void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale,

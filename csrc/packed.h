@@ -51,7 +51,7 @@ class PackedWeight {
   const InputFormat& input() const { return input_; }
   int max_input() const { return max_input_; }
   const std::vector<float>& row_sums() const { return sums_; }  // of each row's values
-  size_t bytes() const;
+  size_t bytes() const { return memory_bytes_; }
 
  private:
   bool make_runs(const Portable& portable, const std::vector<bool>& used);
@@ -68,9 +68,9 @@ class PackedWeight {
   struct Free {
     void operator()(uint8_t* memory) const;
   };
-  std::unique_ptr<uint8_t, Free> codes_;
-  std::vector<float> scales_, sums_;  // sums_: of each row's values, for inputs with an offset
-  std::vector<uint8_t> choices_;
+  std::unique_ptr<uint8_t, Free> memory_;  // codes, scales and choices
+  size_t memory_bytes_ = 0;
+  std::vector<float> sums_;  // of each row's values, for inputs with an offset
   struct alignas(64) Tables {
     int8_t entries[kMaxBooks * 16];
   };
