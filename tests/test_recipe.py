@@ -177,8 +177,6 @@ def test_rules_change_what_belongs_together():
         ({"group_size": "64"}, "not '64'"),
         ({"scale": "fp16"}, "scale must be one of null, fp32, bf16, pow2, e4m3, not 'fp16'"),
         ({"variants": "spares"}, "did you mean 'spare'?"),
-        ({"weights": 2, "variants": "spare"}, "there is no spare variant of bits=2"),
-        ({"embeddings": 2, "variants": "spare"}, "there is no spare variant of bits=2"),
         ({"variant_granularity": "group"}, "variant_granularity='group' is finer than the scales' 'channel'"),
         ({"method": "msr"}, "method must be one of mse, absmax, percentile, not 'msr'; did you mean 'mse'?"),
         ({"method": None}, "not None"),

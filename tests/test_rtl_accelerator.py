@@ -67,6 +67,8 @@ def test_signed_variants_promoted_and_narrow_codes():
         (Format(5, False, 3), variants(3), Format(5, False)),  # 5 bits in a container of 8, 3 bits in one of 4
         (Format(7, True), variants(6), Format(3, True, 2)),
         (Format(2, True), variants(2), Format(2, True)),
+        (Format(2, True, spare=True), variants(2), Format(4)),
+        (Format(8, True), variants(2), Format(8)),
     ]
     for seed, formats in enumerate(pairs):
         programs.append(random_program(config, (1, 4, 9, 8), formats, seed, relu=seed % 2 == 1))
