@@ -68,7 +68,7 @@ FORMATS: dict[str, Callable[[int], tuple[int | str, int | str]]] = {
     "e2m1": lambda b: ("e2m1", "ue2m2"),
 }
 # What is the row of dybit already, or does not exist: APoT has no second term at 2 bits.
-MISSING = {("dybit-midrise", 2), ("dybit-midrise", 3), ("dybit-spare", 2), ("dybit-spare", 4)}
+MISSING = {("dybit-midrise", 2), ("dybit-midrise", 3), ("dybit-spare", 4)}
 MISSING |= {("apot", 2), ("ant", 2), ("e2m1", 2), ("e2m1", 3)}
 
 

@@ -481,6 +481,32 @@ def test_other_versions(saved, version):
     rejected(path, mlp(), f"has format version {version!r}, this dybit reads 1")
 
 
+def test_two_bits_of_a_dybit_without_the_spare_level(tmp_path):
+    """tests/data/dybit2_of_two was written when ``dybit2`` had two variants: its choices have one bit each."""
+    old = Path(__file__).parent / "data" / "dybit2_of_two"
+    expected = safetensors.torch.load_file(old / "weights.safetensors")
+    assert "members" not in (old / "checkpoint" / MANIFEST).read_text()
+
+    def fresh():
+        return nn.Sequential(nn.Linear(12, 10, bias=False), nn.ReLU(), nn.Linear(10, 20))
+
+    model = load(old / "checkpoint", fresh())
+    x, plain = torch.randn(7, 12), fresh()
+    plain.load_state_dict({f"{name}.weight": value for name, value in expected.items()} | {"2.bias": model[2].bias})
+    for name, layer in quantized_layers(model).items():
+        assert set(layer.quantized_tensor("weight").choices().flatten().tolist()) == {0, 1}
+        assert torch.equal(layer.weight, expected[name])
+    torch.testing.assert_close(model(x), plain(x))
+    save(model, tmp_path / "again")  # as it was, so that the dybit that wrote it reads it
+    layers = [json.loads((path / MANIFEST).read_text())["layers"] for path in (old / "checkpoint", tmp_path / "again")]
+    assert layers[0] == layers[1]
+    # Three variants say so, in a field that the older dybit refuses.
+    new = quantize_(fresh(), Recipe(weights="dybit2"))
+    entry = json.loads((save(new, tmp_path / "new") / MANIFEST).read_text())["layers"]["0"]["weights"]["weight"]
+    assert entry["members"] == 3
+    assert torch.equal(load(tmp_path / "new", fresh())(x), new(x))
+
+
 def architectures():
     yield "missing layer", nn.Sequential(nn.Linear(8, 16)), "it has no layer '2'"
     yield "other width", mlp(17), r"0\.weight has shape \(17, 8\), the checkpoint \(16, 8\)"

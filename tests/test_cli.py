@@ -139,6 +139,10 @@ def test_table_of_a_width_shows_the_plain_variants_side_by_side():
 
 
 def test_table_of_one_format():
+    text = invoke("table", "2").stdout
+    assert "spare (negative zero becomes 2)" in text and "and +2 (spare)" in text
+    text = invoke("table", "2", "--spare").stdout
+    assert "s2spare" in text and re.search(r"2 +10 +2 +2\b", text)
     text = invoke("table", "4", "--max-run", "2", "--spare").stdout
     assert "s4r2spare" in text and re.search(r"8 +1000 +10 +2\.5", text)
     assert "± 0.125" in invoke("table", "dybit4mid").stdout

@@ -167,6 +167,8 @@ def test_zero_and_saturation(fmt):
         (Format(4, max_run=2, spare=True), 2.75, 3.0),
         (Format(4, max_run=1, spare=True), 2.125, 1.75),
         (Format(4, spare=True), -2.5, -2.0),
+        (Format(2, spare=True), 1.5, 1.0),
+        (Format(2, spare=True), -0.5, 0.0),
         # Mid-rise: 0 is a tie of ±0.5 and goes up.
         (Format(2, midrise=True), -0.0, 0.5),
         (Format(2, midrise=True), -1e-300, -0.5),

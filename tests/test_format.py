@@ -64,6 +64,10 @@ def decode(pattern, max_run):
     return Fraction(2) ** (run - 1) * (1 + Fraction(int("0" + fraction, 2), 1 << len(fraction)))
 
 
+def spare_value(fmt):
+    return Fraction(5, 2) if fmt.bits > 2 else Fraction(2)
+
+
 @pytest.mark.parametrize(("m", "r"), TABLES)
 def test_tables(m, r):
     for fmt in (Format(m, False, r) if m >= 2 else None, Format(m + 1, True, r)):
@@ -99,7 +103,7 @@ def test_largest_significand_of_midrise_is_a_row_further(fmt):
 @each(SPARE)
 def test_largest_significand_of_spare(fmt):
     plain = LARGEST[fmt.magnitude_bits - 1][fmt.max_run - 1]
-    assert fmt.max_significand == max(plain, 5 << (fmt.magnitude_bits - 2))
+    assert fmt.max_significand == max(plain, spare_value(fmt) * 2 ** (fmt.magnitude_bits - 1))
 
 
 @each(FORMATS)
@@ -109,7 +113,7 @@ def test_values_follow_the_definition(fmt):
         pattern = f"{code:0{fmt.bits}b}"[fmt.bits - m :]
         expected = decode(pattern + "1" * fmt.midrise, fmt.max_run)
         if fmt.signed and code >> m:
-            expected = Fraction(5, 2) if fmt.spare and "1" not in pattern else -expected
+            expected = spare_value(fmt) if fmt.spare and "1" not in pattern else -expected
         assert Fraction(float(value)) == expected
         assert fmt.significands[code] * Fraction(fmt.step) == expected
 
@@ -146,8 +150,8 @@ def test_signs_mirror(fmt):
         half = 1 << fmt.magnitude_bits
         upper, lower = fmt.values[half:].tolist(), (-fmt.values[:half]).tolist()
         assert upper[1:] == lower[1:]
-        assert upper[0] == (2.5 if fmt.spare else lower[0])
-    assert fmt.symmetric == (fmt.signed and (not fmt.spare or 2.5 in magnitudes(fmt)))
+        assert upper[0] == (spare_value(fmt) if fmt.spare else lower[0])
+    assert fmt.symmetric == (fmt.signed and (not fmt.spare or spare_value(fmt) in magnitudes(fmt)))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -212,6 +216,7 @@ def test_names_round_trip():
         (Format(4, max_run=2), "s4r2"),
         (Format(2, midrise=True), "s2mid"),
         (Format(3, spare=True), "s3spare"),
+        (Format(2, spare=True), "s2spare"),
         (Format(8, False, 3), "u8r3"),
         (Format(4, max_run=2, spare=True), "s4r2spare"),
     ],
@@ -246,9 +251,9 @@ def test_frozen():
 def test_variants():
     names = [fmt.name for fmt in variants(4)]
     assert names == ["s4r1", "s4r2", "s4", "s4r1mid", "s4r2mid", "s4mid", "s4r1spare", "s4r2spare", "s4spare"]
-    assert [fmt.name for fmt in variants(2)] == ["s2", "s2mid"]
+    assert [fmt.name for fmt in variants(2)] == ["s2", "s2mid", "s2spare"]
     assert [fmt.name for fmt in variants(3, signed=False)] == ["u3r1", "u3r2", "u3"]
-    assert [len(variants(bits)) for bits in WIDTHS] == [2, 6, 9, 12, 15, 18, 21]
+    assert [len(variants(bits)) for bits in WIDTHS] == [3, 6, 9, 12, 15, 18, 21]
     assert [len(variants(bits, signed=False)) for bits in WIDTHS] == list(WIDTHS)
 
 
@@ -257,6 +262,16 @@ def test_where_the_spare_level_lies(run):
     # Between the two largest levels for r = 2 and 3, above them for r = 1.
     levels = Format(4, max_run=run, spare=True).levels.tolist()
     assert levels.index(2.5) == len(levels) - (1 if run == 1 else 2)
+
+
+def test_spare_of_two_bits():
+    # 5/2 is no multiple of the step, which is 1.
+    fmt = Format(2, spare=True)
+    assert fmt.values.tolist() == [0, 1, 2, -1] and fmt.significands.tolist() == [0, 1, 2, -1] and fmt.step == 1
+    assert Format.parse("s2spare") == Format.parse("s2r1spare") == fmt and fmt.tie_losers == {0b10}
+    # 1.5 goes to 1 and not to the spare level; the others are as ever, to the even code.
+    codes = fmt.encode([-9, -0.5, -0.0, 0.5, 1.5, np.nextafter(1.5, 2), 9])
+    assert fmt.decode(codes).tolist() == [-1, 0, 0, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -275,9 +290,8 @@ def test_where_the_spare_level_lies(run):
         (lambda: Format(4, False, 5), "max_run for u4 must be an integer from 1 to 4, not 5"),
         (lambda: Format(4, max_run=2.0), "max_run for s4 must be an integer from 1 to 3, not 2.0"),
         (lambda: Format(4, False, midrise=True), "midrise=True needs signed=True"),
-        (lambda: Format(4, False, spare=True), "spare=True needs signed=True, midrise=False and at least 3 bits"),
-        (lambda: Format(4, midrise=True, spare=True), "spare=True needs signed=True, midrise=False"),
-        (lambda: Format(2, spare=True), "at least 3 bits"),
+        (lambda: Format(4, False, spare=True), "spare=True needs signed=True and midrise=False"),
+        (lambda: Format(4, midrise=True, spare=True), "spare=True needs signed=True and midrise=False"),
         (lambda: Format(4).fields(16), "codes of s4 are 0 to 15, not 16"),
         (lambda: Format(4).fields(-1), "codes of s4 are 0 to 15, not -1"),
         (lambda: Format.parse("s9"), "bits must be an integer from 2 to 8, not 9"),

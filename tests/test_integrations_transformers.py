@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM
 
 import dybit
-from dybit.integrations.transformers import attach_
+from dybit.integrations.transformers import _spec, attach_, describe
 from dybit.model import quantized_layers
+from dybit.tensor import TensorSpec
 from helpers import cuts, damaged, flips
 
 transformers.logging.disable_progress_bar()
@@ -472,6 +473,16 @@ def test_bad_arguments():
         dybit.DyBitConfig(dybit.Recipe(), weights=4)
     with pytest.raises(dybit.DyBitError, match="quant_method must be 'dybit', not 'gptq'"):
         dybit.DyBitConfig(quant_method="gptq")
+
+
+def test_a_family_that_has_grown_is_read_as_it_was_stored():
+    """``dybit2`` had two members: a configuration which does not say how many means these."""
+    layer = torch.nn.Linear(6, 12)
+    for members, said in ((2, None), (3, 3)):
+        spec = TensorSpec("dybit2", (12, 6), members=members)
+        weights = describe([("layer", {"weight": spec}, None)])[0]["weights"]
+        assert weights.get("members") == said
+        assert _spec(weights, (12, 6), layer) == spec
 
 
 def test_rules_that_match_nothing(llama):

@@ -126,7 +126,7 @@ def test_what_is_left_open_is_resolved():
     assert Recipe().scale_type == "fp32"
     assert LayerRecipe(weights="mxfp4", group_size=32).scale_type == "pow2"
     names = {bits: Recipe(weights=bits).weight_family.name for bits in range(2, 9)}
-    assert names[2] == "dybit2mid" and names[5] == "dybit5spare" and names[6] == "dybit6plain"
+    assert names[2] == "dybit2" and names[5] == "dybit5spare" and names[6] == "dybit6plain"
     assert Recipe(weights=4, variants="all").weight_family == rivals.dybit(4)
     assert Recipe(weights="s4r3").weight_family.books == rivals.family("s4").books
     assert Recipe().activation_families is None
@@ -177,8 +177,6 @@ def test_rules_change_what_belongs_together():
         ({"group_size": "64"}, "not '64'"),
         ({"scale": "fp16"}, "scale must be one of null, fp32, bf16, pow2, e4m3, not 'fp16'"),
         ({"variants": "spares"}, "did you mean 'spare'?"),
-        ({"weights": 2, "variants": "spare"}, "there is no spare variant of bits=2"),
-        ({"embeddings": 2, "variants": "spare"}, "there is no spare variant of bits=2"),
         ({"variant_granularity": "group"}, "variant_granularity='group' is finer than the scales' 'channel'"),
         ({"method": "msr"}, "method must be one of mse, absmax, percentile, not 'msr'; did you mean 'mse'?"),
         ({"method": None}, "not None"),

@@ -67,6 +67,8 @@ def test_signed_variants_promoted_and_narrow_codes():
         (Format(5, False, 3), variants(3), Format(5, False)),  # 5 bits in a container of 8, 3 bits in one of 4
         (Format(7, True), variants(6), Format(3, True, 2)),
         (Format(2, True), variants(2), Format(2, True)),
+        (Format(2, True, spare=True), variants(2), Format(4)),
+        (Format(8, True), variants(2), Format(8)),
     ]
     for seed, formats in enumerate(pairs):
         programs.append(random_program(config, (1, 4, 9, 8), formats, seed, relu=seed % 2 == 1))
@@ -89,19 +91,26 @@ def test_tiles_of_rows_and_passes():
 
 @pytest.mark.parametrize("mode", modes(), ids=lambda mode: f"w{mode.weight_bits}a{mode.activation_bits}")
 def test_partial_sums_are_exact_in_the_worst_case(mode):
-    fmt = max(variants(mode.weight_bits, True), key=lambda f: f.max_significand * datapath_factor(True, f.midrise))
     config = Config(rows=2, columns=1, reduction=2 * mode.activations * 3, **MEMORIES)
     k, n = config.reduction, mode.lanes
     x = np.full((1, 2, k), (1 << mode.activation_bits) - 1)
     output = Format(8, True, 3)
-    for sign in (1, -1):
+    tops = []
+    for sign in (1, -1):  # the spare level of 2 bits has no mirror image
+
+        def top(fmt, sign=sign):
+            return int((fmt.significands * sign).max()) * datapath_factor(True, fmt.midrise)
+
+        fmt = max(variants(mode.weight_bits, True), key=top)
+        tops.append(top(fmt))
         w = np.full((1, k, n), int(np.argmax(fmt.significands * sign)))
         operands = (config, x, UNSIGNED[mode.activation_bits], w, (fmt,) * n)
         largest = abs(int(Program(*operands, (Requantizer(0, 1, 0),) * n, output).sums[0, 0, 0]))
-        assert largest == largest_integer(mode.activation_bits, False) * largest_integer(mode.weight_bits, True) * k
+        assert largest == largest_integer(mode.activation_bits, False) * tops[-1] * k
         program = Program(*operands, (Requantizer.of(6 / largest),) * n, output)
         assert np.all(output.values[program.outputs] == 6 * sign)  # one bit less and the sign would be wrong
         assert np.array_equal(Testbench(Accelerator(config)).run([program])[0].outputs, program.outputs)
+    assert max(tops) == largest_integer(mode.weight_bits, True)
 
 
 def im2col(images, kernel, stride, padding):

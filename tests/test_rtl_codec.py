@@ -75,7 +75,8 @@ def test_weight_decoder_gives_the_integers_of_the_format(narrowest):
                     sign, shift = bits(value, marks_at + half, 1), bits(value, marks_at + 4 + 2 * half, 2)
                     if width == 2:
                         sign, flag = significand & 1, bits(value, marks_at + lane, 1)
-                        significand, shift = significand & 2 | flag, 0
+                        spare = sign & (significand == 1) & (flag ^ 1)
+                        significand, sign, shift = np.where(spare, 4, significand & 2 | flag), sign & ~spare, 0
                     if width == 8:
                         shift = shift | bits(value, marks_at + 12, 1) << 2
                     integers = np.where(sign, -1, 1) * (significand << shift)

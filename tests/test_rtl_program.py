@@ -30,6 +30,15 @@ def test_a_code_in_a_wider_container_keeps_its_value(bits):
             assert np.array_equal(wide.values[codes], fmt.values)
 
 
+def test_two_bits_with_a_spare_level_become_codes_without():
+    # Shifted up, 10 would be read as 5/2.
+    codes, variant = widen(Format(2, spare=True), 4)
+    assert [f"{code:04b}" for code in codes] == ["0000", "0100", "0110", "1100"]
+    assert (variant.signed, variant.max_run, variant.midrise, variant.spare) == (True, 2, False, False)
+    codes, variant = widen(Format(2, spare=True), 2)
+    assert codes.tolist() == [0, 1, 2, 3] and variant.spare
+
+
 def test_banks_hold_every_code_once():
     fields = PROGRAM.activation_banks()
     assert fields.shape == (2, 2 * PROGRAM.k_folds * 4)

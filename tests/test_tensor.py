@@ -336,3 +336,22 @@ def test_matrices_of_experts():
     for fields in ({"row_dims": 2, "shape": (3, 5)}, {"row_dims": 3}, {"row_dims": 2, "transposed": 1}):
         with pytest.raises(DyBitError, match="row_dims must be 1, or 2 for a weight of three dimensions"):
             TensorSpec(**{"family": "dybit4", "shape": (3, 5, 16), **fields})
+
+
+def test_members_of_a_family_that_has_grown():
+    """``dybit2`` had two members, so that a weight which says nothing has; a larger number is a field of its own."""
+    now = TensorSpec("dybit2", (12, 6))
+    old = TensorSpec("dybit2", (12, 6), members=2)
+    assert now == TensorSpec("dybit2", (12, 6), members=3) != old
+    assert now.to_dict()["members"] == 3 and "members" not in old.to_dict()
+    assert (now.choice_bits, now.choice_shape) == (2, (1, 3)) and (old.choice_bits, old.choice_shape) == (1, (1, 2))
+    assert [book.name for book in old.formats.books] == ["s2", "s2mid"]
+    for spec in (now, old, TensorSpec("dybit4", (12, 6), members=3), TensorSpec("dybit4", (12, 6))):
+        assert TensorSpec.from_dict(spec.to_dict()) == spec
+    assert "members" not in TensorSpec("dybit4", (12, 6)).to_dict()
+    with pytest.raises(DyBitError, match="members must be 0 to the 3 codebooks of dybit2, not 4"):
+        TensorSpec("dybit2", (12, 6), members=4)
+    weight = torch.tensor([0.0, 1, 2, -1]).repeat(12, 3)  # for which the third member was made
+    assert torch.equal(quantize(weight, TensorSpec("dybit2", (12, 12))).dequantize(), weight)
+    stored = quantize(weight, TensorSpec("dybit2", (12, 12), members=2))
+    assert stored.choices().max() <= 1 and not torch.equal(stored.dequantize(), weight)

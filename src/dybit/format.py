@@ -46,7 +46,7 @@ class Format(Codebook):
         max_run: Longest run of leading ones, 1 to the number m of magnitude bits. None means m, the paper's DyBit;
             1 is a sign-magnitude integer.
         midrise: Every code stands for the middle of its step and there is no zero; signed formats only.
-        spare: The code of negative zero stands for +5/2; signed mid-tread formats of at least 3 bits only.
+        spare: The code of negative zero stands for +5/2, at 2 bits for +2; signed mid-tread formats only.
 
     Raises:
         DyBitError: A parameter is out of range or the combination does not exist.
@@ -75,8 +75,8 @@ class Format(Codebook):
         _check_integer("max_run", self.max_run, 1, self.magnitude_bits, f" for {'su'[not self.signed]}{self.bits}")
         if self.midrise and not self.signed:
             raise DyBitError("midrise=True needs signed=True: an unsigned format must have a zero")
-        if self.spare and (not self.signed or self.midrise or self.magnitude_bits < 2):
-            raise DyBitError("spare=True needs signed=True, midrise=False and at least 3 bits")
+        if self.spare and (not self.signed or self.midrise):
+            raise DyBitError("spare=True needs signed=True and midrise=False")
 
     @property
     def magnitude_bits(self) -> int:
@@ -111,7 +111,7 @@ class Format(Codebook):
         if self.signed:
             table = np.concatenate((table, -table))
         if self.spare:
-            table[1 << self.magnitude_bits] = 5 << (self.magnitude_bits - 2)
+            table[1 << self.magnitude_bits] = 5 << self.magnitude_bits >> 2  # 5/2, cut to a multiple of the step
         table.flags.writeable = False
         return table
 
@@ -162,7 +162,7 @@ class Format(Codebook):
 def variants(bits: int, signed: bool = True) -> tuple[Format, ...]:
     """Returns every variant of a width, in the order in which checkpoints number them.
 
-    First the plain ones by ``max_run``, then mid-rise, then spare: nine for 4-bit signed codes.
+    First the plain ones by ``max_run``, then mid-rise, then spare: nine for 4-bit signed codes, three for 2-bit ones.
 
     Raises:
         DyBitError: ``bits`` is not 2 to 8.
@@ -171,7 +171,7 @@ def variants(bits: int, signed: bool = True) -> tuple[Format, ...]:
     runs = range(1, m + 1)
     plain = [Format(bits, signed, run) for run in runs]
     middle = [Format(bits, signed, run, midrise=True) for run in runs if signed]
-    spare = [Format(bits, signed, run, spare=True) for run in runs if signed and m >= 2]
+    spare = [Format(bits, signed, run, spare=True) for run in runs if signed]
     return (*plain, *middle, *spare)
 
 

@@ -42,8 +42,8 @@ class LayerRecipe:
         group_size: Consecutive weights of an output channel that share a scale.
         scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.scale`).
         variants: Which variants a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain ones with one
-            more level, never worse than plain), ``midrise``, or ``all``. None means ``spare`` up to 5 bits, ``plain``
-            above, where the spare level brings nothing, and ``midrise`` at 2 bits, where there is none.
+            more level, never worse than plain), ``midrise``, or ``all``. None means ``all`` at 2 bits, ``spare`` from 3
+            to 5, and ``plain`` above, where the spare level brings nothing.
         variant_granularity: What shares a variant; None means what shares a scale.
         method: How weight scales are chosen: ``mse``, ``absmax`` or ``percentile``.
         criterion: What ``mse`` weighs errors by: ``weight`` (equally), ``activation`` (by the second moment of the
@@ -130,7 +130,7 @@ class LayerRecipe:
         if self.weights is None or not _is_width("weights", self.weights):
             return rivals.family(self.weights) if isinstance(self.weights, str) else None
         bits = int(self.weights)
-        kind: Variants = "midrise" if bits == 2 else "spare" if bits <= 5 else "plain"
+        kind: Variants = "all" if bits == 2 else "spare" if bits <= 5 else "plain"
         return rivals.dybit(bits, kind=self.variants or kind)
 
     @cached_property

@@ -33,7 +33,7 @@ from dybit.subject import Progress, Subject
 
 Estimate = Literal["rmse", "fisher", "output", "kl"]
 ESTIMATES: tuple[str, ...] = get_args(Estimate)
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # rises when a recipe comes to mean something else
 
 Cell = tuple[str, Candidate]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 import torch
@@ -25,6 +25,9 @@ _SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pow2": torch.ui
 _POW2_BIAS = 64
 _ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_ELEMENTS = 1 << 40
+# Families that have grown, and how many members they had when what is stored did not say it.
+_FIRST_MEMBERS = {"dybit2": 2}
+_OPTIONAL = {"row_dims", "members"}  # of the stored fields
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class TensorSpec:
             of a weight of shape (in, out / groups, …), as transposed convolutions and transformers' ``Conv1D`` have.
         row_dims: How many dimensions, counted from the first, number output channels: 1, or 2 for the matrices of
             several experts in one weight of shape (experts, out, in).
+        members: How many of the family's codebooks, from the first, choices number: fewer than there are where an
+            earlier dybit, whose family was smaller, stored the weight. 0 for all, to which that number itself turns.
 
     Attributes:
         bits: Width of a code.
@@ -62,6 +67,7 @@ class TensorSpec:
     choice: Granularity = "channel"
     transposed: int = 0
     row_dims: int = 1
+    members: int = 0
     # Plain attributes and not properties that look the family up: torch.compile reads them.
     bits: int = field(init=False, compare=False, repr=False)
     choice_bits: int = field(init=False, compare=False, repr=False)
@@ -71,6 +77,10 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         """Checks the fields, which may come from a file."""
+        size = len(rivals.family(self.family).books)
+        if isinstance(self.members, bool) or not isinstance(self.members, int) or not 0 <= self.members <= size:
+            raise DyBitError(f"members must be 0 to the {size} codebooks of {self.family}, not {self.members!r}")
+        object.__setattr__(self, "members", self.members % size)
         object.__setattr__(self, "bits", self.formats.bits)
         object.__setattr__(self, "choice_bits", self.formats.choice_bits)
         object.__setattr__(self, "key", json.dumps(self.to_dict()))
@@ -105,8 +115,9 @@ class TensorSpec:
 
     @property
     def formats(self) -> Family:
-        """The family itself."""
-        return rivals.family(self.family)
+        """The family itself, or what ``members`` leaves of it."""
+        family = rivals.family(self.family)
+        return replace(family, books=family.books[: self.members]) if self.members else family
 
     @property
     def groups(self) -> int:
@@ -188,10 +199,17 @@ class TensorSpec:
         return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; ``row_dims`` only where it is not 1, since earlier versions do not know it."""
+        """The fields as JSON values, those that earlier versions do not know only where there is need.
+
+        That is ``row_dims`` where it is not 1, and ``members`` where the family had another number at first.
+        """
         values = {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
         if self.row_dims == 1:
             del values["row_dims"]
+        if self.members == first_members(self.family):
+            del values["members"]
+        else:
+            values["members"] = len(self.formats.books)
         return values
 
     @classmethod
@@ -201,10 +219,15 @@ class TensorSpec:
         Raises:
             DyBitError: A field is missing, unknown or bad.
         """
-        known = set(_stored_fields()) - {"row_dims"}
-        if not isinstance(data, Mapping) or set(data) - {"row_dims"} != known or not isinstance(data["shape"], list):
+        known, free = set(_stored_fields()) - _OPTIONAL, set(data) - _OPTIONAL if isinstance(data, Mapping) else None
+        if free != known or not isinstance(data["shape"], list):
             raise DyBitError(f"a stored weight must have the fields {', '.join(sorted(known))}, not {data!r:.200}")
-        return cls(**{**data, "shape": tuple(data["shape"])})
+        return cls(**{"members": first_members(data["family"]), **data, "shape": tuple(data["shape"])})
+
+
+def first_members(family: object) -> int:
+    """The ``members`` of a stored weight that does not name them."""
+    return _FIRST_MEMBERS.get(family, 0) if isinstance(family, str) else 0
 
 
 def _stored_fields() -> list[str]:

@@ -15,7 +15,7 @@ from dybit import rivals
 from dybit.cli.console import grid, guarded, out
 from dybit.codec import Codebook
 from dybit.errors import DyBitError
-from dybit.format import Format, variants
+from dybit.format import MIN_BITS, Format, variants
 
 _STYLES = {"sign": "bold red", "run": "bold yellow", "stop": "bold magenta", "fraction": "bold cyan"}
 _SIDE_BY_SIDE = 5  # up to this width a plain overview fits a screen
@@ -27,7 +27,7 @@ def table(
     signed: Annotated[bool, typer.Option("--signed/--unsigned", help="With a sign bit, or without.")] = True,
     max_run: Annotated[int | None, typer.Option(help="Longest run of leading ones, 1 to m; default: all.")] = None,
     midrise: Annotated[bool, typer.Option("--midrise", help="The mid-rise variant: no zero.")] = False,
-    spare: Annotated[bool, typer.Option("--spare", help="The variant whose negative zero is 5/2.")] = False,
+    spare: Annotated[bool, typer.Option("--spare", help="The variant whose negative zero is 5/2 (2 bits: 2).")] = False,
 ) -> None:
     """Show all codes of a format: bit fields, significand and value (in units of the scale).
 
@@ -77,7 +77,10 @@ def _overview(bits: int, signed: bool) -> None:
             _line(book)
     others = [book for book in formats if book.midrise or book.spare]
     if others:
-        console.print("\nMid-rise (no zero) and spare (negative zero becomes 5/2) variants, magnitudes:", style="bold")
+        level = "2" if bits == MIN_BITS else "5/2"
+        console.print(
+            f"\nMid-rise (no zero) and spare (negative zero becomes {level}) variants, magnitudes:", style="bold"
+        )
         for book in others:
             _line(book)
     console.print(f"\nAll codes of one of them: dybit table {plain[min(1, len(plain) - 1)].name}", style="dim")
@@ -121,7 +124,8 @@ def _line(book: Codebook) -> None:
     words = [_number(level) for level in levels]
     if len(words) > 12:
         words = [*words[:5], "…", *words[-5:]]
-    extra = " and +2.5 (spare)" if isinstance(book, Format) and book.spare else ""
+    spare = isinstance(book, Format) and book.spare
+    extra = f" and +{_number(book.values[1 << (book.bits - 1)])} (spare)" if spare else ""
     out().print(Text.assemble((f"  {book.name:<10}", "bold"), prefix, "  ".join(words), extra), soft_wrap=True)
 
 

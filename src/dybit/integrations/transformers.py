@@ -26,7 +26,7 @@ from dybit.model import bypass_fast_path_, dequantize_, folded_pairs, quantized_
 from dybit.plan import plan_layers
 from dybit.ptq.rounding import layer_input, weight_spec
 from dybit.recipe import LayerRecipe, Recipe
-from dybit.tensor import QuantizedTensor, TensorSpec, quantize
+from dybit.tensor import QuantizedTensor, TensorSpec, first_members, quantize
 
 try:
     import transformers
@@ -406,7 +406,7 @@ def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | N
     groups: list[dict[str, Any]] = []
     for name, specs, input_spec in layers:
         fields = [spec.to_dict() for spec in specs.values()][:1]
-        weights = {key: fields[0][key] for key in _WEIGHT_FIELDS} if fields else None
+        weights = {key: fields[0][key] for key in (*_WEIGHT_FIELDS, "members") if key in fields[0]} if fields else None
         inputs = input_spec.to_dict() if input_spec else None
         group = next((g for g in groups if (g["weights"], g["input"]) == (weights, inputs)), None)
         if group is None:
@@ -421,7 +421,7 @@ def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | 
         for group in config.layers or ():
             weights, stored = group["weights"], group["input"]
             input_spec = None if stored is None else InputSpec.from_dict(stored)
-            if weights is not None and set(weights) != set(_WEIGHT_FIELDS):
+            if weights is not None and set(weights) - {"members"} != set(_WEIGHT_FIELDS):
                 raise DyBitError(f"weights must have the fields {', '.join(_WEIGHT_FIELDS)}, not {weights!r:.200}")
             for name in group["modules"]:
                 yield str(name), weights, input_spec
@@ -433,7 +433,8 @@ def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | 
 
 def _spec(weights: dict[str, Any] | None, shape: tuple[int, ...], module: nn.Module) -> TensorSpec:
     try:
-        return TensorSpec(shape=shape, **layout(module), **(weights or {}))
+        stored = weights or {}
+        return TensorSpec(shape=shape, **layout(module), **{"members": first_members(stored.get("family")), **stored})
     except (DyBitError, TypeError) as error:
         raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError
 from dybit.tensor import QuantizedTensor, TensorSpec
 
-_VERSION = 1
+_VERSION = 2  # rises when the same key stands for other weights
 
 
 class Store:

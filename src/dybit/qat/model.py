@@ -23,7 +23,7 @@ from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensor import QuantizedTensor
 
 BatchNorm = Literal["keep", "fold"]
-_MIDRISE_WIDTH = 3  # where training does better with mid-rise variants than with the recipe's default; see docs/qat.md
+_MIDRISE_WIDTHS = (2, 3)  # where training starts from mid-rise variants, whatever the recipe's default; see docs/qat.md
 
 
 def prepare_qat_(
@@ -47,8 +47,8 @@ def prepare_qat_(
 
     Args:
         model: The model, best a trained one.
-        recipe: How it will be quantized. Where it leaves the variants open, weights of 3 bits are mid-rise, which
-            training makes better use of than rounding alone does.
+        recipe: How it will be quantized. Where it leaves the variants open, weights of 2 and 3 bits are mid-rise,
+            which training makes better use of than rounding alone does.
         calibration: As for :func:`dybit.quantize_`. Without it, static inputs are observed in the first training passes
             and rounded from then on.
         batch_norm: ``keep`` leaves batch norms as they are, in training and afterwards; ``fold`` folds them into the
@@ -108,10 +108,10 @@ def prepare_qat_(
 
 
 def _for_training(recipe: Recipe) -> Recipe:
-    """A recipe in which weights of 3 bits are mid-rise unless it says which variants they may choose from."""
+    """A recipe in which weights of 2 and 3 bits are mid-rise unless it says which variants they may choose from."""
 
     def weights(width: int | str | None, variants: str | None) -> int | str | None:
-        return f"dybit{width}mid" if width == _MIDRISE_WIDTH and variants is None else width
+        return f"dybit{width}mid" if width in _MIDRISE_WIDTHS and variants is None else width
 
     rules = []
     for pattern, changes in recipe.rules:

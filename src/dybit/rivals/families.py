@@ -190,7 +190,7 @@ def families(bits: int, signed: bool = True) -> tuple[Family, ...]:
         return tuple(family(name.format(bits)) for name in [*shown, "uant{}"])
     shown = ["dybit{}", "dybit{}plain", "dybit{}spare", "dybit{}mid", "s{}", "int{}", "int{}full", "int{}asym"]
     if bits == MIN_BITS:
-        shown = [name for name in shown if name != "dybit{}spare"] + ["nf{}"]
+        shown.append("nf{}")
     else:
         shown += [*floats, "nf{}", "posit{}es0", "posit{}es1", "adaptivfloat{}", "flint{}", "pot{}", "apot{}", "ant{}"]
     shown += {

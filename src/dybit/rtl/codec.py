@@ -77,11 +77,11 @@ def decode(code: Value, variant) -> tuple[Value, Value, Value]:
     significand = (magnitude << moved)[:bits]
     significand = Cat(significand[:-1], significand[-1] | magnitude[-1])
     sign = signed & code[-1]
-    if bits > 2:  # the code of negative zero: 5/2 is 101000… shifted by one
-        spare = variant.spare & signed & code[-1] & ~code[:-1].any()
-        significand = Mux(spare, 5 << (bits - 3), significand)
-        shift = Mux(spare, 1, shift)
-        sign = sign & ~spare
+    # the code of negative zero: 5/2 is 101000… shifted by one, in 2 bits 10 is all that is left of it
+    spare = variant.spare & signed & code[-1] & ~code[:-1].any()
+    significand = Mux(spare, 5 << bits >> 3, significand)
+    shift = Mux(spare, 1, shift)
+    sign = sign & ~spare
     return significand[:bits], shift[:width], sign
 
 
@@ -126,7 +126,8 @@ class WeightDecoder(wiring.Component):
     The code for activation i and lane l stands at bit (i · lanes + l) · weight bits. The word has, from bit 0, a digit
     for every block of the multiplier, repeated where blocks share a weight so that the PE needs no multiplexers;
     4 signs; 4 shifts of 2 bits; and the third bit of an 8-bit code's shift. A 2-bit weight is its magnitude bit and
-    its sign in the digit, and the 4 sign bits hold the lanes' mid-rise flags, which complete the significands.
+    its sign in the digit, and the 4 sign bits hold the lanes' mid-rise flags, which complete the significands. Negative
+    zero without that flag is the spare level; where a lane has none, it becomes zero.
 
     Args:
         narrowest: Width of a digit: 2, or 4 without 2-bit lanes.
@@ -170,11 +171,12 @@ class WeightDecoder(wiring.Component):
         return Cat(*digits, *signs, *shifts, 0)
 
     def _of_2(self, activations: int) -> Value:
-        """Four lanes; a raw code is sign and magnitude already."""
+        """Four lanes; a raw code is sign and magnitude already, but for the negative zero of plain ones."""
+        keeps = [variant.midrise | variant.spare for variant in self.variant]
         digits = []
         for i in range(activations):
             codes = [self.raw[(4 * i + lane) * 2 :][:2] for lane in range(4)]
-            row = Cat(*(Cat(code[1], code[0]) for code in codes))
+            row = Cat(*(Cat(code[1] & (code[0] | keep), code[0]) for code, keep in zip(codes, keeps, strict=True)))
             digits.append(row.replicate(4 // activations))
         flags = Cat(*(variant.midrise for variant in self.variant))
         return Cat(*digits, flags, Const(0, 9))

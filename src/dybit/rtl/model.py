@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dybit.accelerator.datapath import Mode, datapath_factor
 from dybit.errors import DyBitError
-from dybit.format import Format
+from dybit.format import MIN_BITS, Format
 
 Integers = NDArray[np.int64]
 MULTIPLIER_BITS = 16  # two's complement: a scale may be negative
@@ -43,7 +43,7 @@ class Variant:
         signed: Whether the top bit is a sign.
         max_run: Longest run of leading ones.
         midrise: Whether a 1 is appended to the magnitude.
-        spare: Whether negative zero stands for +5/2.
+        spare: Whether negative zero stands for +5/2, in a container of 2 bits for +2.
     """
 
     signed: bool
@@ -55,7 +55,9 @@ class Variant:
 def widen(fmt: Format, container: int) -> tuple[NDArray[np.uint8], Variant]:
     """Returns every code as it stands in its container, and the variant that the decoder is told.
 
-    A narrower code is shifted up; mid-rise has its 1 appended on the way, after which it is a mid-tread code.
+    A narrower code is shifted up; mid-rise has its 1 appended on the way, after which it is a mid-tread code. A 2-bit
+    code with a spare level becomes one of ``max_run=2`` without, which has its values: shifted up, its spare level
+    would be 5/2 and not 2.
 
     Raises:
         DyBitError: ``container`` is narrower than the codes.
@@ -66,6 +68,9 @@ def widen(fmt: Format, container: int) -> tuple[NDArray[np.uint8], Variant]:
     room = container - fmt.bits
     if not room:
         return codes.astype(np.uint8), Variant(fmt.signed, fmt.max_run, fmt.midrise, fmt.spare)
+    if fmt.spare and fmt.bits == MIN_BITS:
+        same = Format(container, max_run=2)
+        return same.encode(fmt.values), Variant(True, 2, False, False)
     wide = (codes << 1 | fmt.midrise) << (room - 1)
     return wide.astype(np.uint8), Variant(fmt.signed, fmt.max_run, False, fmt.spare)
 

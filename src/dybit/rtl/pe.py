@@ -96,12 +96,15 @@ class Multiplier(wiring.Component):
         if width == 4:
             product = digit * weight
         else:
-            # a 2-bit weight is sign and magnitude; its lane's mid-rise flag completes the significand
+            # a 2-bit weight is sign and magnitude; its lane's mid-rise flag completes the significand; negative zero
+            # is the spare level, 4, as an activation may be 4: the digit of either is then 0
             two = self.mode.w2
-            sign = Mux(two, weight[0], sign)
+            spare = two & weight[0] & ~weight[1] & ~marks[j]
+            sign = Mux(two, weight[0] & ~spare, sign)
             weight = Cat(Mux(two, marks[j], weight[0]), weight[1])
-            four = (self.mode.a2 & self.activation[8 + count + i]).replicate(2)
-            product = digit * weight | Cat(Const(0, 2), weight & four)
+            four = self.mode.a2 & self.activation[8 + count + i]
+            shifted = weight & four.replicate(2) | digit & spare.replicate(2)
+            product = digit * weight | Cat(Const(0, 2), shifted, four & spare)
         return Mux(sign ^ minus, -product, product)
 
 
