@@ -102,6 +102,18 @@ Range group_range(const Units& units, int64_t group) {
   return {start, std::min(units.group, units.columns - start)};
 }
 
+// Calls work(row, group, start, length) for every unit, its elements lying in one piece.
+template <class F>
+void by_units(const Units& units, int threads, F&& work) {
+  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t group = 0; group < units.groups(); ++group) {
+        const Range range = group_range(units, group);
+        work(row, group, row * units.columns + range.start, range.length);
+      }
+  });
+}
+
 }  // namespace
 
 Codebook::Codebook(const float* boundaries, const float* level_values, const uint8_t* level_codes, int count) {
@@ -130,57 +142,42 @@ void round_units(const Codebook& book, const Units& units, const void* x, void* 
     });
     return;
   }
-  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      for (int64_t group = 0; group < units.groups(); ++group) {
-        const Range range = group_range(units, group);
-        const int64_t start = row * units.columns + range.start;
-        float s;
-        if (scale.data) {
-          s = scale.at(units, row, group);
-        } else {
-          uint32_t largest = 0;
-          if (half) {
-            const uint16_t* from = static_cast<const uint16_t*>(x) + start;
-            for (int64_t i = 0; i < range.length; ++i) largest = std::max(largest, uint32_t(from[i] & 0x7fff) << 16);
-          } else {
-            largest = k.largest(static_cast<const float*>(x) + start, range.length);
-          }
-          s = dynamic_scale(largest, reach);
-        }
-        as_float(x, out, half, start, range.length,
-                 [&](const float* a, float* b, int64_t n) { k.round(book, a, n, s, offset, b); });
+  by_units(units, threads, [&](int64_t row, int64_t group, int64_t start, int64_t length) {
+    float s;
+    if (scale.data) {
+      s = scale.at(units, row, group);
+    } else {
+      uint32_t largest = 0;
+      if (half) {
+        const uint16_t* from = static_cast<const uint16_t*>(x) + start;
+        for (int64_t i = 0; i < length; ++i) largest = std::max(largest, uint32_t(from[i] & 0x7fff) << 16);
+      } else {
+        largest = k.largest(static_cast<const float*>(x) + start, length);
       }
+      s = dynamic_scale(largest, reach);
+    }
+    as_float(x, out, half, start, length,
+             [&](const float* a, float* b, int64_t n) { k.round(book, a, n, s, offset, b); });
   });
 }
 
 void round_chosen(const std::vector<const Codebook*>& books, const Units& units, const float* x, PerUnit<float> scale,
                   PerUnit<uint8_t> choice, float* out, int threads) {
   const CodeKernels& k = code_kernels();
-  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      for (int64_t group = 0; group < units.groups(); ++group) {
-        const Range range = group_range(units, group);
-        const int64_t start = row * units.columns + range.start;
-        const float s = scale.at(units, row, group);
-        k.round(*books[choice.at(units, row, group)], x + start, range.length, s, nullptr, out + start);
-      }
+  by_units(units, threads, [&](int64_t row, int64_t group, int64_t start, int64_t length) {
+    const float s = scale.at(units, row, group);
+    k.round(*books[choice.at(units, row, group)], x + start, length, s, nullptr, out + start);
   });
 }
 
 void pass_units(const float* limits, const Units& units, const float* x, const float* grad, const float* rounded,
                 PerUnit<float> scale, PerUnit<uint8_t> choice, float* x_grad, float* slopes, int threads) {
   const CodeKernels& k = code_kernels();
-  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      for (int64_t group = 0; group < units.groups(); ++group) {
-        const Range range = group_range(units, group);
-        const int64_t start = row * units.columns + range.start;
-        const float* limit = limits + 2 * (choice.data ? choice.at(units, row, group) : 0);
-        slopes[row * units.groups() + group] =
-            float(k.pass(x + start, grad + start, rounded + start, range.length, scale.at(units, row, group), limit[0],
-                         limit[1], x_grad + start));
-      }
+  by_units(units, threads, [&](int64_t row, int64_t group, int64_t start, int64_t length) {
+    const float* limit = limits + 2 * (choice.data ? choice.at(units, row, group) : 0);
+    slopes[row * units.groups() + group] =
+        float(k.pass(x + start, grad + start, rounded + start, length, scale.at(units, row, group), limit[0],
+                     limit[1], x_grad + start));
   });
 }
 
@@ -236,14 +233,9 @@ void decode_units(const float* tables, const Units& units, int bits, const uint8
 void fit_units(const Codebook& book, const Units& units, const float* x, const float* weights, PerUnit<float> scale,
                Fit* fits, int threads) {
   const CodeKernels& k = code_kernels();
-  by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      for (int64_t group = 0; group < units.groups(); ++group) {
-        const Range range = group_range(units, group);
-        const int64_t start = row * units.columns + range.start;
-        fits[row * units.groups() + group] =
-            k.fit(book, x + start, weights ? weights + start : nullptr, range.length, scale.at(units, row, group));
-      }
+  by_units(units, threads, [&](int64_t row, int64_t group, int64_t start, int64_t length) {
+    fits[row * units.groups() + group] =
+        k.fit(book, x + start, weights ? weights + start : nullptr, length, scale.at(units, row, group));
   });
 }
 
