@@ -11,6 +11,7 @@
 #include "codes.h"
 #include "conv.h"
 #include "dispatch.h"
+#include "feed_forward.h"
 #include "packed.h"
 #include "peak.h"
 
@@ -127,6 +128,22 @@ void define_codes(nb::module_& m) {
            released);
 }
 
+// A product as Python passes it: the weight, and the addresses of bias, scale and offset (0: none) and the reach.
+using Passed = std::tuple<const dybit::PackedWeight*, uintptr_t, uintptr_t, uintptr_t, float>;
+
+dybit::Product product(const Passed& p) {
+  return {std::get<0>(p), pointer<float>(std::get<1>(p)), pointer<float>(std::get<2>(p)), pointer<float>(std::get<3>(p)),
+          std::get<4>(p)};
+}
+
+// The first products, one or two, and the last.
+void feed_forward(const std::vector<Passed>& first, const Passed& down, int activation, uintptr_t x, int64_t rows,
+                  uintptr_t y, int threads) {
+  const dybit::Product second = product(first.back());
+  dybit::feed_forward(product(first[0]), first.size() > 1 ? &second : nullptr, product(down),
+                      dybit::Activation(activation), pointer<float>(x), rows, writable<float>(y), threads);
+}
+
 using Extents = std::array<dybit::Extent, 5>;  // kernel, stride, dilation, zeros before and after
 
 dybit::ConvGeometry geometry(const Extents& e, int channels, int groups, bool channel_major) {
@@ -233,5 +250,6 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("storage", [](const dybit::PackedWeight& self) { return self.weight().storage; })
       .def_prop_ro("kind", [](const dybit::PackedWeight& self) { return int(self.kind()); })
       .def_prop_ro("nbytes", &dybit::PackedWeight::bytes);
+  m.def("feed_forward", &feed_forward, released);
   define_convolutions(m);  // after the weights that they take
 }

@@ -43,6 +43,18 @@ class PackedWeight:
     @property
     def nbytes(self) -> int: ...
 
+_Product = tuple[PackedWeight, int, int, int, float]
+
+def feed_forward(
+    first: list[_Product],
+    down: _Product,
+    activation: int,
+    x: int,
+    rows: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
 def isa() -> str: ...
 def available() -> list[str]: ...
 def use(name: str) -> None: ...

@@ -1,6 +1,7 @@
 """Fuses a quantized model for inference: between quantized convolutions, activations stay integers.
 
-Linear layers with an activation behind them are :mod:`dybit.activation`'s.
+Linear layers with an activation behind them are :mod:`dybit.activation`'s, those that follow each other
+:mod:`dybit.feedforward`'s.
 
 Must not know recipes, calibration or files. The model is traced with ``torch.fx``. A convolution takes up the addition
 and the clamping (ReLU, ReLU6 …) that follow it, rounds its results as the next convolutions want their inputs, border
@@ -21,6 +22,7 @@ from torch.nn import functional
 from dybit import kernels
 from dybit.activation import FusedLinear, fuse_activations
 from dybit.errors import DyBitError, DyBitWarning
+from dybit.feedforward import FeedForward, fuse_feed_forward
 from dybit.image import ImageFormat, Prepared, UnknownError, conv_image, round_image
 from dybit.layers import Quantized, is_convolution
 from dybit.linear import _unwatched
@@ -173,7 +175,7 @@ class _Tracer(fx.Tracer):
     """Keeps quantized layers whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Quantized | FusedLinear) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Quantized | FusedLinear | FeedForward) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass
@@ -233,6 +235,8 @@ def fuse(model: nn.Module) -> nn.Module:
         >>> fused = dybit.fuse(dybit.quantize_(model, recipe, calibration=batches))  # doctest: +SKIP
     """
     linear, activations = fuse_activations(model)
+    if activations:
+        linear = fuse_feed_forward(linear)
     if not any(_takes_images(module) for module in model.modules()):
         if activations:
             return linear

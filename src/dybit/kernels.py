@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ __all__ = [
     "FALLBACK",
     "InputFormat",
     "PackedWeight",
+    "Product",
     "available",
+    "feed_forward",
     "input_format",
     "isa",
     "max_significand",
@@ -198,37 +200,109 @@ class PackedWeight:
         Raises:
             DyBitError: A tensor has another type, shape, device or layout, or the activation is unknown.
         """
-        rows, columns = self.shape
-        _check("x", x, (x.shape[0] if x.ndim == 2 else -1, columns))
-        for name, tensor, shape in (("bias", bias, (rows,)), ("scale", scale, (1,)), ("offset", offset, (1,))):
-            if tensor is not None:
-                _check(name, tensor, shape)
-        if not reach > 0:
-            raise DyBitError(f"reach must be positive, not {reach!r}")
-        if activation not in ACTIVATIONS:
-            raise DyBitError(f"activation must be one of {', '.join(ACTIVATIONS[1:])}, not {activation!r}")
-        factor = self.inputs.factor
-        if scale is not None and factor != 1:
-            scale = scale * factor
-        y = torch.empty(x.shape[0], rows)
+        y = _outputs(x, self, self, activation)
+        given, _kept = self.addresses(bias, scale, offset, reach)
         self._weight.linear(
             x.data_ptr(),
             x.shape[0],
             y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            0 if offset is None else offset.data_ptr(),
-            reach / factor,
+            *given[1:],
             torch.get_num_threads(),
             ACTIVATIONS.index(activation),
         )
         return y
+
+    def addresses(
+        self, bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, reach: float
+    ) -> tuple[tuple[Any, int, int, int, float], Tensor | None]:
+        """What the extension takes for a product, and a tensor that must live as long.
+
+        Raises:
+            DyBitError: A tensor has another type, shape, device or layout, or ``reach`` is not positive.
+        """
+        if bias is not None:
+            _check("bias", bias, (self.shape[0],))
+        if scale is not None:
+            _check("scale", scale, (1,))
+        if offset is not None:
+            _check("offset", offset, (1,))
+        if not reach > 0:
+            raise DyBitError(f"reach must be positive, not {reach!r}")
+        factor = self.inputs.factor
+        if scale is not None and factor != 1:
+            scale = scale * factor
+        return (
+            self._weight,
+            0 if bias is None else bias.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            reach / factor,
+        ), scale
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32 of shape (rows, columns)."""
         out = torch.empty(self.shape)
         self._weight.dequantize(out.data_ptr(), torch.get_num_threads())
         return out
+
+
+class Product(NamedTuple):
+    """A weight, and what :meth:`PackedWeight.linear` takes beside it and the inputs."""
+
+    weight: PackedWeight
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    reach: float = 1.0
+
+
+def feed_forward(
+    x: Tensor, first: Product, down: Product, second: Product | None = None, activation: str = ""
+) -> Tensor:
+    """Returns ``down(activation(first(x)) · second(x))``, without the second factor where ``second`` is None.
+
+    It goes by some hundred rows at a time, whose results between the products stay in the cache. Bit for bit what
+    :meth:`PackedWeight.linear` and a product of its results give.
+
+    Args:
+        x: As for :meth:`PackedWeight.linear`.
+        first: What the activation follows.
+        down: The last product.
+        second: Of the shape of ``first``, or None.
+        activation: One of :data:`ACTIVATIONS`.
+
+    Returns:
+        float32 of shape (rows, rows of the last weight).
+
+    Raises:
+        DyBitError: A tensor has another type, shape, device or layout, weights do not fit each other, or the activation
+            is unknown.
+    """
+    y = _outputs(x, first.weight, down.weight, activation)
+    if down.weight.shape[1] != first.weight.shape[0]:
+        raise DyBitError(f"down must have {first.weight.shape[0]} columns, but has shape {down.weight.shape}")
+    if second is not None and second.weight.shape != first.weight.shape:
+        raise DyBitError(f"second must have shape {first.weight.shape}, not {second.weight.shape}")
+    products = (first, down) if second is None else (first, second, down)
+    given, _kept = zip(*(product.weight.addresses(*product[1:]) for product in products), strict=True)
+    extension.load().feed_forward(  # type: ignore[union-attr]  # the weights were packed by it
+        list(given[:-1]),
+        given[-1],
+        ACTIVATIONS.index(activation),
+        x.data_ptr(),
+        x.shape[0],
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _outputs(x: Tensor, first: PackedWeight, last: PackedWeight, activation: str) -> Tensor:
+    """Checks inputs and activation; room for the results."""
+    _check("x", x, (x.shape[0] if x.ndim == 2 else -1, first.shape[1]))
+    if activation not in ACTIVATIONS:
+        raise DyBitError(f"activation must be one of {', '.join(ACTIVATIONS[1:])}, not {activation!r}")
+    return torch.empty(x.shape[0], last.shape[0])
 
 
 def supports(family: str) -> bool:

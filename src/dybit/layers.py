@@ -26,7 +26,7 @@ from dybit.errors import DyBitError
 from dybit.experts import experts, mix
 from dybit.linear import linear
 from dybit.ops import fake_quantize, fake_quantize_dynamic
-from dybit.ready import Ready
+from dybit.ready import Operands, Ready
 from dybit.tensor import QuantizedTensor, TensorSpec
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -205,11 +205,16 @@ class _QuantizedLinear(Quantized):
             x: (..., in_features).
             activation: One of :data:`dybit.kernels.ACTIVATIONS`.
         """
+        ready, bias, scale, offset = self.operands()
+        return ready.multiply(x, bias, scale, offset, activation)
+
+    def operands(self) -> Operands:
+        """What the kernels need beside the input."""
         ready = self.__dict__.get("_ready")
         if ready is None or not ready.fits(self._buffers):
             ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
-        bias, scale, offset = self._parameters.get("bias"), *map(self._buffers.get, ("input_scale", "input_offset"))
-        return cast(Ready, ready).multiply(x, bias, scale, offset, activation)
+        buffers = self._buffers
+        return ready, self._parameters.get("bias"), buffers.get("input_scale"), buffers.get("input_offset")
 
 
 def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:

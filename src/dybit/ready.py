@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dybit import kernels
+from dybit.kernels import PackedWeight, Product
 from dybit.linear import _packed, _unwatched
 from dybit.tensor import QuantizedTensor
 
@@ -45,7 +47,7 @@ class Ready:
         self._isa = kernels.isa()
         self._packed = _packed(weight, input_format, input_group_size)
         self._rows, self._columns, self._reach = weight.spec.rows, weight.spec.columns, reach
-        self._most = sys.maxsize if input_format else _MOST_ROWS * self._columns  # elements
+        self._most = sys.maxsize if input_format else _MOST_ROWS
 
     def fits(self, buffers: Mapping[str, Tensor | None], name: str = "weight") -> bool:
         """Whether the buffers are those that were packed, not written to since, and packed for what runs now."""
@@ -74,17 +76,52 @@ class Ready:
             offset: Their static offset, or None.
             activation: What follows, one of :data:`dybit.kernels.ACTIVATIONS`.
         """
-        packed = self._packed
-        if (
-            packed is None
-            or x.dtype is not torch.float32
-            or not x.is_cpu
-            or not x.is_contiguous()
-            or x.shape[-1:] != (self._columns,)
-            or x.numel() > self._most
-            or not (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.is_cpu))
-            or not _unwatched(x, bias)
-        ):
+        if not self.takes(x, bias):
             return None
-        y = packed.linear(x.view(-1, self._columns), bias, scale, offset, self._reach, activation)
+        y = cast(PackedWeight, self._packed).linear(x.view(-1, self._columns), bias, scale, offset, self._reach, activation)
         return y.view(*x.shape[:-1], self._rows)
+
+    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether the kernels can be asked for a product of ``x``, and nobody watches."""
+        return (
+            x.dtype is torch.float32
+            and x.is_cpu
+            and x.is_contiguous()
+            and x.shape[-1:] == (self._columns,)
+            and self._allows(x.numel() // self._columns, bias)
+            and _unwatched(x, bias)
+        )
+
+    def _allows(self, rows: int, bias: Tensor | None) -> bool:
+        return (
+            self._packed is not None
+            and rows <= self._most
+            and (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.is_cpu))
+        )
+
+
+# A weight at hand, the bias beside it, and the static scale and offset of its inputs.
+Operands = tuple[Ready, Tensor | None, Tensor | None, Tensor | None]
+
+
+def feed_forward(x: Tensor, first: Operands, down: Operands, second: Operands | None, activation: str) -> Tensor | None:
+    """What :func:`dybit.kernels.feed_forward` gives, or None where the kernels cannot be asked.
+
+    Args:
+        x: Of any shape, type and device.
+        first: What the activation follows.
+        down: The last product.
+        second: A factor, or None.
+        activation: One of :data:`dybit.kernels.ACTIVATIONS`.
+    """
+    ready, others = first[0], (down,) if second is None else (second, down)
+    rows = x.numel() // ready._columns
+    if not ready.takes(x, first[1]):
+        return None
+    for other, bias, *_ in others:
+        if not other._allows(rows, bias) or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
+            return None
+    products = [Product(cast(PackedWeight, r._packed), *rest, r._reach) for r, *rest in (first, *others)]
+    factor = None if second is None else products[1]
+    y = kernels.feed_forward(x.view(-1, ready._columns), products[0], products[-1], factor, activation)
+    return y.view(*x.shape[:-1], down[0]._rows)

@@ -1,0 +1,49 @@
+#include "feed_forward.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "pool.h"
+
+namespace dybit {
+namespace {
+
+// Rows whose results lie between the products at a time, for each thread: enough for what it costs to unpack the weights
+// for them, and few enough for their memory to stay in the cache and not to be fresh from the system at every call.
+constexpr int64_t kMostRows = 256, kFewestRows = 32, kHiddenBytes = int64_t(3) << 20;
+
+void multiply(const Product& p, const float* x, int64_t rows, float* y, int threads, Activation activation) {
+  p.weight->linear(x, rows, y, p.bias, p.scale, p.offset, p.reach, threads, activation);
+}
+
+}  // namespace
+
+void feed_forward(const Product& first, const Product* second, const Product& down, Activation activation,
+                  const float* x, int64_t rows, float* y, int threads) {
+  const int64_t columns = first.weight->weight().columns, width = down.weight->weight().columns;
+  const int64_t outputs = down.weight->weight().rows;
+  const auto some = [&](int64_t from, int64_t count, int threads) {
+    static thread_local std::vector<float> kept;  // between calls, as PackedWeight::linear keeps its own
+    kept.resize(std::max(kept.size(), size_t(count * width * (second ? 2 : 1))));
+    float* const hidden = kept.data();
+    multiply(first, x + from * columns, count, hidden, threads, activation);
+    if (second) {
+      float* const other = hidden + count * width;
+      multiply(*second, x + from * columns, count, other, threads, Activation::kNone);
+      for (int64_t i = 0; i < count * width; ++i) hidden[i] *= other[i];
+    }
+    multiply(down, hidden, count, y + from * outputs, threads, Activation::kNone);
+  };
+  const int64_t fit = kHiddenBytes / int64_t(sizeof(float) * width * (second ? 2 : 1));
+  const int64_t most = std::clamp(fit, kFewestRows, kMostRows);
+  const int64_t turns = (rows + most * threads - 1) / (most * threads);
+  const int64_t step = (rows + turns * threads - 1) / std::max<int64_t>(1, turns * threads);  // the same for all threads
+  if (threads < 2 || step >= kFewestRows) {
+    parallel_for(int((rows + step - 1) / std::max<int64_t>(1, step)), threads,
+                 [&](int i) { some(i * step, std::min(step, rows - i * step), 1); });
+  } else {
+    some(0, rows, threads);
+  }
+}
+
+}  // namespace dybit
