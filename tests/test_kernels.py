@@ -290,6 +290,54 @@ def test_threads_give_the_same_bits(rows, group_size):
     np.testing.assert_array_equal(np.concatenate(few), three)
 
 
+def _layer(rng, shape, inputs, static=False):
+    """A weight with a bias, and a way to round inputs."""
+    weight = portable(rng.integers(0, 16, shape, dtype=np.uint8), Format(4), 0.02)
+    packed = kernels.PackedWeight(weight, kernels.input_format(inputs), 0)
+    scale, offset = (torch.tensor([0.01]), torch.tensor([0.3])) if static else (None, None)
+    return kernels.Product(packed, torch.from_numpy(rng.normal(size=shape[0]).astype(np.float32)), scale, offset, 1.9)
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [0, 1, 31, 95, 96, 97, 600])  # by columns, or at once or in turns by rows
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("inputs", ["int8", "s8", ""])
+@pytest.mark.usefixtures("three_threads")
+def test_feed_forward_gives_the_bits_of_its_products(rows, threads, gated, inputs):
+    torch.set_num_threads(threads)
+    rng = np.random.default_rng(0)
+    # Wide enough for several turns, and no multiple of a block.
+    first, second = (_layer(rng, (3001, 37), inputs, static=bool(inputs) and static) for static in (False, True))
+    down = _layer(rng, (19, 3001), inputs)
+    x = torch.from_numpy(rng.normal(size=(rows, 37)).astype(np.float32))
+    if rows > 4:
+        x[3, 5] = torch.nan
+    hidden = first.weight.linear(x, *first[1:], activation="gelu")
+    if gated:
+        hidden = hidden * second.weight.linear(x, *second[1:])
+    expected = down.weight.linear(hidden, *down[1:])
+    found = kernels.feed_forward(x, first, down, second if gated else None, "gelu")
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
+    assert found.isnan().any(1).sum() == (rows > 4)
+
+
+@needs_kernels
+def test_products_that_do_not_fit_are_named():
+    rng = np.random.default_rng(0)
+    first, down, x = _layer(rng, (6, 5), "s8"), _layer(rng, (4, 6), "s8"), torch.zeros(2, 5)
+    for arguments, message in (
+        ((x, first, first), r"down must have 6 columns, but has shape \(6, 5\)"),
+        ((x, first, down, down), r"second must have shape \(6, 5\), not \(4, 6\)"),
+        ((x, first, down, None, "tanh"), "activation must be one of relu, .*, not 'tanh'"),
+        ((x[:, :3], first, down), r"x must be a contiguous float32 tensor of shape \(2, 5\)"),
+        ((x, first, down._replace(bias=torch.zeros(3))), r"bias must be .* of shape \(4,\)"),
+        ((x, first._replace(reach=0.0), down), "reach must be positive, not 0.0"),
+    ):
+        with pytest.raises(DyBitError, match=message):
+            kernels.feed_forward(*arguments)
+
+
 def _product(rows=64):
     rng = np.random.default_rng(0)
     weight = portable(rng.integers(0, 16, (700, 300), dtype=np.uint8), Format(4), 0.1)

@@ -1,7 +1,7 @@
 """The feed-forward parts of transformers: linear layers with an activation between them, computed as one.
 
-Must not know convolutions, recipes, calibration or files. Like :mod:`dybit.activation`, whose layers it goes on from, it
-reads a ``torch.fx`` trace of a module to find out which layer follows which, and keeps the module's own code running.
+Must not know convolutions, recipes, calibration or files. Like :mod:`dybit.activation`, whose layers it goes on from,
+it reads a ``torch.fx`` trace of a module to find out which layer follows which, and keeps the module's own code running.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _LEAVES = (Quantized, FusedLinear)
 class FeedForward(nn.Module):
     """``down(first(x))``, or ``down(first(x) · second(x))``, some hundred rows at a time.
 
-    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take, the
-    layers run one after the other.
+    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take,
+    the layers run one after the other.
 
     Args:
         first: A quantized layer with the activation that follows it; it is shared, not copied, like the others.
@@ -36,22 +36,32 @@ class FeedForward(nn.Module):
         second: A quantized layer for the factor, or None.
     """
 
+    second: nn.Module | None
+
     def __init__(self, first: FusedLinear, down: Quantized, second: Quantized | None = None) -> None:
         super().__init__()
-        self.first, self.second, self.down = first, second, down
+        self.first, self.down = first, down
+        self.register_module("second", second)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features of the last layer)."""
-        if not torch.compiler.is_compiling():
-            # dequantize_ takes operands away.
-            given = [getattr(layer, "operands", None) for layer in (self.first.layer, self.down, self.second) if layer]
-            if None not in given:
-                first, down, *second = (cast(Operands, operands()) for operands in given if operands)
-                y = feed_forward(x, first, down, second[0] if second else None, self.first.activation)
-                if y is not None:
-                    return y
+        if not torch.compiler.is_compiling() and (y := self._at_once(x)) is not None:
+            return y
         hidden = self.first(x)
         return cast(Tensor, self.down(hidden if self.second is None else hidden * self.second(x)))
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The results by the kernels; None where they cannot be asked."""
+        parts = self._modules  # read without nn.Module's search for attributes, which a single row would notice
+        first = cast(FusedLinear, parts["first"])
+        operands = []
+        for layer in (first._modules["layer"], parts["down"], parts["second"]):
+            if layer is not None:
+                get = getattr(layer, "operands", None)  # dequantize_ takes it away
+                if get is None:
+                    return None
+                operands.append(cast(Operands, get()))
+        return feed_forward(x, operands[0], operands[1], operands[2] if len(operands) > 2 else None, first.activation)
 
 
 class _Tracer(fx.Tracer):
@@ -82,8 +92,8 @@ def _trace(module: nn.Module) -> fx.Graph | None:
 def fuse_feed_forward(model: nn.Module) -> nn.Module:
     """Puts a :class:`FeedForward` in the place of layers whose results go to the next layer only.
 
-    Two layers may lie in different modules, as in BERT; of three, as in Llama, the module that holds them must do nothing
-    else, and is replaced as a whole.
+    Two layers may lie in different modules, as in BERT; of three, as in Llama, the module that holds them must do
+    nothing else, and is replaced as a whole.
 
     Args:
         model: A model after :func:`dybit.activation.fuse_activations`. It is not changed.
@@ -121,21 +131,25 @@ class _Fusion:
             return module
         counts = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
         changed: dict[str, nn.Module] = {}
+        returned = False
         for node in graph.nodes:
             first = _called(node, module)
             user = _user(node, module)
             if not isinstance(first, FusedLinear) or user is None or counts[str(node.target)] > 1:
                 continue
             if user.op == "output":
-                self._open.add(module)
+                returned = True
             elif user.target in _PRODUCTS:
                 whole = _gated(graph, module, node, user)
                 if whole is not None:
                     return whole
             elif (down := _linear(user, module)) is not None and counts[str(user.target)] == 1:
                 changed |= {str(node.target): FeedForward(first, down), str(user.target): nn.Identity()}
-        fused = _with(module, changed) if changed else module
-        return fused if _trace(fused) is not None else module  # its code may want more of a layer than its results
+        if changed and _trace(fused := _with(module, changed)) is not None:  # its code may want more of a layer
+            module = fused
+        if returned:
+            self._open.add(module)
+        return module
 
 
 def _gated(graph: fx.Graph, module: nn.Module, node: fx.Node, product: fx.Node) -> FeedForward | None:

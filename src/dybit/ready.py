@@ -78,7 +78,9 @@ class Ready:
         """
         if not self.takes(x, bias):
             return None
-        y = cast(PackedWeight, self._packed).linear(x.view(-1, self._columns), bias, scale, offset, self._reach, activation)
+        y = cast(PackedWeight, self._packed).linear(
+            x.view(-1, self._columns), bias, scale, offset, self._reach, activation
+        )
         return y.view(*x.shape[:-1], self._rows)
 
     def takes(self, x: Tensor, bias: Tensor | None) -> bool:
@@ -121,7 +123,10 @@ def feed_forward(x: Tensor, first: Operands, down: Operands, second: Operands | 
     for other, bias, *_ in others:
         if not other._allows(rows, bias) or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
             return None
-    products = [Product(cast(PackedWeight, r._packed), *rest, r._reach) for r, *rest in (first, *others)]
+    products = [
+        Product(cast(PackedWeight, ready._packed), bias, scale, offset, ready._reach)
+        for ready, bias, scale, offset in (first, *others)
+    ]
     factor = None if second is None else products[1]
-    y = kernels.feed_forward(x.view(-1, ready._columns), products[0], products[-1], factor, activation)
+    y = kernels.feed_forward(x.view(rows, ready._columns), products[0], products[-1], factor, activation)
     return y.view(*x.shape[:-1], down[0]._rows)
