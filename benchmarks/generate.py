@@ -4,8 +4,9 @@
 
 The model is written with ``save_pretrained`` and quantized by ``from_pretrained``. Every round, each contestant
 generates the same number of tokens greedily from the same prompt, in a new order; ratios are medians of the paired
-rounds with their quartiles. Times are the process's CPU time where it has one thread (a busy machine then disturbs
-less), else wall-clock time. The prompt's own pass is timed apart. benchmarks/compile.py has the compiled step.
+rounds with their quartiles; fused is dybit.fuse. Times are the process's CPU time where it has one thread (a busy
+machine then disturbs less), else wall-clock time. The prompt's own pass is timed apart. benchmarks/compile.py has the
+compiled step.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def main() -> None:
             config = dybit.DyBitConfig(method="absmax", **CONFIGS[name])
             models[name] = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
             loading[name] = time.perf_counter() - start
+    models |= {f"{name}, fused": dybit.fuse(models[name]) for name in options.only if "activations" in CONFIGS[name]}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     rates: dict[str, list[float]] = {name: [] for name in models}
     firsts: dict[str, list[float]] = {name: [] for name in models}

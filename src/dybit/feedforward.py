@@ -1,7 +1,7 @@
 """The feed-forward parts of transformers: linear layers with an activation between them, computed as one.
 
 Must not know convolutions, recipes, calibration or files. Like :mod:`dybit.activation`, whose layers it goes on from,
-it reads a ``torch.fx`` trace of a module to find out which layer follows which, and keeps the module's own code running.
+it reads a ``torch.fx`` trace of a module to find out which layer follows which; the module's own code keeps running.
 """
 
 from __future__ import annotations
