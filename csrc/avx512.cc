@@ -104,20 +104,43 @@ void expand(const Weight& w, int block, int s, int8_t* out) {
   }
 }
 
-void expand(const Weight& w, int block, int s, int16_t* out) { expand_plainly(w, block, s, out); }
+template <int kStorage>
+void expand16(const Weight& w, int block, int s, int16_t* out) {
+  const Segment& segment = w.segments[s];
+  const size_t unit = size_t(block) * (w.choice_by_segment ? w.segment_count : 1) + (w.choice_by_segment ? s : 0);
+  Tables<kStorage> table;
+  if (kHasTables<kStorage>) table.load(w, w.tables, w.choices + unit * kBlockRows);
+  const int64_t stride = int64_t(segment.chunks) * kChunk;
+  const uint8_t* p = w.codes + (size_t(block) * w.chunk_count + segment.chunk) * w.chunk_bytes;
+  for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes, out += kChunk) {
+    __m512i words[4][4];
+    decode16<kStorage>(p, table, words);
+    unroll<16>([&](auto i) DYBIT_INLINE {
+      int16_t* to = out + i % 4 * stride + i / 4 * 8;
+      _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(words[i / 4][i % 4]));
+      _mm_storeu_si128((__m128i*)(to + 4 * stride), _mm512_extracti32x4_epi32(words[i / 4][i % 4], 1));
+      _mm_storeu_si128((__m128i*)(to + 8 * stride), _mm512_extracti32x4_epi32(words[i / 4][i % 4], 2));
+      _mm_storeu_si128((__m128i*)(to + 12 * stride), _mm512_extracti32x4_epi32(words[i / 4][i % 4], 3));
+    });
+  }
+}
+
+void expand(const Weight& w, int block, int s, int16_t* out) {
+  w.storage == kRuns ? expand16<kRuns>(w, block, s, out) : expand16<16>(w, block, s, out);
+}
 
 #include "avx512_float.inc"
 
 void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
-  for (int block = first_block; block < last_block; ++block)
-    for (int m = 0; m < in.rows; ++m) switch (w.storage) {
-        case 2: float_block<2>(w, in, out, block, m); break;
-        case 3: float_block<3>(w, in, out, block, m); break;
-        case 4: float_block<4>(w, in, out, block, m); break;
-        case 8: float_block<8>(w, in, out, block, m); break;
-        case kRuns: float_block<kRuns>(w, in, out, block, m); break;
-        default: float_block<16>(w, in, out, block, m);
-      }
+  if (in.rows > 1) return float_many(w, in, out, first_block, last_block);
+  for (int block = first_block; block < last_block; ++block) switch (w.storage) {
+      case 2: float_block<2>(w, in, out, block); break;
+      case 3: float_block<3>(w, in, out, block); break;
+      case 4: float_block<4>(w, in, out, block); break;
+      case 8: float_block<8>(w, in, out, block); break;
+      case kRuns: float_block<kRuns>(w, in, out, block); break;
+      default: float_block<16>(w, in, out, block);
+    }
 }
 
 void dequantize(const Weight& w, float* out, int first_block, int last_block) {

@@ -36,14 +36,12 @@ void feed_forward(const Product& first, const Product* second, const Product& do
   };
   const int64_t fit = kHiddenBytes / int64_t(sizeof(float) * width * (second ? 2 : 1));
   const int64_t most = std::clamp(fit, kFewestRows, kMostRows);
-  const int64_t turns = (rows + most * threads - 1) / (most * threads);
-  const int64_t step = (rows + turns * threads - 1) / std::max<int64_t>(1, turns * threads);  // the same for all threads
-  if (threads < 2 || step >= kFewestRows) {
-    parallel_for(int((rows + step - 1) / std::max<int64_t>(1, step)), threads,
-                 [&](int i) { some(i * step, std::min(step, rows - i * step), 1); });
-  } else {
-    some(0, rows, threads);
-  }
+  const int64_t parts = std::max<int64_t>(1, (rows + most * threads - 1) / (most * threads) * threads);
+  if (threads > 1 && rows < parts * kFewestRows) return some(0, rows, threads);
+  parallel_for(int(parts), threads, [&](int i) {
+    const int64_t from = i * rows / parts;
+    some(from, (i + 1) * rows / parts - from, 1);
+  });
 }
 
 }  // namespace dybit

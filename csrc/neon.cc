@@ -31,26 +31,31 @@ InputKind input_kind(int storage, int, int max_input, bool is_signed) {
 
 // Expand for FP32 inputs and dequantize: row-major significands.
 template <int kStorage, class T>
-void expand_as(const Weight& w, int block, int s, T* out) {
+void expand_as(const Weight& w, int block, int s, int first, int count, T* out) {
   Tables<kStorage> tables;
   const Job job{w, {}, {}, w.tables, nullptr, 0, 0, nullptr};
   tables.load(w, w.tables, job.choices(block, s));
   unpack_rows<kStorage, sizeof(T) == 1 ? Product::kSigned8 : Product::kSigned16>(
-      job.codes(block, s), tables, vdupq_n_u8(0), w.segments[s].chunks, reinterpret_cast<uint8_t*>(out));
+      job.codes(block, s) + first * w.chunk_bytes, tables, vdupq_n_u8(0), count, reinterpret_cast<uint8_t*>(out));
 }
 
-void expand(const Weight& w, int block, int s, int8_t* out) {
+void expand(const Weight& w, int block, int s, int first, int count, int8_t* out) {
   switch (w.storage) {
-    case 2: return expand_as<2>(w, block, s, out);
-    case 3: return expand_as<3>(w, block, s, out);
-    case 4: return expand_as<4>(w, block, s, out);
-    default: expand_as<8>(w, block, s, out);
+    case 2: return expand_as<2>(w, block, s, first, count, out);
+    case 3: return expand_as<3>(w, block, s, first, count, out);
+    case 4: return expand_as<4>(w, block, s, first, count, out);
+    default: expand_as<8>(w, block, s, first, count, out);
   }
 }
 
-void expand(const Weight& w, int block, int s, int16_t* out) {
-  if (w.storage == kRuns) return expand_as<kRuns>(w, block, s, out);
-  expand_as<16>(w, block, s, out);
+void expand(const Weight& w, int block, int s, int first, int count, int16_t* out) {
+  if (w.storage == kRuns) return expand_as<kRuns>(w, block, s, first, count, out);
+  expand_as<16>(w, block, s, first, count, out);
+}
+
+template <class T>
+void expand(const Weight& w, int block, int s, T* out) {
+  expand(w, block, s, 0, w.segments[s].chunks, out);
 }
 
 // 16 significands as floats.
@@ -86,8 +91,22 @@ DYBIT_NOINLINE void float_sums(const float* x, const T* w, int padded, float* ou
   });
 }
 
+struct FloatLanes {
+  static constexpr int kCount = 4;
+  float32x4_t of;
+  DYBIT_INLINE static FloatLanes load(const float* p) { return {vld1q_f32(p)}; }
+  DYBIT_INLINE static FloatLanes broadcast(const float* p) { return {vld1q_dup_f32(p)}; }
+  DYBIT_INLINE void store(float* p) const { vst1q_f32(p, of); }
+  DYBIT_INLINE void add_product(FloatLanes a, FloatLanes b) { of = vfmaq_f32(of, a.of, b.of); }
+};
+
+constexpr int kFloatUnit = 1, kFloatTileRows = 6;  // 24 sums, 4 weights, 1 input
+
+#include "float_tile.inc"
+
 void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
-  auto unpack = [&](int block, int s, auto* to) { expand(w, block, s, to); };
+  auto unpack = [&](int block, int s, auto... rest) { expand(w, block, s, rest...); };
+  if (in.rows > 1) return float_units_expanded(w, in, out, first_block, last_block, unpack);
   auto sums = [](const float* x, const auto* rows, int padded, float* d) { float_sums(x, rows, padded, d); };
   float_linear(w, in, out, first_block, last_block, unpack, sums);
 }

@@ -293,14 +293,15 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   const int step = std::max(1, threads > 1 ? std::min(wanted, units / (4 * threads)) : wanted);
   const int steps = (units + step - 1) / step;
   const int most = std::max(kRowsAtOnce, int(kInputBytes / (size * padded)));
+  const int64_t parts = (m + most - 1) / most;  // as good as even: how few FP32 inputs are summed depends on their number
   const size_t work = size_t(m) * weight_.rows * padded;
-  parallel_for((m + most - 1) / most * steps, work < 200000 ? 1 : threads, [&](int i) {
-    const int first = i / steps * most;
+  parallel_for(int(parts) * steps, work < 200000 ? 1 : threads, [&](int i) {
+    const int first = int(i / steps * m / parts), end = int((i / steps + 1) * m / parts);
     int block = i % steps * step * unit;
-    const size_t parts = size_t(first) * segments;
-    const Input in{std::min(most, m - first), kind_, max_input_, data + size * first * padded,
-                   task.segment_sums ? task.segment_sums + parts : nullptr,
-                   task.group_scales ? task.group_scales + parts : nullptr, scratch.rows.data() + first};
+    const size_t before = size_t(first) * segments;
+    const Input in{end - first, kind_, max_input_, data + size * first * padded,
+                   task.segment_sums ? task.segment_sums + before : nullptr,
+                   task.group_scales ? task.group_scales + before : nullptr, scratch.rows.data() + first};
     const Output out{y + int64_t(first) * weight_.rows, weight_.rows, scratch.bias.data()};
     const int last = std::min(weight_.blocks, block + step * unit);
     if (activation == Activation::kNone) return kernels_.linear(weight_, in, out, block, last);

@@ -46,12 +46,39 @@ void linear_block(const Weight& w, const Input& in, const Output& out, int block
   }
 }
 
-void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
-  auto expand = [&](int block, int s, auto* to) { expand_plainly(w, block, s, to); };
-  auto sums = [](const float* x, const auto* rows, int padded, float* d) {
+struct FloatLanes {
+  static constexpr int kCount = kBlockRows;
+  float of[kCount];
+  static FloatLanes load(const float* p) {
+    FloatLanes lanes;
+    std::memcpy(lanes.of, p, sizeof lanes.of);
+    return lanes;
+  }
+  static FloatLanes broadcast(const float* p) {
+    FloatLanes lanes;
+    std::fill_n(lanes.of, kCount, *p);
+    return lanes;
+  }
+  void store(float* p) const { std::memcpy(p, of, sizeof of); }
+  void add_product(const FloatLanes& a, const FloatLanes& b) {
+    for (int i = 0; i < kCount; ++i) of[i] = __builtin_fmaf(a.of[i], b.of[i], of[i]);
+  }
+};
+
+constexpr int kFloatUnit = 1, kFloatTileRows = 1;
+
+#include "float_tile.inc"
+
+void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
+  auto expand = [&](int block, int s, auto... rest) { expand_plainly(w, block, s, rest...); };
+  if (in.rows > 1) return float_units_expanded(w, in, out, first_block, last_block, expand);
+  float_linear(w, in, out, first_block, last_block, expand, [](const float* x, const auto* rows, int padded, float* d) {
     for (int n = 0; n < 4; ++n) d[n] = float_sum(x, rows + int64_t(n) * padded, padded);
-  };
-  if (in.kind == InputKind::kFloat) return float_linear(w, in, out, first_block, last_block, expand, sums);
+  });
+}
+
+void linear(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
+  if (in.kind == InputKind::kFloat) return float_blocks(w, in, out, first_block, last_block);
   for (int block = first_block; block < last_block; ++block) {
     switch (in.kind) {
       case InputKind::kSigned8: linear_block<int8_t>(w, in, out, block); break;

@@ -10,8 +10,9 @@
 //   y = fma(total, input scale of the row, bias)
 //
 // all in FP32, one rounding each; float(d) rounds to nearest even. So all instruction sets agree bit for bit.
-// Unquantized (FP32) inputs: d is a float, summed with fma in 16 lanes (column modulo 16) that are then folded in
-// halves (8, 4, 2, 1).
+// One row of unquantized (FP32) inputs: d is a float, summed with fma in 16 lanes (column modulo 16) that are then folded
+// in halves (8, 4, 2, 1). Several rows: y is the sum with fma, in the order of the columns, of inputs times the values of the
+// weights (significand times scale, rounded once), plus the bias.
 //
 // A chunk of a block is 16 rows × 32 columns; row = 4·L + r lies in 128-bit lane L of register r (of 64 bytes), column
 // = 16·s + j in byte j of that lane:

@@ -5,6 +5,7 @@ Must not know layers or models.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -152,6 +153,8 @@ class PackedWeight:
         self.shape = (spec.rows, spec.columns)
         self.inputs = inputs
         self.isa: str = self._weight.isa
+        #: Up to so many rows, :meth:`linear` takes less time than a product with what :meth:`dequantize` gives.
+        self.most_rows = 1 if inputs.magnitude_bits == 0 and self.isa == "scalar" else sys.maxsize
 
     @property
     def compiled(self) -> Any:  # noqa: ANN401
@@ -183,7 +186,8 @@ class PackedWeight:
         ``max(|x|) / reach`` of every row or group. For every segment of columns (a part of one group whose sum fits 32
         bits, 4096 at most) the sum of the products of significands is an exact integer. It is converted to FP32 and
         multiplied by the scales; the segments are added in order with fused multiply-adds, then multiplied by the
-        row's input scale, and the bias is added (csrc/weight.h). All paths agree bit for bit.
+        row's input scale, and the bias is added (csrc/weight.h). All paths agree bit for bit. Of inputs that are not
+        rounded, products are summed in FP32: for several rows in the order of the columns, with the weights' values.
 
         Args:
             x: float32 of shape (rows, columns), contiguous. A row with NaN gives a row of NaN; infinities saturate.

@@ -29,7 +29,6 @@ SCHEMA = (
     "Tensor? input_scale, Tensor? input_offset, str spec, str input_format, float reach, int input_group_size) "
     "-> Tensor"
 )
-_FEW_ROWS = 4  # up to so many unrounded input rows, the weights are used as they are read, not dequantized first
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 
@@ -150,7 +149,7 @@ def _compute(
     if x.dtype != torch.float32 or not rows.is_contiguous():
         rows = rows.float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
-    if not input_format and rows.shape[0] > _FEW_ROWS:
+    if rows.shape[0] > packed.most_rows:
         y = torch.nn.functional.linear(rows, packed.dequantize(), bias)
     else:
         y = packed.linear(rows, bias, input_scale, input_offset, reach)

@@ -6,7 +6,6 @@ Python needs to look up what was packed, so that lookup is done once, and each c
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import cast
 
@@ -18,7 +17,6 @@ from dybit.kernels import PackedWeight, Product
 from dybit.linear import _packed, _unwatched
 from dybit.tensor import QuantizedTensor
 
-_MOST_ROWS = 4  # of inputs that are not rounded; the product with more is done otherwise
 _SUFFIXES = ("", "_scale", "_choice", "_tensor_scale")
 
 
@@ -47,7 +45,7 @@ class Ready:
         self._isa = kernels.isa()
         self._packed = _packed(weight, input_format, input_group_size)
         self._rows, self._columns, self._reach = weight.spec.rows, weight.spec.columns, reach
-        self._most = sys.maxsize if input_format else _MOST_ROWS
+        self._most = self._packed.most_rows if self._packed else 0
 
     def fits(self, buffers: Mapping[str, Tensor | None], name: str = "weight") -> bool:
         """Whether the buffers are those that were packed, not written to since, and packed for what runs now."""
