@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_infinity_saturates_and_nan_stays():
 
 @needs_kernels
 @pytest.mark.parametrize("family", ["dybit2", "dybit3", "dybit4", "dybit6", "dybit8", "int5", "e2m1"])
-@pytest.mark.parametrize("m", [0, 1, 3])
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 13])
 def test_unrounded_inputs(family, m):
     rng = np.random.default_rng(m)
     books = rivals.family(family).books
@@ -213,6 +214,57 @@ def test_unrounded_inputs(family, m):
         kernels.use(isa)
         packed = kernels.PackedWeight(weight, kernels.InputFormat())
         torch.testing.assert_close(packed.dequantize(), weight.dequantize(), rtol=0, atol=0)
+
+
+def _fma(a, b, c):
+    """a · b + c for FP32, rounded once, by fractions."""
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    near = np.float32(float(exact))  # rounded twice: one of the two nearest
+    nearest = [np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))]
+    return min(nearest, key=lambda x: (abs(Fraction(float(x)) - exact), x.view(np.int32) & 1))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("family", "group_size"), [("dybit4", None), ("dybit8", 24)])
+def test_several_unrounded_rows_are_summed_in_the_order_of_the_columns(family, group_size):
+    rng = np.random.default_rng(0)
+    books = rivals.family(family).books
+    codes = rng.integers(0, 1 << books[0].bits, (2, 300), dtype=np.uint8)
+    choice = rng.integers(0, len(books), (2, -(-300 // (group_size or 300)))).astype(np.uint8)
+    weight = portable(codes, books[0], 0.3, group_size, family, choice)
+    x, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 300), 2))
+    expected = np.zeros((2, 2), np.float32)
+    for k, column in enumerate(weight.dequantize().numpy().T):
+        expected = np.array([[_fma(x[m, k], column[n], expected[m, n]) for n in range(2)] for m in range(2)])
+    found = run_all(weight, "", torch.from_numpy(x), bias=torch.from_numpy(bias))
+    np.testing.assert_array_equal(found, expected + bias)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    ("shape", "group_size"), [((70, 1300), None), ((131, 700), 48), ((16, 4500), 1000), ((1, 1), None)]
+)
+@pytest.mark.usefixtures("three_threads")
+def test_many_unrounded_rows(bits, shape, group_size):
+    """More than are multiplied at once, and no multiples of a tile, a panel or a segment."""
+    rng = np.random.default_rng(0)
+    family = f"dybit{bits}"
+    books = rivals.family(family).books
+    codes = rng.integers(0, 1 << bits, shape, dtype=np.uint8)
+    choice = rng.integers(0, len(books), (shape[0], -(-shape[1] // (group_size or shape[1])))).astype(np.uint8)
+    weight = portable(codes, books[0], 0.01, group_size, family, choice)
+    x = torch.from_numpy(rng.normal(size=(521, shape[1])).astype(np.float32))
+    x[7, 0] = torch.nan
+    found = torch.from_numpy(run_all(weight, "", x))
+    exact = (x.double() @ weight.dequantize().double().T).float()
+    torch.testing.assert_close(
+        found, exact, rtol=1e-4, atol=1e-4 * float(exact.nan_to_num().abs().max()), equal_nan=True
+    )
+    torch.set_num_threads(1)
+    np.testing.assert_array_equal(run_all(weight, "", x), found)
+    few = [run_all(weight, "", part) for part in x.split(100)]
+    np.testing.assert_array_equal(np.concatenate(few), found)
 
 
 @needs_kernels
