@@ -5,7 +5,8 @@ on the next of several copies of its weights, so that the weights of single rows
 disturbances. Printed are medians of the rounds, the quartiles of the paired ratios, and the share of a floor: the
 bytes of the weights over the read bandwidth, or the products over the integer peak, whichever takes longer. Both are
 measured in the same run: memory read in order, and a loop of the path's byte multiplication on registers alone
-(AMX's tiles, vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak. With
+(AMX's tiles, vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak, FP32
+inputs a quarter (but of AMX, which does not multiply them, and where it is not known). With
 one thread the clock is the thread's processor time, so that other programs on the machine disturb the memory but do not
 count; with more it is the wall's. Idle threads of torch, ONNX Runtime and llama.cpp spin for some milliseconds before
 they sleep: with more than one thread every turn waits for that and is preceded by one that is not timed.
@@ -99,8 +100,8 @@ def int8_runs(x: torch.Tensor, rows: int) -> Runs:
     return [lambda layer=layer: layer(x) for layer in layers]
 
 
-def onnx_runs(x: torch.Tensor, rows: int, threads: int) -> Runs:
-    """MatMulNBits, 4 bits, blocks of 128, accuracy_level 4 (8-bit activations)."""
+def onnx_runs(x: torch.Tensor, rows: int, threads: int, accuracy: int) -> Runs:
+    """MatMulNBits, 4 bits, blocks of 128, accuracy_level 4 (8-bit activations) or 1 (FP32)."""
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper
@@ -112,7 +113,7 @@ def onnx_runs(x: torch.Tensor, rows: int, threads: int) -> Runs:
         scale = rng.uniform(0.001, 0.01, rows * columns // 128).astype(np.float32)
         node = helper.make_node(
             "MatMulNBits", ["x", "codes", "scale"], ["y"], domain="com.microsoft",
-            K=columns, N=rows, bits=4, block_size=128, accuracy_level=4,
+            K=columns, N=rows, bits=4, block_size=128, accuracy_level=accuracy,
         )  # fmt: skip
         graph = helper.make_graph(
             [node],
@@ -279,7 +280,9 @@ def cases() -> list[tuple[str, str, str, int, int | None]]:
     ]
     many = [("W4A8", "dybit4", "s8r1", 128, 128), ("W4A8", "dybit4", "s8r1", 512, 128)]
     many += [("W4A4", "dybit4", "s4", 128, 128), ("W8A8 full run", "s8", "s8", 128, None)]
-    return few + many
+    kept = [("W4", "dybit4", "", m, 128) for m in (1, 8, 32, 128, 512)]
+    kept += [("W8", "dybit8", "", m, 128) for m in (1, 32)]
+    return few + many + kept
 
 
 def run_case(
@@ -296,11 +299,12 @@ def run_case(
     contestants = {"dybit": runs, "fp32": float_runs(x, rows)}
     if name == "W4A8":
         contestants["torch int8"] = int8_runs(x, rows)
+    if name in ("W4A8", "W4"):
         try:
-            contestants["ort 4-bit"] = onnx_runs(x, rows, threads)
+            contestants["ort 4-bit"] = onnx_runs(x, rows, threads, 4 if inputs else 1)
         except ImportError:
             print("(onnxruntime and onnx are not installed: left out)")
-        if ggml:
+        if ggml and inputs:
             contestants |= {f"llama.cpp {kind}": ggml_runs(ggml, kind, x, rows, threads) for kind in GGML_TYPES}
             if buffers := ggml_interleaving(ggml):
                 for kind in GGML_TYPES:
@@ -314,8 +318,9 @@ def run_case(
         if key != "dybit"
     }
     reading = size / machine["read_gb_s"] / 1e6
-    wide = inputs in ("s8", "u8")  # significands of 16 bits
-    computing = m * rows * 4096 / machine["peak_gmac_s"] / 1e6 * (2 if wide else 1) if machine["peak_gmac_s"] else 0
+    slower = {"": 4, "s8": 2, "u8": 2}.get(inputs, 1)
+    known = machine["peak_gmac_s"] and (inputs or kernels.isa() != "amx")
+    computing = m * rows * 4096 / machine["peak_gmac_s"] / 1e6 * slower if known else 0
     floor = max(reading, computing)
     row = {"case": name, "rows": m, "n": rows, "group": group, "threads": threads, "isa": kernels.isa(), "ms": median}
     return row | {"faster_than": ratios, "floor_ms": floor, "floor": "read" if reading > computing else "compute"}
