@@ -133,10 +133,13 @@ void expand(const Weight& w, int block, int s, int16_t* out) {
 
 void float_blocks(const Weight& w, const Input& in, const Output& out, int first_block, int last_block) {
   if (in.rows > 1) return float_many(w, in, out, first_block, last_block);
+  alignas(64) float tables[kMaxBooks][16];
+  if (w.storage <= 4)
+    for (int i = 0; i < kMaxBooks * 16; ++i) tables[i / 16][i % 16] = w.tables[i];
   for (int block = first_block; block < last_block; ++block) switch (w.storage) {
-      case 2: float_block<2>(w, in, out, block); break;
-      case 3: float_block<3>(w, in, out, block); break;
-      case 4: float_block<4>(w, in, out, block); break;
+      case 2: float_block_by_table<2>(w, in, out, block, tables); break;
+      case 3: float_block_by_table<3>(w, in, out, block, tables); break;
+      case 4: float_block_by_table<4>(w, in, out, block, tables); break;
       case 8: float_block<8>(w, in, out, block); break;
       case kRuns: float_block<kRuns>(w, in, out, block); break;
       default: float_block<16>(w, in, out, block);

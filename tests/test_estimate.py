@@ -43,7 +43,8 @@ def test_kl_of_the_whole_model():
     subject = Subject(mlp(), mlp_batches())
     model = mlp()
     model[0].weight.data = Twins(subject).of("0", Candidate(3))["0"].weight
-    assert one("kl", subject, "0", Candidate(3)) == pytest.approx(subject.judge.error(model), rel=1e-5)
+    # A small difference of large sums, which the kernels and torch add up in different orders.
+    assert one("kl", subject, "0", Candidate(3)) == pytest.approx(subject.judge.error(model), rel=1e-3)
 
 
 def test_fisher_is_close_to_kl_where_errors_are_small():

@@ -20,7 +20,7 @@ LAYERS = [
     {"hadamard", "scale", "tensor", "ops", "codes", "extension", "kernels", "_kernels", "linear", "conv", "embedding"}
     | {"experts", "image", "ranking", "ready"},
     {"layers", "attach", "attention", "fold", "calibrate", "plan", "ptq", "qat", "model", "checkpoint", "fidelity"}
-    | {"trace", "stream", "fusion", "activation"},
+    | {"trace", "stream", "fusion", "activation", "feedforward"},
     {"subject", "estimate", "sensitivity", "timing", "cost", "constraint", "knapsack", "problem", "trial", "allocation"}
     | {"replay", "shapes", "rundir", "rivalry"},
     {"demo", "report", "cli", "integrations", "onnx", "interchange", "__main__"},
