@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -136,14 +137,14 @@ void float_blocks(const Weight& w, const Input& in, const Output& out, int first
   alignas(64) float tables[kMaxBooks][16];
   if (w.storage <= 4)
     for (int i = 0; i < kMaxBooks * 16; ++i) tables[i / 16][i % 16] = w.tables[i];
-  for (int block = first_block; block < last_block; ++block) switch (w.storage) {
-      case 2: float_block_by_table<2>(w, in, out, block, tables); break;
-      case 3: float_block_by_table<3>(w, in, out, block, tables); break;
-      case 4: float_block_by_table<4>(w, in, out, block, tables); break;
-      case 8: float_block<8>(w, in, out, block); break;
-      case kRuns: float_block<kRuns>(w, in, out, block); break;
-      default: float_block<16>(w, in, out, block);
+  with_storage(w.storage, [&](auto storage) {
+    for (int block = first_block; block < last_block; ++block) {
+      if constexpr (storage <= 4)
+        float_block_by_table<storage>(w, in, out, block, tables);
+      else
+        float_block<storage>(w, in, out, block);
     }
+  });
 }
 
 void dequantize(const Weight& w, float* out, int first_block, int last_block) {
