@@ -55,8 +55,8 @@ def name_of(module: nn.Module | None) -> str:
 class FusedLinear(nn.Module):
     """A quantized linear layer and the activation after it.
 
-    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take, such
-    as other types than float32, the two run one after the other.
+    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take,
+    such as other types than float32, the two run one after the other.
 
     Args:
         layer: The quantized layer; it is shared, not copied.

@@ -219,9 +219,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     A quantized linear layer takes up the ReLU, GELU, SiLU or quick GELU that is its only user, both being children of
     one module; the kernels compute it while the results are in the cache, to within 2e-7 of the exact function.
-    Where its results only go to another quantized linear layer, or only into a product with those of a second one, which
-    goes to a third, as in the feed-forward parts of transformers, the layers are one call of the kernels, with the same
-    results.
+    Where its results only go to another quantized linear layer, or only into a product with those of a second one,
+    which goes to a third, as in the feed-forward parts of transformers, the layers are one call of the kernels, with
+    the same results.
 
     Args:
         model: A model after :func:`dybit.quantize_`, in evaluation mode. It is not changed; layers are shared with it.
