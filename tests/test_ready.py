@@ -109,3 +109,18 @@ def test_weights_made_in_inference_mode():
 def test_what_has_to_be_asked_for():
     weight = quantize(torch.randn(24, 64), TensorSpec("nf4", (24, 64)))  # the kernels cannot hold it
     assert Ready(weight).multiply(torch.randn(1, 64), None) is None
+
+
+@torch.no_grad()
+def test_the_scalar_kernels_leave_several_unrounded_rows_to_torch():
+    if "scalar" not in kernels.available():
+        pytest.skip("no compiled kernels")
+    module, x, before = layer(), torch.randn(8, 64), kernels.isa()
+    weight = module.quantized_tensor()
+    try:
+        kernels.use("scalar")
+        assert kernels.PackedWeight(weight, kernels.InputFormat()).most_rows == 1
+        assert kernels.PackedWeight(weight, kernels.input_format("s8")).most_rows > 1000
+        assert torch.equal(module(x), nn.functional.linear(x, weight.dequantize(), module.bias))
+    finally:
+        kernels.use(before)
