@@ -76,8 +76,7 @@ InputKind input_kind(int storage, int, int max_input, bool is_signed) {
 template <int kStorage>
 void expand8(const Weight& w, int block, int s, int8_t* out) {
   const Segment& segment = w.segments[s];
-  const uint8_t* choices =
-      w.choices + (size_t(block) * (w.choice_by_segment ? w.segment_count : 1) + (w.choice_by_segment ? s : 0)) * 16;
+  const uint8_t* choices = w.choices_at(block, s);
   __m512i table[4] = {};
   if (kStorage < 8) load_tables(w.tables, choices, table);
   const int64_t stride = int64_t(segment.chunks) * kChunk;
@@ -108,9 +107,8 @@ void expand(const Weight& w, int block, int s, int8_t* out) {
 template <int kStorage>
 void expand16(const Weight& w, int block, int s, int16_t* out) {
   const Segment& segment = w.segments[s];
-  const size_t unit = size_t(block) * (w.choice_by_segment ? w.segment_count : 1) + (w.choice_by_segment ? s : 0);
   Tables<kStorage> table;
-  if (kHasTables<kStorage>) table.load(w, w.tables, w.choices + unit * kBlockRows);
+  if (kHasTables<kStorage>) table.load(w, w.tables, w.choices_at(block, s));
   const int64_t stride = int64_t(segment.chunks) * kChunk;
   const uint8_t* p = w.codes + (size_t(block) * w.chunk_count + segment.chunk) * w.chunk_bytes;
   for (int c = 0; c < segment.chunks; ++c, p += w.chunk_bytes, out += kChunk) {

@@ -30,7 +30,7 @@ void linear_block(const Weight& w, const Input& in, const Output& out, int block
     const Segment& segment = w.segments[s];
     const int length = segment.chunks * kChunk;
     expand_plainly(w, block, s, scratch.data());
-    const float* scale = w.scales + (size_t(block) * w.segment_count + s) * kBlockRows;
+    const float* scale = w.scales_at(block, s);
     for (int m = 0; m < in.rows; ++m) {
       const T* xs = x + (int64_t(m) * w.chunk_count + segment.chunk) * kChunk;
       const float group_scale = in.group_scales ? in.group_scales[int64_t(m) * w.segment_count + s] : 1.0f;

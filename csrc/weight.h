@@ -83,6 +83,12 @@ struct Weight {
   const int8_t* tables;  // [kMaxBooks][16] significands by code, repeated to 16 entries
   const Runs* runs;      // by codebook; storage kRuns only
   int max_weight;        // largest magnitude of a significand
+
+  // Of the 16 rows of a block in a segment.
+  const float* scales_at(int block, int s) const { return scales + (size_t(block) * segment_count + s) * kBlockRows; }
+  const uint8_t* choices_at(int block, int s) const {
+    return choices + (choice_by_segment ? size_t(block) * segment_count + s : size_t(block)) * kBlockRows;
+  }
 };
 
 struct Input {
