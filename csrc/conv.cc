@@ -311,6 +311,7 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
   const bool direct = finish.plain();
   const float unit = unit_of(weights_[0]->input());
   const int64_t total = per_sample * batch;
+  if (total == 0) return true;
   const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes) / 6 * 6, kLeastTile, direct ? 1536 : 96);
   const int64_t tiles = (total + tile - 1) / tile;
   // Where there are fewer tiles than threads, the rows of the weights are divided, too.
@@ -370,8 +371,8 @@ bool Conv::multiply(const Run& run, const Image& image, const float* bias, const
 Depthwise::Depthwise(const float* significands, const float* scales, const ConvGeometry& geometry,
                      const InputFormat& input)
     : geometry_(geometry), input_(input), padded_channels_((geometry.channels + kLanes - 1) / kLanes * kLanes) {
-  if (geometry.kernel[0] != 1 || geometry.groups != geometry.channels)
-    throw std::invalid_argument("the convolution is not one of single channels in one or two dimensions");
+  if (geometry.groups != geometry.channels)
+    throw std::invalid_argument("the convolution is not one of single channels");
   const int taps = int(volume(geometry.kernel));
   weights_.assign(size_t(taps) * padded_channels_, 0.0f);
   scales_.assign(padded_channels_, 0.0f);
@@ -397,82 +398,83 @@ std::vector<float> Depthwise::biases(const float* bias, const float* offset) con
   return result;
 }
 
-// Some rows of the outputs of a sample, from FP32 inputs that are rounded on the way or from an image.
-struct Depthwise::Band {
-  const ConvInput* input;  // or null
+// What is convolved: FP32 inputs that are rounded on the way, or an image.
+struct Depthwise::Source {
+  const float* x;  // or null
   const Image* image;
-  int sample, first, last;
+  int batch;
   Extent size;
-  float scale;
-  const float* offset;
-  const float* bias;
-  const Finish& finish;
+  const float* scales;  // of every sample
+  const float* offset;  // of x, or null
+};
+
+// Some lines of one plane of the outputs of a sample.
+struct Depthwise::Band {
+  int sample, plane, first, last;
 };
 
 bool Depthwise::run(const ConvInput& input, float* y, const float* bias, int threads) const {
   const CodeKernels& codes = *kernels().codes;
   const int64_t elements = volume(input.size) * geometry_.channels;
-  const std::vector<float> all = biases(bias, input.offset);
   std::vector<float> scales(input.batch);
   for (int sample = 0; sample < input.batch; ++sample)
     scales[sample] = sample_scale(input, codes, input.x + sample * elements, elements);
   const Finish finish{y, nullptr, -kInfinity, kInfinity, nullptr, {}};
-  std::atomic<bool> unknown{false};
-  const int rows = geometry_.output(input.size)[1];
-  const bool divide = threads > 1 && elements * input.batch > kLittle;
-  const int bands = divide ? std::clamp(rows / 4, 1, 2 * threads) : 1;
-  parallel_for(input.batch * bands, divide ? threads : 1, [&](int i) {
-    const int sample = i / bands, band = i % bands;
-    if (!run_band({&input, nullptr, sample, int(int64_t(rows) * band / bands), int(int64_t(rows) * (band + 1) / bands),
-                   input.size, scales[sample], input.offset, all.data(), finish}))
-      unknown = true;
-  });
-  return !unknown;
+  return run_bands({input.x, nullptr, input.batch, input.size, scales.data(), input.offset},
+                   biases(bias, input.offset), finish, threads);
 }
 
 bool Depthwise::run(const Image& image, int batch, const Extent& size, float scale, const float* offset,
                     const float* bias, const Finish& finish, int threads) const {
-  const std::vector<float> all = biases(bias, offset);
-  const Extent places = geometry_.output(size);
-  if (finish.image) clear_border(*finish.image, batch, places);
+  if (finish.image) clear_border(*finish.image, batch, geometry_.output(size));
+  const std::vector<float> scales(batch, scale);
+  return run_bands({nullptr, &image, batch, size, scales.data(), nullptr}, biases(bias, offset), finish, threads);
+}
+
+bool Depthwise::run_bands(const Source& source, const std::vector<float>& bias, const Finish& finish,
+                          int threads) const {
+  const Extent places = geometry_.output(source.size);
+  const int64_t elements = volume(source.size) * geometry_.channels * source.batch;
+  const int planes = places[0], lines = places[1];
+  const bool divide = threads > 1 && elements > kLittle;
+  const int bands = divide ? std::clamp(lines / 4, 1, 2 * threads) : 1;
   std::atomic<bool> unknown{false};
-  const int rows = places[1];
-  const bool divide = threads > 1 && volume(size) * geometry_.channels * batch > kLittle;
-  const int bands = divide ? std::clamp(rows / 4, 1, 2 * threads) : 1;
-  parallel_for(batch * bands, divide ? threads : 1, [&](int i) {
-    const int sample = i / bands, band = i % bands;
-    if (!run_band({nullptr, &image, sample, int(int64_t(rows) * band / bands), int(int64_t(rows) * (band + 1) / bands),
-                   size, scale, nullptr, all.data(), finish}))
-      unknown = true;
+  parallel_for(source.batch * planes * bands, divide ? threads : 1, [&](int i) {
+    const int band = i % bands, plane = i / bands % planes, sample = i / bands / planes;
+    const int first = int(int64_t(lines) * band / bands), last = int(int64_t(lines) * (band + 1) / bands);
+    if (!run_band(source, {sample, plane, first, last}, bias.data(), finish)) unknown = true;
   });
   return !unknown;
 }
 
-// Rows of input become FP32 when the first row of outputs needs them, and are kept in as many slots as one needs.
-bool Depthwise::run_band(const Band& band) const {
+// Lines of input become FP32 when the first line of outputs needs them, and are kept in as many slots as one needs: a ring
+// for every plane of the kernel.
+bool Depthwise::run_band(const Source& source, const Band& band, const float* bias, const Finish& finish) const {
   const ConvGeometry& g = geometry_;
   const CodeKernels& codes = *kernels().codes;
-  const Extent padded = g.padded(band.size), places = g.output(band.size);
-  const Image* image = band.image;
-  const int64_t line = int64_t(band.size[2]) * g.channels;
+  const Extent size = source.size, padded = g.padded(size), places = g.output(size);
+  const Image* image = source.image;
+  const int64_t line = int64_t(size[2]) * g.channels;
   const int64_t stride = image && image->pitch >= padded_channels_ ? image->pitch : padded_channels_;
-  const int slots = (g.kernel[1] - 1) * g.dilation[1] + 1;
+  const int slots = (g.kernel[1] - 1) * g.dilation[1] + 1, depth = g.kernel[0];
   const size_t slot = size_t(padded[2]) * stride;
-  auto* ring = reinterpret_cast<float*>(scratch<5>(slot * slots * sizeof(float)));
-  if (!image || image->pitch != stride) std::memset(ring, 0, slot * slots * sizeof(float));
-  const float* x = image ? nullptr : band.input->x + int64_t(band.sample) * band.size[1] * line;
-  const Rounding rounding = rounding_of(input_, band.scale, band.offset);
-  const int taps = g.kernel[1] * g.kernel[2];
+  const size_t bytes = slot * slots * depth * sizeof(float);
+  auto* ring = reinterpret_cast<float*>(scratch<5>(bytes));
+  if (!image || image->pitch != stride) std::memset(ring, 0, bytes);
+  const float* x = image ? nullptr : source.x + int64_t(band.sample) * size[0] * size[1] * line;
+  const float scale = source.scales[band.sample];
+  const Rounding rounding = rounding_of(input_, scale, source.offset);
+  const int taps = int(volume(g.kernel));
   std::vector<const float*> sources(taps);
-  const DepthwiseTask task{weights_.data(), scales_.data(), band.bias, sources.data(), taps, g.channels, padded_channels_,
-                           g.stride[2] * stride, band.scale / unit_of(input_)};
-  const bool plain = band.finish.plain();
+  const DepthwiseTask task{weights_.data(), scales_.data(), bias, sources.data(), taps, g.channels, padded_channels_,
+                           g.stride[2] * stride, scale / unit_of(input_)};
+  const bool plain = finish.plain();
   float* results = plain ? nullptr : reinterpret_cast<float*>(scratch<7>(size_t(places[2]) * g.channels * sizeof(float)));
   bool unknown = false;
-  // Converts a row of an image, border and all; rounds a row of inputs.
-  auto from_image = [&](int row, float* to) {
-    const Extent whole = image->padded(band.size), corner = minus(image->before, g.before);
-    const uint8_t* from = image->data + inside({corner[0], corner[1] + row, corner[2]}, band.sample, whole) *
+  // Converts a line of an image, border and all; rounds a line of inputs. Planes and lines are those of the padded input.
+  auto from_image = [&](int d, int h, float* to) {
+    const Extent whole = image->padded(size), corner = minus(image->before, g.before);
+    const uint8_t* from = image->data + inside({corner[0] + d, corner[1] + h, corner[2]}, band.sample, whole) *
                                             image->pitch * image->element();
     if (image->pitch == stride) {
       codes.convert(image->kind, from, int64_t(slot), InputKind::kFloat, to);
@@ -482,36 +484,41 @@ bool Depthwise::run_band(const Band& band) const {
                       to + w * stride);
     }
   };
-  auto from_input = [&](int row, float* to) {
-    const int from = row - g.before[1];
-    if (from < 0 || from >= band.size[1]) {
+  auto from_input = [&](int d, int h, float* to) {
+    d -= g.before[0], h -= g.before[1];
+    if (d < 0 || d >= size[0] || h < 0 || h >= size[1]) {
       std::memset(to, 0, slot * sizeof(float));
       return;
     }
     to += g.before[2] * stride;
+    const float* from = x + (int64_t(d) * size[1] + h) * line;
     if (stride == g.channels) {
-      unknown |= codes.significands(rounding, InputKind::kFloat, x + from * line, line, to);
+      unknown |= codes.significands(rounding, InputKind::kFloat, from, line, to);
     } else {
-      for (int w = 0; w < band.size[2]; ++w)
-        unknown |= codes.significands(rounding, InputKind::kFloat, x + from * line + int64_t(w) * g.channels, g.channels,
+      for (int w = 0; w < size[2]; ++w)
+        unknown |= codes.significands(rounding, InputKind::kFloat, from + int64_t(w) * g.channels, g.channels,
                                       to + w * stride);
     }
   };
-  int next = band.first * g.stride[1];  // row of the padded image
+  const int front = band.plane * g.stride[0];
+  int next = band.first * g.stride[1];
   for (int row = band.first; row < band.last; ++row) {
     const int top = row * g.stride[1];
-    for (next = std::max(next, top); next < top + slots; ++next) {
-      float* to = ring + next % slots * slot;
-      image ? from_image(next, to) : from_input(next, to);
-    }
+    for (next = std::max(next, top); next < top + slots; ++next)
+      for (int k = 0; k < depth; ++k) {
+        const int d = front + k * g.dilation[0];
+        float* to = ring + (size_t(k) * slots + next % slots) * slot;
+        image ? from_image(d, next, to) : from_input(d, next, to);
+      }
     for (int tap = 0; tap < taps; ++tap) {
-      const int h = top + tap / g.kernel[2] * g.dilation[1], w = tap % g.kernel[2] * g.dilation[2];
-      sources[tap] = ring + h % slots * slot + w * stride;
+      const Extent k = at_place(tap, g.kernel);
+      const int h = top + k[1] * g.dilation[1], w = k[2] * g.dilation[2];
+      sources[tap] = ring + (size_t(k[0]) * slots + h % slots) * slot + w * stride;
     }
-    const int64_t start = (int64_t(band.sample) * places[1] + row) * places[2];
-    codes.depthwise(task, places[2], plain ? band.finish.y + start * g.channels : results);
+    const int64_t start = inside({band.plane, row, 0}, band.sample, places);
+    codes.depthwise(task, places[2], plain ? finish.y + start * g.channels : results);
     if (!plain)
-      unknown |= finish_some(codes, band.finish, places, g.channels, results, g.channels, false, start, places[2], 0, g.channels);
+      unknown |= finish_some(codes, finish, places, g.channels, results, g.channels, false, start, places[2], 0, g.channels);
   }
   return !unknown;
 }

@@ -137,8 +137,10 @@ class Depthwise {
            const Finish& finish, int threads) const;
 
  private:
+  struct Source;
   struct Band;
-  bool run_band(const Band& band) const;
+  bool run_bands(const Source& source, const std::vector<float>& bias, const Finish& finish, int threads) const;
+  bool run_band(const Source& source, const Band& band, const float* bias, const Finish& finish) const;
   std::vector<float> biases(const float* bias, const float* offset) const;
 
   ConvGeometry geometry_;

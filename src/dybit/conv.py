@@ -137,7 +137,7 @@ def _pack_depthwise(
     weight: QuantizedTensor, extents: list[tuple[int, ...]], groups: int, inputs: kernels.InputFormat
 ) -> Packed | None:
     compiled, spec = extension.load(), weight.spec
-    if spec.rows != groups or spec.groups != 1 or extents[0][0] != 1 or compiled is None:
+    if spec.rows != groups or spec.groups != 1 or compiled is None:
         return None
     significands, scales = kernels.significands(weight)
     largest = kernels.max_significand(inputs) * float(significands.abs().sum(1).max())
@@ -170,6 +170,7 @@ def _conv(
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
     _check(x, bias, stored, groups, input_format)
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    shape = (x.shape[0], stored.spec.rows, *output_size(x.shape, stored.spec.shape, *geometry))
     packed = None
     if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu" and x.numel():
         key = (input_format, *geometry, groups, input_offset is not None)
@@ -188,7 +189,6 @@ def _conv(
     if packed is not None:
         to_last = (0, *range(2, x.ndim), 1)
         given = x.detach().permute(to_last).float().contiguous()
-        shape = (x.shape[0], stored.spec.rows, *output_size(x.shape, stored.spec.shape, *geometry))
         out = torch.empty(shape, dtype=x.dtype, memory_format=layout)
         last = out.permute(to_last)
         direct = out.dtype == torch.float32 and last.is_contiguous()
@@ -238,11 +238,20 @@ def _torch_padding(padding: Sequence[int]) -> list[int]:
 def output_size(
     shape: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """The size of the result, from the shapes of input and weight."""
-    return [
-        (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate(shape[2:])
-    ]
+    """The size of the result, from the shapes of input and weight.
+
+    Raises:
+        DyBitError: A sample is empty, or smaller than the kernel.
+    """
+    padded = [size + padding[2 * i] + padding[2 * i + 1] for i, size in enumerate(shape[2:])]
+    reach = [dilation[i] * (size - 1) + 1 for i, size in enumerate(weight[2:])]
+    if any(size < need for size, need in zip(padded, reach, strict=True)):
+        raise DyBitError(
+            f"x must be at least as large as the kernel, which covers {reach}, but is {padded} with padding"
+        )
+    if any(size == 0 for size in shape[2:]) and shape[0] != 0:
+        raise DyBitError(f"x must have no empty dimension besides the batch, but has size {list(shape[2:])}")
+    return [(size - need) // step + 1 for size, need, step in zip(padded, reach, stride, strict=True)]
 
 
 def _layout(x: Tensor) -> torch.memory_format:

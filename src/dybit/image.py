@@ -128,7 +128,9 @@ def _round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str, border:
         return _encode(x, scale, offset, made)
     image = torch.empty(made.shape(x.shape[0], x.shape[1], size), dtype=dtype)
     given = _last(x)
-    if given.numel() and not compiled.round_to_image(
+    if given.numel() == 0:
+        return image.zero_()  # the border of an empty sample
+    if not compiled.round_to_image(
         given.data_ptr(), x.shape[0], _three(size), _rounded(made, scale, offset), _picture(image, borders, x.shape[1]),
         torch.get_num_threads(),
     ):  # fmt: skip
@@ -222,7 +224,7 @@ class Prepared:
         self._geometry = (tuple(stride), tuple(padding), tuple(dilation))
         self._groups, self._limits, self._keep = groups, (low, high), keep
         size = tuple(n - border[2 * i] - border[2 * i + 1] for i, n in enumerate(shape[1:-1]))
-        places = output_size((0, 0, *size), weight.spec.shape, *self._geometry)
+        places = output_size((shape[0], 0, *size), weight.spec.shape, *self._geometry)
         batch, outputs, channels = shape[0], weight.spec.shape[0], weight.spec.shape[1] * groups
         if tuple(shape) != self._made.shape(batch, channels, size):
             raise DyBitError(f"image must be of {channels} channels, but has shape {tuple(shape)}")
@@ -353,7 +355,7 @@ def _conv_shape(image: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: AN
     spec, stride, padding, dilation, _, name, border, _, _, keep, out_format, out_border = rest[10:]
     shape = read_spec(spec).shape
     size = ImageFormat(name, tuple(border)).size(image)
-    places = output_size((0, 0, *size), shape, stride, padding, dilation)
+    places = output_size((image.shape[0], 0, *size), shape, stride, padding, dilation)
     y = image.new_empty((image.shape[0], *places, shape[0]) if keep else (0,), dtype=torch.float32)
     result = image.new_empty(0)
     if out_format:
