@@ -1,4 +1,9 @@
-"""Errors that dybit raises for bad input, and its warning. Must not know any other module of dybit."""
+"""Errors that dybit raises for bad input, its warning, and the check of names that users write."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
 
 
 class DyBitError(ValueError):
@@ -15,3 +20,16 @@ class MissingExtraError(DyBitError, ImportError):
 
 class DyBitWarning(UserWarning):
     """Something was left as it was, and the result is still correct."""
+
+
+def check_keys(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Checks that every given name is known.
+
+    Raises:
+        DyBitError: A name is not known; the message names the nearest one.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise DyBitError(f"{what} has the unknown name {name!r}; {hint}")

@@ -13,8 +13,7 @@ from typing import Any
 
 from dybit.accelerator.datapath import CONTAINERS, FIELD_BITS, Mode, lane_bits, modes
 from dybit.accelerator.energy import EnergyTable
-from dybit.accelerator.names import check_keys
-from dybit.errors import DyBitError
+from dybit.errors import DyBitError, check_keys
 from dybit.integrity import check_regular
 
 SCHEDULES = ("jit", "scalesim")

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dybit.accelerator.datapath import modes
-from dybit.accelerator.names import check_keys
-from dybit.errors import DyBitError
+from dybit.errors import DyBitError, check_keys
 
 MEMORY_EVENTS = ("activation_sram_bit", "weight_sram_bit", "sum_sram_bit", "dram_bit")
 EVENTS = tuple(f"mac_w{mode.weight_bits}a{mode.activation_bits}" for mode in modes()) + MEMORY_EVENTS

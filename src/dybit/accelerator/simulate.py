@@ -14,8 +14,7 @@ from dybit.accelerator.config import Config
 from dybit.accelerator.datapath import FIELD_BITS, mode
 from dybit.accelerator.mapping import compute_cycles, map_layer
 from dybit.accelerator.memory import Traffic, cheapest
-from dybit.accelerator.names import check_keys
-from dybit.errors import DyBitError
+from dybit.errors import DyBitError, check_keys
 from dybit.workload import Layer, Workload
 
 Bits = tuple[int, int]
