@@ -24,8 +24,8 @@ import torch
 from transformers import StaticCache
 
 import dybit
-from dybit import kernels
 from dybit.demo import minilm, smollm2
+from dybit.operators import packed_weight
 
 RECIPE = {"weights": 4, "group_size": 64, "activations": "int8", "activation_mode": "dynamic", "method": "absmax"}
 
@@ -70,7 +70,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     results: dict[str, Any] = {}
-    print(f"{kernels.isa()}, {torch.get_num_threads()} threads, {clock.__name__}\n")
+    print(f"{packed_weight.isa()}, {torch.get_num_threads()} threads, {clock.__name__}\n")
     print("| model | | ms | times FP32 eager |\n|---|---|---|---|")
     for name in options.model:
         with torch.no_grad():
@@ -92,7 +92,7 @@ def main() -> None:
             shown = f"{ratio:.2f}× ({low:.2f} to {high:.2f})"
             print(f"| {name} | {kind} | {statistics.median(values):.1f} | {shown} |", flush=True)
     if options.json:
-        facts = {"isa": kernels.isa(), "threads": torch.get_num_threads(), "clock": clock.__name__}
+        facts = {"isa": packed_weight.isa(), "threads": torch.get_num_threads(), "clock": clock.__name__}
         options.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
 
 

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 
 from dybit import CpuCost, Recipe, demo, quantize_
-from dybit.calibrate import run_batch
-from dybit.candidate import as_candidates
-from dybit.subject import Subject
-from dybit.timing import compare, machine
+from dybit.measure.timing import compare, machine
+from dybit.mixed_precision.candidate import as_candidates
+from dybit.mixed_precision.measured_model import Subject
+from dybit.models.running import run_batch
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dybit import Recipe, fuse, kernels, quantize_
+from dybit import Recipe, fuse, quantize_
 from dybit.demo.sentences import minilm
+from dybit.operators import packed_weight
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     quantized = quantize_(copy.deepcopy(exact), recipe)
     models = {"fp32": exact, "dybit": quantized, "fused": fuse(quantized)}
     results = []
-    print(f"{kernels.isa()}\n\n| batch | threads | FP32 ms | dybit ms | times faster | fused ms | times faster |")
+    print(f"{packed_weight.isa()}\n\n| batch | threads | FP32 ms | dybit ms | times faster | fused ms | times faster |")
     print("|---|---|---|---|---|---|---|")
     for threads in dict.fromkeys(options.threads):
         torch.set_num_threads(threads)
@@ -65,7 +66,7 @@ def main() -> None:
             )
             print(row, flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"isa": kernels.isa(), "results": results}, indent=1))
+        options.json.write_text(json.dumps({"isa": packed_weight.isa(), "results": results}, indent=1))
 
 
 if __name__ == "__main__":

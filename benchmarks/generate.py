@@ -27,8 +27,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import dybit
-from dybit import kernels
 from dybit.demo import smollm2, smollm2_tokenizer
+from dybit.operators import packed_weight
 
 CONFIGS = {
     "W4, head 8": {"weights": 4, "group_size": 64},
@@ -87,7 +87,7 @@ def main() -> None:
                 first, whole = generate(models[name], 1)[1], generate(models[name], options.tokens)[1]
                 firsts[name].append(first)
                 rates[name].append((options.tokens - 1) / (whole - first))
-    print(f"{kernels.isa()}, {torch.get_num_threads()} threads, {clock.__name__}, eager\n")
+    print(f"{packed_weight.isa()}, {torch.get_num_threads()} threads, {clock.__name__}, eager\n")
     print(f"| model | tokens/s | times FP32 | prompt of {prompt.shape[1]}, ms | text |\n|---|---|---|---|---|")
     results = {}
     for name, values in rates.items():
@@ -97,7 +97,7 @@ def main() -> None:
         shown = " ".join(text[name].split())[:60]
         print(f"| {name} | {rate:.1f} | {ratio:.2f}× ({low:.2f} to {high:.2f}) | {first:.0f} | {shown} |")
     if options.json:
-        facts = {"isa": kernels.isa(), "threads": torch.get_num_threads(), "clock": clock.__name__}
+        facts = {"isa": packed_weight.isa(), "threads": torch.get_num_threads(), "clock": clock.__name__}
         options.json.write_text(json.dumps({**facts, "results": results, "text": text}, indent=1) + "\n")
 
 

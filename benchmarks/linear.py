@@ -30,8 +30,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dybit import extension, kernels, packing, rivals
-from dybit.tensor import QuantizedTensor, TensorSpec
+from dybit.formats import catalogue, packing
+from dybit.kernels import extension
+from dybit.operators import packed_weight
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 Runs = list[Callable[[], object]]
 
@@ -56,7 +58,7 @@ def copies(nbytes: int, batch: int) -> int:
 def random_weight(family: str, rows: int, columns: int, group: int | None) -> QuantizedTensor:
     """Random codes, scales and choices: speed does not depend on them."""
     rng = np.random.default_rng(0)
-    book = rivals.family(family).books[0]
+    book = catalogue.family(family).books[0]
     granularity = "group" if group else "channel"
     spec = TensorSpec(family, (rows, columns), granularity, group, "fp32", granularity)
     packed = torch.from_numpy(rng.integers(0, 256, spec.packed_shape, dtype=np.uint8))
@@ -64,7 +66,7 @@ def random_weight(family: str, rows: int, columns: int, group: int | None) -> Qu
     choice = None
     if spec.choice_shape:
         units = spec.unit_shape(spec.choice)
-        books = len(rivals.family(family).books)
+        books = len(catalogue.family(family).books)
         index = rng.integers(0, books, units, dtype=np.uint8)
         flat = index.reshape(1, -1) if units[1] == 1 else index
         choice = torch.from_numpy(packing.pack(flat, spec.choice_bits))
@@ -75,9 +77,9 @@ def random_weight(family: str, rows: int, columns: int, group: int | None) -> Qu
 def dybit_runs(family: str, inputs: str, x: torch.Tensor, rows: int, group: int | None) -> tuple[Runs, int]:
     """The layer of dybit on copies of its weight, and the bytes that one run reads."""
     weight = random_weight(family, rows, x.shape[1], group)
-    form = kernels.input_format(inputs)
-    first = kernels.PackedWeight(weight, form)
-    weights = [first, *(kernels.PackedWeight(weight, form) for _ in range(copies(first.nbytes, x.shape[0]) - 1))]
+    form = packed_weight.input_format(inputs)
+    first = packed_weight.PackedWeight(weight, form)
+    weights = [first, *(packed_weight.PackedWeight(weight, form) for _ in range(copies(first.nbytes, x.shape[0]) - 1))]
     return [lambda w=w: w.linear(x, reach=1.9) for w in weights], first.nbytes
 
 
@@ -102,8 +104,9 @@ def int8_runs(x: torch.Tensor, rows: int) -> Runs:
 
 def onnx_runs(x: torch.Tensor, rows: int, threads: int, accuracy: int) -> Runs:
     """MatMulNBits, 4 bits, blocks of 128, accuracy_level 4 (8-bit activations) or 1 (FP32)."""
-    import onnx
     import onnxruntime as ort
+
+    import onnx
     from onnx import TensorProto, helper
 
     array, columns, rng = x.numpy(), x.shape[1], np.random.default_rng(0)
@@ -319,10 +322,18 @@ def run_case(
     }
     reading = size / machine["read_gb_s"] / 1e6
     slower = {"": 4, "s8": 2, "u8": 2}.get(inputs, 1)
-    known = machine["peak_gmac_s"] and (inputs or kernels.isa() != "amx")
+    known = machine["peak_gmac_s"] and (inputs or packed_weight.isa() != "amx")
     computing = m * rows * 4096 / machine["peak_gmac_s"] / 1e6 * slower if known else 0
     floor = max(reading, computing)
-    row = {"case": name, "rows": m, "n": rows, "group": group, "threads": threads, "isa": kernels.isa(), "ms": median}
+    row = {
+        "case": name,
+        "rows": m,
+        "n": rows,
+        "group": group,
+        "threads": threads,
+        "isa": packed_weight.isa(),
+        "ms": median,
+    }
     return row | {"faster_than": ratios, "floor_ms": floor, "floor": "read" if reading > computing else "compute"}
 
 
@@ -339,7 +350,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.5, help="of every measurement")
     parser.add_argument("--rows", type=int, nargs="+", default=[4096, 11008], help="N of the layers; K is 4096")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--isa", nargs="+", default=[kernels.isa()])
+    parser.add_argument("--isa", nargs="+", default=[packed_weight.isa()])
     parser.add_argument("--ggml", type=Path, help="where libggml-base and -cpu are, if not in llama-cpp-python")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
@@ -352,7 +363,7 @@ def main() -> None:
     for threads in dict.fromkeys(options.threads):
         torch.set_num_threads(threads)
         for isa in options.isa:
-            kernels.use(isa)
+            packed_weight.use(isa)
             machine = {"read_gb_s": bandwidth(), "peak_gmac_s": integer_peak()}
             machines.append({"threads": threads, "isa": isa, **machine})
             print(f"\n{isa}, {threads} threads: reads {machine['read_gb_s']:.1f} GB/s, "

@@ -27,7 +27,8 @@ import torch
 
 import dybit
 import dybit.demo
-from dybit.model import dequantize_, quantized_layers
+from dybit.layers.quantized import quantized_layers
+from dybit.models.preparation import dequantize_
 
 LENGTH = 512
 ROWS = 128  # logits of a sequence that are compared at once

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dybit import Recipe, quantize_
 from dybit.demo import half, minilm, minilm_batches, minilm_tokenizer, prose
-from dybit.fidelity import pair_spearman, similarities, sqnr
+from dybit.measure.fidelity import pair_spearman, similarities, sqnr
 
 PARTS = 10
 

@@ -14,9 +14,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from qat import NETWORKS, accuracy, start
-
 from dybit import Recipe, quantize_
+from qat import NETWORKS, accuracy, start
 
 FORMATS: dict[str, Callable[[int], int | str]] = {
     "dybit": lambda b: f"dybit{b}",

@@ -24,7 +24,7 @@ import torch
 
 from dybit import Recipe, quantize_
 from dybit.demo import efficientnet_lite0, image_batches
-from dybit.fidelity import Reference
+from dybit.measure.fidelity import Reference
 
 _BATCH = 8
 

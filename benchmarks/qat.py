@@ -25,7 +25,7 @@ from torch.nn import functional
 from dybit import Recipe, prepare_qat_
 from dybit.demo.classifiers import DigitCNN, DigitViT, SignalCNN
 from dybit.demo.toy import Labelled, digits, mnist1d
-from dybit.qat.model import BatchNorm
+from dybit.qat.prepare import BatchNorm
 
 BATCH = 100
 LEARNING_RATE = 1e-3  # of quantization-aware training, by Adam, falling to zero as a cosine

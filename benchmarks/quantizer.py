@@ -16,9 +16,9 @@ from unittest import mock
 
 import torch
 
-from dybit import extension
-from dybit.ops import fake_quantize, fake_quantize_dynamic
-from dybit.tensor import TensorSpec, quantize
+from dybit.kernels import extension
+from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
+from dybit.tensors.quantized_tensor import TensorSpec, quantize
 
 
 def measure(run: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:

@@ -23,12 +23,12 @@ from torch import nn
 
 from dybit import AcceleratorCost, MaxDrop, SizeCost
 from dybit import demo as demos
-from dybit.candidate import as_candidates
-from dybit.cost import cost_table
-from dybit.problem import Problem
-from dybit.sensitivity import measure
-from dybit.subject import Subject
-from dybit.trial import Point, Trial
+from dybit.mixed_precision.candidate import as_candidates
+from dybit.mixed_precision.cost import cost_table
+from dybit.mixed_precision.measured_model import Subject
+from dybit.mixed_precision.problem import Problem
+from dybit.mixed_precision.sensitivity import measure
+from dybit.mixed_precision.trial import Point, Trial
 
 ACCELERATOR = "8/8,6/6,4/8,4/4,2/8,2/4,2/2"
 SIZE = "8,6,5,4,3,2"

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from quantize_smollm2 import PeakMemory
 
-from dybit.stream import Job, quantize_files, read_source
-from dybit.tensor import TensorSpec
+from dybit.models.streaming import Job, quantize_files, read_source
+from dybit.tensors.quantized_tensor import TensorSpec
 
 SHAPE = (4096, 14336)
 

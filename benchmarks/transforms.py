@@ -17,7 +17,7 @@ import torch
 
 from dybit import Recipe, quantize_
 from dybit.demo import efficientnet_lite0, image_batches, minilm, minilm_batches, smollm2, smollm2_batches
-from dybit.fidelity import Reference
+from dybit.measure.fidelity import Reference
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "W4": {"weights": 4},

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dybit import Recipe, fuse, kernels, quantize_
-from dybit.fold import find_pairs, fold_
+from dybit import Recipe, fuse, quantize_
+from dybit.models.batch_norm import find_pairs, fold_
+from dybit.operators import packed_weight
 
 
 class Block(nn.Module):
@@ -74,7 +75,7 @@ def main() -> None:
     recipe = Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax")
     results = []
     print(
-        f"{kernels.isa()}\n\n| model | batch | threads | FP32 ms | dybit ms | times faster "
+        f"{packed_weight.isa()}\n\n| model | batch | threads | FP32 ms | dybit ms | times faster "
         "| fused ms | times faster |\n|---|---|---|---|---|---|---|---|"
     )
     for name, make in MODELS.items():
@@ -117,7 +118,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.json:
-        options.json.write_text(json.dumps({"isa": kernels.isa(), "results": results}, indent=1))
+        options.json.write_text(json.dumps({"isa": packed_weight.isa(), "results": results}, indent=1))
 
 
 if __name__ == "__main__":

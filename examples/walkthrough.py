@@ -21,9 +21,9 @@ from torch.nn import functional
 import dybit
 from dybit.demo import mnist1d
 from dybit.demo.classifiers import SignalCNN
-from dybit.fidelity import compare_models
+from dybit.measure.fidelity import compare_models
+from dybit.mixed_precision.run_directory import write_run
 from dybit.onnx import export
-from dybit.rundir import write_run
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="dybit-"))
 torch.manual_seed(0)

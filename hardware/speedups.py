@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dybit.accelerator import Config, simulate
-from dybit.networks import NETWORKS, network
-from dybit.workload import Workload
+from dybit.workloads.networks import NETWORKS, network
+from dybit.workloads.workload import Workload
 
 PAIRS = ((4, 8), (4, 4), (2, 4), (2, 2))
 

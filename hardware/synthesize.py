@@ -21,11 +21,11 @@ from amaranth.back import verilog
 from amaranth.lib.wiring import Component
 
 from dybit.accelerator import Config, simulate
-from dybit.networks import network
 from dybit.rtl.array import Array
 from dybit.rtl.codec import ActivationDecoder, Encoder, WeightDecoder
 from dybit.rtl.edges import Requantizer
 from dybit.rtl.reference import elements
+from dybit.workloads.networks import network
 
 LIBRARY = Path("/usr/share/qflow/tech/osu018/osu018_stdcells.lib")
 PERIOD = 100.0  # ns; longer than any path, so that the slack tells the delay

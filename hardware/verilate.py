@@ -19,12 +19,12 @@ import numpy as np
 
 from dybit.accelerator import Config
 from dybit.accelerator.datapath import modes
-from dybit.format import Format, variants
-from dybit.networks import network
+from dybit.formats.format import Format, variants
 from dybit.rtl import verilog
 from dybit.rtl.edges import WRITE_TARGETS, write_layout
 from dybit.rtl.program import Program, random_program
 from dybit.rtl.testbench import layer_word, memory_words
+from dybit.workloads.networks import network
 
 UNDERSCORES = "___05F"  # how Verilator writes two underscores of a port
 

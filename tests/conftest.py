@@ -13,9 +13,9 @@ import torch
 
 if "DYBIT_KERNELS" in os.environ:  # another build of the extension, as `make sanitize` makes it
     _file = next(Path(os.environ["DYBIT_KERNELS"]).glob("_kernels*.so"))
-    _spec = importlib.util.spec_from_file_location("dybit._kernels", _file)
-    sys.modules["dybit._kernels"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["dybit._kernels"])
+    _spec = importlib.util.spec_from_file_location("dybit.kernels._kernels", _file)
+    sys.modules["dybit.kernels._kernels"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["dybit.kernels._kernels"])
 
 os.environ.pop("COLUMNS", None)  # set by the runner of parallel tests: commands are as wide as without a terminal
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 on a busy machine
@@ -39,6 +39,6 @@ def seed():
 @pytest.fixture
 def plain_torch(monkeypatch):
     """Without the compiled kernels: plain torch computes bit for bit what fake quantization does."""
-    from dybit import extension
+    from dybit.kernels import extension
 
     monkeypatch.setattr(extension, "load", lambda: None)

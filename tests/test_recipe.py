@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dybit import rivals
 from dybit.errors import DyBitError
+from dybit.formats import catalogue
 from dybit.recipe import LayerRecipe, Recipe, matches
 
 formats = st.one_of(st.none(), st.integers(2, 8), st.sampled_from(["s4r2", "nf4", "int8", "dybit3mid", "u4"]))
@@ -127,8 +127,8 @@ def test_what_is_left_open_is_resolved():
     assert LayerRecipe(weights="mxfp4", group_size=32).scale_type == "pow2"
     names = {bits: Recipe(weights=bits).weight_family.name for bits in range(2, 9)}
     assert names[2] == "dybit2" and names[5] == "dybit5spare" and names[6] == "dybit6plain"
-    assert Recipe(weights=4, variants="all").weight_family == rivals.dybit(4)
-    assert Recipe(weights="s4r3").weight_family.books == rivals.family("s4").books
+    assert Recipe(weights=4, variants="all").weight_family == catalogue.dybit(4)
+    assert Recipe(weights="s4r3").weight_family.books == catalogue.family("s4").books
     assert Recipe().activation_families is None
     signed, unsigned = Recipe(activations=8).activation_families
     assert (signed.name, unsigned.name) == ("dybit8plain", "udybit8")

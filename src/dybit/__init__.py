@@ -11,55 +11,55 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dybit.accelerator.cost import AcceleratorCost as AcceleratorCost
-    from dybit.allocation import search as search
-    from dybit.candidate import Candidate as Candidate
-    from dybit.checkpoint import load as load
-    from dybit.checkpoint import save as save
-    from dybit.constraint import MaxDrop as MaxDrop
-    from dybit.constraint import MaxError as MaxError
-    from dybit.constraint import MaxSize as MaxSize
-    from dybit.constraint import Speedup as Speedup
-    from dybit.cost import CpuCost as CpuCost
-    from dybit.cost import SizeCost as SizeCost
     from dybit.errors import CheckpointError as CheckpointError
     from dybit.errors import DyBitError as DyBitError
     from dybit.errors import DyBitWarning as DyBitWarning
     from dybit.errors import MissingExtraError as MissingExtraError
-    from dybit.format import Format as Format
-    from dybit.format import variants as variants
-    from dybit.fusion import fuse as fuse
+    from dybit.formats.format import Format as Format
+    from dybit.formats.format import variants as variants
     from dybit.integrations.transformers import DyBitConfig as DyBitConfig
-    from dybit.model import dequantize_ as dequantize_
-    from dybit.model import quantize_ as quantize_
-    from dybit.qat import convert_ as convert_
-    from dybit.qat import prepare_qat_ as prepare_qat_
+    from dybit.mixed_precision.candidate import Candidate as Candidate
+    from dybit.mixed_precision.constraint import MaxDrop as MaxDrop
+    from dybit.mixed_precision.constraint import MaxError as MaxError
+    from dybit.mixed_precision.constraint import MaxSize as MaxSize
+    from dybit.mixed_precision.constraint import Speedup as Speedup
+    from dybit.mixed_precision.cost import CpuCost as CpuCost
+    from dybit.mixed_precision.cost import SizeCost as SizeCost
+    from dybit.mixed_precision.search import search as search
+    from dybit.models.checkpoint import load as load
+    from dybit.models.checkpoint import save as save
+    from dybit.models.preparation import dequantize_ as dequantize_
+    from dybit.ptq.quantize import quantize_ as quantize_
+    from dybit.qat.prepare import convert_ as convert_
+    from dybit.qat.prepare import prepare_qat_ as prepare_qat_
     from dybit.recipe import Recipe as Recipe
+    from dybit.runtime.fuse_model import fuse as fuse
 
 _HOMES = {
     "AcceleratorCost": "accelerator.cost",
-    "Candidate": "candidate",
+    "Candidate": "mixed_precision.candidate",
     "CheckpointError": "errors",
     "DyBitConfig": "integrations.transformers",
-    "CpuCost": "cost",
+    "CpuCost": "mixed_precision.cost",
     "DyBitError": "errors",
     "DyBitWarning": "errors",
-    "Format": "format",
-    "MaxDrop": "constraint",
-    "MaxError": "constraint",
-    "MaxSize": "constraint",
+    "Format": "formats.format",
+    "MaxDrop": "mixed_precision.constraint",
+    "MaxError": "mixed_precision.constraint",
+    "MaxSize": "mixed_precision.constraint",
     "MissingExtraError": "errors",
     "Recipe": "recipe",
-    "convert_": "qat",
-    "SizeCost": "cost",
-    "Speedup": "constraint",
-    "dequantize_": "model",
-    "fuse": "fusion",
-    "load": "checkpoint",
-    "prepare_qat_": "qat",
-    "quantize_": "model",
-    "save": "checkpoint",
-    "search": "allocation",
-    "variants": "format",
+    "convert_": "qat.prepare",
+    "SizeCost": "mixed_precision.cost",
+    "Speedup": "mixed_precision.constraint",
+    "dequantize_": "models.preparation",
+    "fuse": "runtime.fuse_model",
+    "load": "models.checkpoint",
+    "prepare_qat_": "qat.prepare",
+    "quantize_": "ptq.quantize",
+    "save": "models.checkpoint",
+    "search": "mixed_precision.search",
+    "variants": "formats.format",
 }
 __all__ = sorted(_HOMES)
 

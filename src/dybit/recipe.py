@@ -15,10 +15,10 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from dybit import rivals
-from dybit.codec import Family, ScaleType
 from dybit.errors import DyBitError
-from dybit.integrity import parse_json
+from dybit.formats import catalogue
+from dybit.formats.codebook import Family, ScaleType
+from dybit.safe_files import parse_json
 
 Granularity = Literal["tensor", "channel", "group"]
 Variants = Literal["all", "plain", "spare", "midrise"]
@@ -40,7 +40,7 @@ class LayerRecipe:
             taken unsigned where calibration saw no negative input; ``max_run`` is chosen by calibration.
         granularity: What shares a scale. None means ``"group"`` where ``group_size`` is given, else ``"channel"``.
         group_size: Consecutive weights of an output channel that share a scale.
-        scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.scale`).
+        scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.tensors.scale_search`).
         variants: Which variants a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain ones with one
             more level, never worse than plain), ``midrise``, or ``all``. None means ``all`` at 2 bits, ``spare`` from 3
             to 5, and ``plain`` above, where the spare level brings nothing.
@@ -128,10 +128,10 @@ class LayerRecipe:
     def weight_family(self) -> Family | None:
         """The format family of the weights."""
         if self.weights is None or not _is_width("weights", self.weights):
-            return rivals.family(self.weights) if isinstance(self.weights, str) else None
+            return catalogue.family(self.weights) if isinstance(self.weights, str) else None
         bits = int(self.weights)
         kind: Variants = "all" if bits == 2 else "spare" if bits <= 5 else "plain"
-        return rivals.dybit(bits, kind=self.variants or kind)
+        return catalogue.dybit(bits, kind=self.variants or kind)
 
     @cached_property
     def activation_families(self) -> tuple[Family, Family | None] | None:
@@ -143,13 +143,13 @@ class LayerRecipe:
             return None
         if _is_width("activations", self.activations):
             bits = int(self.activations)
-            return rivals.dybit(bits, kind="plain"), rivals.dybit(bits, signed=False)
+            return catalogue.dybit(bits, kind="plain"), catalogue.dybit(bits, signed=False)
         name = str(self.activations)
-        signed = rivals.family(name)
+        signed = catalogue.family(name)
         if signed.scale or signed.group_size:
             raise DyBitError(f"activations={name!r} prescribes its scales, which inputs do not support")
         try:
-            return signed, rivals.family("u" + (name[1:] if name[:1] == "s" and name[1:2].isdigit() else name))
+            return signed, catalogue.family("u" + (name[1:] if name[:1] == "s" and name[1:2].isdigit() else name))
         except DyBitError:
             return signed, None
 

@@ -14,7 +14,7 @@ from typing import Any
 from dybit.accelerator.datapath import CONTAINERS, FIELD_BITS, Mode, lane_bits, modes
 from dybit.accelerator.energy import EnergyTable
 from dybit.errors import DyBitError, check_keys
-from dybit.integrity import check_regular
+from dybit.safe_files import check_regular
 
 SCHEDULES = ("jit", "scalesim")
 FUSES = ("split", "together")

@@ -1,6 +1,6 @@
 """The accelerator as a cost for the search: cycles of a layer by its shape and widths.
 
-Must not know torch, nor who asks: it has the form of :class:`dybit.cost.ShapeCost` without importing it.
+Must not know torch, nor who asks: it has the form of ``ShapeCost`` without importing it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from dybit.accelerator.config import Config
 from dybit.accelerator.simulate import Bits, layer_cost
-from dybit.workload import Layer
+from dybit.workloads.workload import Layer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class AcceleratorCost:
         config: The accelerator.
 
     Example:
-        >>> from dybit.networks import network
+        >>> from dybit.workloads.networks import network
         >>> AcceleratorCost().shape(network("resnet18").layers[0], 4, 4)["bound"]
         'compute'
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dybit.errors import DyBitError
-from dybit.format import MAX_BITS, MIN_BITS, variants
+from dybit.formats.format import MAX_BITS, MIN_BITS, variants
 
 CONTAINERS = (2, 4, 8)
 FIELD_BITS = 8  # raw activation bits that one row takes in a cycle

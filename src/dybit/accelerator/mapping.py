@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dybit.accelerator.config import Config
 from dybit.accelerator.datapath import PIPE, Mode
-from dybit.workload import Layer
+from dybit.workloads.workload import Layer
 
 
 @dataclass(frozen=True)

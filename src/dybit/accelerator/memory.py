@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dybit.accelerator.config import Config
 from dybit.accelerator.datapath import Mode
 from dybit.accelerator.mapping import Mapping, compute_cycles, row_tiles
-from dybit.workload import Layer
+from dybit.workloads.workload import Layer
 
 
 @dataclass(frozen=True)

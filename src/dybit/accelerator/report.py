@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dybit.accelerator.config import Config
 from dybit.accelerator.simulate import Bits, Cost, LayerCost, simulate
 from dybit.errors import DyBitError
-from dybit.networks import NETWORKS, network
-from dybit.workload import Workload
+from dybit.workloads.networks import NETWORKS, network
+from dybit.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from rich.table import Table

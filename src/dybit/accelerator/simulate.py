@@ -15,7 +15,7 @@ from dybit.accelerator.datapath import FIELD_BITS, mode
 from dybit.accelerator.mapping import compute_cycles, map_layer
 from dybit.accelerator.memory import Traffic, cheapest
 from dybit.errors import DyBitError, check_keys
-from dybit.workload import Layer, Workload
+from dybit.workloads.workload import Layer, Workload
 
 Bits = tuple[int, int]
 DEFAULT = "*"
@@ -119,7 +119,7 @@ def simulate(workload: Workload, bits: Bits | Mapping[str, Bits], config: Config
         DyBitError: A layer has no bits, a name is unknown, or a width is not 2 to 8.
 
     Example:
-        >>> from dybit.networks import network
+        >>> from dybit.workloads.networks import network
         >>> resnet = network("resnet18")
         >>> round(simulate(resnet, (8, 8)).cycles / simulate(resnet, (2, 2)).cycles)
         8

@@ -14,7 +14,7 @@ from dybit.cli.console import guarded, out
 from dybit.errors import DyBitError
 
 if TYPE_CHECKING:
-    from dybit.workload import Workload
+    from dybit.workloads.workload import Workload
 
 _Config = Annotated[
     Path | None, typer.Option("--config", metavar="TOML", help="The accelerator's parameters; defaults: 32 x 32.")
@@ -77,8 +77,8 @@ def _workload(model: str, data: str | None) -> str | Workload:
         return model
     if data is None:
         raise DyBitError(f"MODEL {model!r} is a torch model: --data module:function must give a batch to trace it with")
-    from dybit.calibrate import run_batch
-    from dybit.trace import trace
+    from dybit.measure.trace import trace
+    from dybit.models.running import run_batch
 
     network = load_model(model)
     batch = load_batches(data, "--data", split="evaluation", limit=1)[0]

@@ -15,6 +15,7 @@ import typer
 
 from dybit.cli.accelerator import rtl, simulate
 from dybit.cli.bench import bench
+from dybit.cli.code_table import table
 from dybit.cli.compare import compare
 from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
 from dybit.cli.demo import demo
@@ -25,7 +26,6 @@ from dybit.cli.info import info
 from dybit.cli.quantize import quantize
 from dybit.cli.report import report
 from dybit.cli.search import search
-from dybit.cli.table import table
 
 app = typer.Typer(
     name="dybit",

@@ -22,7 +22,7 @@ from dybit.recipe import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from dybit.timing import Timing
+    from dybit.measure.timing import Timing
 
 _SHAPE = re.compile(r"(\d+)[x×](\d+)[x×](\d+)", re.IGNORECASE)
 
@@ -74,7 +74,7 @@ def bench(
     )  # fmt: skip
     import torch
 
-    from dybit.timing import machine
+    from dybit.measure.timing import machine
 
     before = torch.get_num_threads()
     if threads is not None:
@@ -94,14 +94,14 @@ def bench(
         out().print(f"{model or 'linear layers'} on {machine()}", style="bold", soft_wrap=True)
         _print(layers, whole, names)
         if json is not None:
-            from dybit.sensitivity import write_json
+            from dybit.mixed_precision.sensitivity import write_json
 
             figures = {name: {k: asdict(t) for k, t in times.items()} for name, times in (layers | whole).items()}
             write_json(json, {"machine": asdict(machine()), "recipe": plan.to_dict(), "timings": figures})
     finally:
         torch.set_num_threads(before)
     if output is not None:
-        from dybit.sensitivity import write_json
+        from dybit.mixed_precision.sensitivity import write_json
 
         write_json(output, faster.to_dict())
         out().print(f"wrote {output}", soft_wrap=True)
@@ -120,9 +120,9 @@ def _time(
 ) -> tuple[Times, Times, Recipe]:
     """The times of the layers, of the whole model, and the recipe without the layers that are slower."""
     from dybit import quantize_
-    from dybit.calibrate import run_batch
-    from dybit.subject import Subject
-    from dybit.timing import compare
+    from dybit.measure.timing import compare
+    from dybit.mixed_precision.measured_model import Subject
+    from dybit.models.running import run_batch
 
     quick = replace(plan, method="absmax", criterion="weight") if plan.method == "mse" else plan
     subject = Subject(network, [batch], quick)

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from dybit import rivals
 from dybit.cli import grid as grids
 from dybit.cli import options, sources
 from dybit.cli.console import grid, guarded, note, out, progress
-from dybit.codec import SCALE_BITS, Family
 from dybit.errors import DyBitError
+from dybit.formats import catalogue
+from dybit.formats.codebook import SCALE_BITS, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dybit.ranking import Result, Setting
+    from dybit.measure.format_ranking import Result, Setting
     from dybit.report import FormatRow
 
 _SYNTHETIC_SHAPE = (256, 2048)
@@ -107,7 +107,7 @@ def compare(
         raise DyBitError(f"--bits {bits} needs --data; one width without")
     families = _families(width[0], formats)
     granularity: Any = "group" if group_size else "tensor" if per_tensor else "channel"
-    from dybit.ranking import Setting, measure
+    from dybit.measure.format_ranking import Setting, measure
 
     setting = Setting(granularity, group_size, scale, method)  # type: ignore[arg-type]
     matrices, name = _weights(weights, gaussian, laplace, tensors)
@@ -174,11 +174,11 @@ def _run_grid(
 
 def _families(bits: int, formats: str | None) -> list[Family]:
     if formats is None:
-        return list(rivals.families(bits))
+        return list(catalogue.families(bits))
     words = [word.strip() for word in formats.split(",") if word.strip()]
     if not words:
         raise DyBitError(f"--formats must name at least one format, not {formats!r}")
-    return [rivals.family(word) for word in dict.fromkeys(words)]
+    return [catalogue.family(word) for word in dict.fromkeys(words)]
 
 
 def _check_output(path: Path | None, page: bool) -> None:
@@ -206,8 +206,8 @@ def _weights(weights: str | None, gaussian: bool, laplace: bool, pattern: str) -
             return [torch.randn(_SYNTHETIC_SHAPE, generator=generator)], "Gaussian samples"
         uniform = torch.rand(_SYNTHETIC_SHAPE, generator=generator, dtype=torch.float64) - 0.5
         return [(-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()], "Laplacian samples"
-    from dybit.layers import Layout, layout, weight_names
-    from dybit.tensor import TensorSpec, check_weight
+    from dybit.layers.kinds import Layout, layout, weight_names
+    from dybit.tensors.quantized_tensor import TensorSpec, check_weight
 
     found: dict[str, tuple[Tensor, Layout]] = {}
     if sources.is_reference(weights):
@@ -321,7 +321,7 @@ def draw(
     path: Path, matrices: Sequence[Tensor], results: Sequence[Result], setting: Setting, title: str, subtitle: str
 ) -> None:
     """Writes the picture, or the page with picture and table."""
-    from dybit.ranking import normalized
+    from dybit.measure.format_ranking import normalized
     from dybit.report import histogram, write_page
     from dybit.report.histogram import save, to_svg
 

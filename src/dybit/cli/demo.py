@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dybit import rivals
 from dybit.cli import compare, sources
 from dybit.cli.console import Bar, grid, guarded, note, out, progress, size
 from dybit.cli.evaluate import AGREEMENT, LEGEND, measures, quantized_copy, short_name
 from dybit.cli.quantize import float_bytes
 from dybit.errors import DyBitError
+from dybit.formats import catalogue
 from dybit.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dybit.fidelity import Fidelity, Kind, Reference
+    from dybit.measure.fidelity import Fidelity, Kind, Reference
 
 _RECIPES = (Recipe(weights=8, activations=8), Recipe(weights=4, activations=8), Recipe(weights=4))
 _PICTURED = ("dybit4spare", "dybit4plain", "s4", "nf4", "e2m1", "int4")
@@ -107,7 +107,7 @@ def demo(
 
 def _show(name: str, subject: _Subject, folder: Path, keep: bool) -> None:
     """One network: the table, the notes, the picture."""
-    from dybit.fidelity import Reference
+    from dybit.measure.fidelity import Reference
 
     with progress(f"loading {name}") as bar:
         model = sources.load_model(f"dybit.demo:{name}")
@@ -138,7 +138,7 @@ def _run(
 ) -> _Outcome:
     """Quantizes, saves, loads into a fresh model, and judges what was loaded."""
     import dybit
-    from dybit.model import dequantize_
+    from dybit.models.preparation import dequantize_
 
     short = short_name(recipe)
     quantized, seconds = quantized_copy(model, recipe, data, bar, f"{name} {short}")
@@ -158,7 +158,7 @@ def _same(saved: nn.Module, loaded: nn.Module, batch: Any) -> bool:  # noqa: ANN
     """Whether two models are equal bit for bit: all tensors, and the outputs for a batch."""
     import torch
 
-    from dybit.fidelity import run
+    from dybit.models.running import run
 
     before, after = saved.state_dict(), loaded.state_dict()
     equal = before.keys() == after.keys() and all(_bits_equal(before[key], after[key]) for key in before)
@@ -207,8 +207,8 @@ def _remark(subject: _Subject, outcomes: list[_Outcome], kind: Kind) -> None:
 
 def _draw(path: Path, model: nn.Module, title: str) -> None:
     """The 4-bit levels over a histogram of the network's weights, one scale per output channel."""
-    from dybit.layers import is_embedding, layout, weight_names
-    from dybit.tensor import TensorSpec
+    from dybit.layers.kinds import is_embedding, layout, weight_names
+    from dybit.tensors.quantized_tensor import TensorSpec
 
     matrices = []
     for module in model.modules():
@@ -220,10 +220,10 @@ def _draw(path: Path, model: nn.Module, title: str) -> None:
     total = sum(matrix.numel() for matrix in matrices)
     every = max(1, round(total / _PICTURED_WEIGHTS))  # channels have scales of their own: some of them will do
     matrices = [matrix[::every] for matrix in matrices]
-    from dybit.ranking import Setting, measure
+    from dybit.measure.format_ranking import Setting, measure
 
     setting = Setting("channel", None, "fp32", "mse")
-    results = measure(matrices, [rivals.family(name) for name in _PICTURED], setting, bits=4)
+    results = measure(matrices, [catalogue.family(name) for name in _PICTURED], setting, bits=4)
     share = "all" if every == 1 else f"1 in {every}"
     subtitle = f"{share} output channels of {len(matrices)} layers; one scale a channel; marks at its typical value"
     compare.draw(path, matrices, results, setting, f"4-bit levels on the weights of {title.split(' (')[0]}", subtitle)

@@ -17,7 +17,7 @@ import typer
 
 from dybit.cli import options, sources
 from dybit.cli.console import Bar, grid, guarded, note, out, progress, size
-from dybit.cli.layers import Watch
+from dybit.cli.layer_table import Watch
 from dybit.cli.quantize import float_bytes
 from dybit.errors import DyBitError
 from dybit.recipe import Recipe
@@ -25,7 +25,7 @@ from dybit.recipe import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from dybit.fidelity import Fidelity, Kind
+    from dybit.measure.fidelity import Fidelity, Kind
 
 
 AGREEMENT = {"logits": ">top-1", "embeddings": ">neighbours"}
@@ -175,7 +175,7 @@ def _kind(word: str) -> Kind | None:
         return None
     from typing import cast
 
-    from dybit.fidelity import KINDS
+    from dybit.measure.fidelity import KINDS
 
     if word not in KINDS:
         raise DyBitError(f"--outputs must be auto, {', '.join(KINDS)}, not {word!r}")
@@ -229,7 +229,7 @@ def short_name(recipe: Recipe) -> str:
 
 def _judge_checkpoint(path: str, original: nn.Module, inputs: list[Any], kind: Kind | None) -> tuple[list[Line], Kind]:
     import dybit
-    from dybit.fidelity import Reference
+    from dybit.measure.fidelity import Reference
 
     start = time.perf_counter()
     quantized = dybit.load(path, copy.deepcopy(original))
@@ -248,7 +248,7 @@ def _judge_plans(
     original: nn.Module, inputs: list[Any], plans: Sequence[Row], data: list[Any] | None,
     kind: Kind | None,
 ) -> tuple[list[Line], Kind]:  # fmt: skip
-    from dybit.fidelity import Reference
+    from dybit.measure.fidelity import Reference
 
     lines = []
     with progress("running the original", len(inputs)) as bar, Reference(original, inputs, kind, bar.update) as kept:
@@ -260,7 +260,7 @@ def _judge_plans(
             model, seconds = quantized_copy(original, recipe, data, bar, name, row.chain)
             stored = stored_bytes(model)
             if recipe.activations is None:  # the same results, bit for bit, without unpacking for every batch
-                from dybit.model import dequantize_
+                from dybit.models.preparation import dequantize_
 
                 dequantize_(model)
             bar.start(f"running {name}", len(inputs))

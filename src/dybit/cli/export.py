@@ -12,7 +12,7 @@ import typer
 
 from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress, size
-from dybit.cli.layers import Watch
+from dybit.cli.layer_table import Watch
 from dybit.cli.quantize import check_target, float_bytes, needs_calibration
 from dybit.errors import DyBitError
 
@@ -146,7 +146,7 @@ def import_(
 
     Example: dybit import model-int8.onnx -o model-int8 --model yours:net
     """
-    from dybit import checkpoint
+    from dybit.models import checkpoint
 
     check_target(output)
     network = sources.load_model(model, "--model") if model is not None else None
@@ -198,7 +198,7 @@ def _to_compressed(model: nn.Module, path: Path) -> None:
 def _to_gguf(model: nn.Module, path: Path) -> None:
     """Under the names of the model itself: those of llama.cpp's architectures are its own."""
     from dybit.interchange import write_gguf
-    from dybit.model import quantized_layers
+    from dybit.layers.quantized import quantized_layers
 
     weights = {
         f"{name}.{key}".lstrip("."): layer.quantized_tensor(key)

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from dybit import rivals
 from dybit.cli import options, sources
 from dybit.cli.console import grid, note, out, progress
 from dybit.errors import DyBitError
-from dybit.integrity import check_regular, parse_json
+from dybit.formats import catalogue
+from dybit.safe_files import check_regular, parse_json
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dybit.fidelity import Kind, Reference
+    from dybit.measure.fidelity import Kind, Reference
 
 FORMATS = "int{},nf{},dybit{}"
 _COLUMNS = ("format", "algorithm", ">bits/weight", ">SQNR dB", ">agreement", ">KL nats", ">Spearman", ">PPL", ">s")
@@ -100,7 +100,7 @@ def formats(words: str | None, bits: Sequence[int]) -> list[str]:
     for width in bits:
         found += [word.replace("{}", str(width)) for word in named if "{}" in word]
     found += [word for word in named if "{}" not in word]
-    return ["fp32", *(rivals.family(name).name for name in dict.fromkeys(found))]
+    return ["fp32", *(catalogue.family(name).name for name in dict.fromkeys(found))]
 
 
 def run(cells: Sequence[Cell], results: Path | None, workers: int) -> list[tuple[Cell, dict[str, Any]]]:
@@ -172,7 +172,8 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
 def measure(cell: Cell) -> dict[str, Any]:
     """Quantizes a model by a configuration and judges it: the measures by name, as JSON values."""
     from dybit.cli.evaluate import quantized_copy
-    from dybit.model import dequantize_, quantized_layers
+    from dybit.layers.quantized import quantized_layers
+    from dybit.models.preparation import dequantize_
 
     original, reference, batches = _loaded(
         cell.model, cell.data, cell.calibration, cell.batches, cell.tokenizer, cell.batch_size
@@ -190,7 +191,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         chain = cell.algorithm if cell.algorithm == "auto" else cell.algorithm.split(",")
         model, seconds = quantized_copy(original, recipe, batches, None, cell.weights, chain)
         specs = [spec for layer in quantized_layers(model).values() for spec in layer.weight_specs.values()]
-        specs = [spec for spec in specs if spec.family == rivals.family(cell.weights).name]
+        specs = [spec for spec in specs if spec.family == catalogue.family(cell.weights).name]
         stored = 8 * sum(spec.nbytes for spec in specs) / sum(math.prod(spec.shape) for spec in specs)
         fidelity = reference.judge(dequantize_(model))
     values = {name: value for name, value in asdict(fidelity).items() if name != "outputs"}
@@ -203,7 +204,7 @@ def _loaded(
     model: str, data: str, calibration: str | None, limit: int | None, tokenizer: str | None, batch_size: int
 ) -> tuple[nn.Module, Reference, list[Any] | None]:
     """The model, its outputs, and the calibration batches: once in a process."""
-    from dybit.fidelity import Reference
+    from dybit.measure.fidelity import Reference
 
     original = sources.load_model(model)
     more: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "batch_size": batch_size}

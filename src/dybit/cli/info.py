@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dybit.cli.console import guarded, out, size
-from dybit.cli.layers import LayerRow, print_layers, print_totals
+from dybit.cli.layer_table import LayerRow, print_layers, print_totals
 from dybit.errors import CheckpointError
 
 _SHOWN_LAYERS = 40
@@ -28,7 +28,7 @@ def info(
 
     Example: dybit info minilm-w4a8
     """
-    from dybit.checkpoint import MANIFEST, TENSORS, read_manifest, read_tensors
+    from dybit.models.checkpoint import MANIFEST, TENSORS, read_manifest, read_tensors
 
     manifest = read_manifest(path)
     stored = read_tensors(path, manifest)  # also checks the file against its checksum

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dybit import rivals
 from dybit.errors import DyBitError
-from dybit.integrity import check_regular
+from dybit.formats import catalogue
 from dybit.recipe import Recipe
+from dybit.safe_files import check_regular
 
 Weights = Annotated[
     str | None, typer.Option(metavar="BITS|NAME", help="Weights: 2 to 8 bits, a format such as nf4, or none. [4]")
@@ -67,12 +67,14 @@ def alternatives(words: Sequence[str]) -> list[str]:
     Returns:
         The chains, not checked, each once.
     """
-    from dybit import ptq
+    from dybit.ptq import chain
 
     found: list[str] = []
     for word in (part for given in words for part in given.split("+")):
         names = [name.strip() for name in word.split(",") if name.strip()]
-        apart = all(name == "auto" or (name in ptq.ALGORITHMS and ptq.ALGORITHMS[name].stage == 1) for name in names)
+        apart = all(
+            name == "auto" or (name in chain.ALGORITHMS and chain.ALGORITHMS[name].stage == 1) for name in names
+        )
         found += names if names and apart else [word]
     return list(dict.fromkeys(found))
 
@@ -85,13 +87,13 @@ def chain(word: str | None, calibrated: bool) -> str | tuple[str, ...] | None:
     """
     if word is None or word == "auto":
         return word
-    from dybit import ptq
+    from dybit.ptq import chain
 
     names = tuple(name.strip() for name in word.split(",") if name.strip())
     try:
         if not names:
             raise DyBitError("it names no algorithm")
-        ptq.resolve(names, None, calibrated=calibrated)
+        chain.resolve(names, None, calibrated=calibrated)
     except DyBitError as error:
         raise DyBitError(f"--algorithm {word!r}: {error}") from None
     return names
@@ -136,7 +138,7 @@ def make_recipe(recipe: Path | None, **values: Any) -> Recipe:  # noqa: ANN401
 def with_prescribed(given: dict[str, Any]) -> dict[str, Any]:
     """Fields of a recipe, with the group size that the format of the weights prescribes (mxfp4, nvfp4)."""
     name = given.get("weights")
-    family = rivals.family(name) if isinstance(name, str) else None
+    family = catalogue.family(name) if isinstance(name, str) else None
     if family and family.group_size and given.get("group_size") is None:
         return {**given, "group_size": family.group_size}
     return given
@@ -155,6 +157,6 @@ def width(option: str, word: str) -> int | str | None:
             raise DyBitError(f"--{option} must be 2 to 8 bits, the name of a format, or none, not {word!r}")
         return int(word)
     try:
-        return rivals.family(word).name
+        return catalogue.family(word).name
     except DyBitError as error:
         raise DyBitError(f"--{option} {word!r}: {error}") from None

@@ -16,17 +16,17 @@ import typer
 
 from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress
-from dybit.cli.layers import LayerRow, Watch, print_layers, print_totals
+from dybit.cli.layer_table import LayerRow, Watch, print_layers, print_totals
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
-from dybit.integrity import check_regular
 from dybit.recipe import Recipe
+from dybit.safe_files import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dybit.layers import InputSpec
-    from dybit.stream import Job, Outcome, Stored, Text
-    from dybit.tensor import TensorSpec
+    from dybit.layers.input_spec import InputSpec
+    from dybit.models.streaming import Job, Outcome, Stored, Text
+    from dybit.tensors.quantized_tensor import TensorSpec
 
 _WEIGHT_NAMES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 # A file has no layers: that a table is one of embeddings can be told by its name only.
@@ -144,7 +144,7 @@ def check_target(path: Path) -> None:
     Raises:
         DyBitError: The path is something else than a checkpoint, or cannot be written.
     """
-    from dybit.checkpoint import replacing
+    from dybit.models.checkpoint import replacing
 
     class _Probe(Exception):
         pass
@@ -184,32 +184,32 @@ def _quantize_model(
 
 def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tuple[list[LayerRow], int]:
     """Quantizes the weights in safetensors files piece by piece, as ``config.json`` beside them or their names say."""
-    from dybit import stream
+    from dybit.models import streaming
 
     if recipe.criterion == "activation":
         raise DyBitError(f"--criterion activation needs a model that can be run, not the file {path!r}")
     if not check_regular(path).is_file():
         raise DyBitError(f"MODEL {path!r} does not exist")
-    source = stream.read_source(path)
+    source = streaming.read_source(path)
     plan = _plan_transformers(Path(path), source, recipe) or _plan_names(path, source, recipe)
     if not plan.jobs:
         raise DyBitError("the recipe keeps every tensor in floating point")
     with progress("quantizing") as bar:
         try:
-            outcomes = stream.quantize_files(
+            outcomes = streaming.quantize_files(
                 source, plan.jobs, output, plan.entries, names=plan.names, shared=plan.shared, recipe=recipe,
                 extra=plan.extra, workers=workers, progress=bar.update,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped") from None
-    sizes = (4 * math.prod(t.shape) if t.dtype in stream.FLOATS else t.nbytes for t in source.values())
+    sizes = (4 * math.prod(t.shape) if t.dtype in streaming.FLOATS else t.nbytes for t in source.values())
     specs = {plan.names.get(key, key): job.spec for key, job in plan.jobs.items()}
     return [_file_row(name, specs[name], outcome) for name, outcome in outcomes.items()], sum(sizes)
 
 
 @dataclass
 class _FilePlan:
-    """What is to become of files of tensors; see :func:`dybit.stream.quantize_files`."""
+    """What is to become of files of tensors; see :func:`dybit.models.streaming.quantize_files`."""
 
     jobs: dict[str, Job] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -230,7 +230,7 @@ class _FilePlan:
 
 def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe) -> _FilePlan | None:
     """The plan where the file lies in a transformers directory; None where it does not, or without transformers."""
-    from dybit.stream import FLOATS, Job
+    from dybit.models.streaming import FLOATS, Job
 
     if not (path.parent / "config.json").is_file():
         return None
@@ -264,8 +264,8 @@ def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe)
 
 def _plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> _FilePlan:
     """The plan for files that say nothing about the layers that their tensors belong to."""
-    from dybit.ptq.rounding import weight_spec
-    from dybit.stream import FLOATS, Job
+    from dybit.models.streaming import FLOATS, Job
+    from dybit.ptq.rounding.nearest import weight_spec
 
     if recipe.activations is not None:
         raise DyBitError(f"--activations {recipe.activations} need a model that can be run, not the file {path!r}")

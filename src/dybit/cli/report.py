@@ -15,7 +15,7 @@ import typer
 
 from dybit.cli.console import guarded, out, size
 from dybit.errors import DyBitError
-from dybit.integrity import check_regular
+from dybit.safe_files import check_regular
 
 if TYPE_CHECKING:
     from dybit.report.charts import Point, Row
@@ -36,8 +36,8 @@ def report(
 
     Example: dybit report run -o report.html
     """
+    from dybit.mixed_precision.run_directory import read_run
     from dybit.report.search_page import write_report
-    from dybit.rundir import read_run
 
     if output.suffix.lower() not in (".html", ".htm"):
         raise DyBitError(f"--output must end in .html, not {str(output)!r}")
@@ -54,7 +54,7 @@ def describe(document: _Document, run: Path) -> SearchReport:
     """What a page shows of a run.
 
     Args:
-        document: What :func:`dybit.rundir.read_run` returned.
+        document: What :func:`dybit.mixed_precision.run_directory.read_run` returned.
         run: Its directory, which holds the recipes of the front.
     """
     from dybit.report.search_page import SearchReport

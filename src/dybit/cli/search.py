@@ -18,9 +18,9 @@ from dybit.cli.console import grid, guarded, note, out, progress, size
 from dybit.errors import DyBitError
 
 if TYPE_CHECKING:
-    from dybit.allocation import Result
-    from dybit.constraint import Constraint
-    from dybit.trial import Point
+    from dybit.mixed_precision.constraint import Constraint
+    from dybit.mixed_precision.search import Result
+    from dybit.mixed_precision.trial import Point
 
 _UNITS = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _SHOWN_LAYERS = 60
@@ -85,8 +85,8 @@ def search(
 
     Example: dybit search dybit.demo:minilm --calibration dybit.demo:minilm_batches --speedup 4 -o run
     """
-    from dybit.candidate import as_candidates
-    from dybit.rundir import check_target, write_run
+    from dybit.mixed_precision.candidate import as_candidates
+    from dybit.mixed_precision.run_directory import check_target, write_run
 
     if (model is None) == (workload is None):
         raise DyBitError("give MODEL or --workload, one of them")
@@ -105,7 +105,7 @@ def search(
     front = points if pareto else 0
     if workload is not None:
         from dybit.accelerator.report import find_workload
-        from dybit.shapes import search_shapes
+        from dybit.mixed_precision.shape_search import search_shapes
 
         given = {"calibration": calibration, "evaluation": evaluation, "evaluate": evaluate}
         for name, value in given.items():
@@ -146,7 +146,7 @@ def search(
 def _constraints(
     speedup: float | None, max_error: float | None, max_drop: float | None, max_size: str | None, evaluate: str | None
 ) -> list[Constraint]:
-    from dybit.constraint import MaxDrop, MaxError, MaxSize, Speedup
+    from dybit.mixed_precision.constraint import MaxDrop, MaxError, MaxSize, Speedup
 
     found: list[Constraint] = []
     if speedup is not None:
@@ -193,7 +193,7 @@ def _cost(on: str, config: Path | None) -> list[Any]:
 
         costs: list[Any] = [AcceleratorCost(Config() if config is None else Config.load(config))]
     elif on in ("cpu", "size"):
-        from dybit.cost import CpuCost, SizeCost
+        from dybit.mixed_precision.cost import CpuCost, SizeCost
 
         costs = [CpuCost(), SizeCost()] if on == "cpu" else [SizeCost()]
     else:

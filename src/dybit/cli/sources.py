@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dybit.errors import DyBitError, MissingExtraError
-from dybit.integrity import check_regular
+from dybit.safe_files import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

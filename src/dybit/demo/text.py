@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dybit.errors import DyBitError
-from dybit.integrity import check_regular
+from dybit.safe_files import check_regular
 
 _T = TypeVar("_T")
 

@@ -1,6 +1,6 @@
 """Checkpoints of transformers that are quantized without being loaded: what is to become of every tensor in the files.
 
-Must not know how files are read and written (:mod:`dybit.stream`), nor the command line.
+Must not know how files are read and written (:mod:`dybit.models.streaming`), nor the command line.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dybit.errors import CheckpointError, DyBitWarning
 from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, checksum_rest, describe
-from dybit.integrity import read_json
-from dybit.layers import InputSpec
+from dybit.layers.input_spec import InputSpec
 from dybit.recipe import Recipe
-from dybit.tensor import TensorSpec
+from dybit.safe_files import read_json
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
 class FileWeight(NamedTuple):
@@ -55,7 +55,7 @@ class FilePlan:
         names: From the keys in the file to other names, where the model has them.
         inputs: How inputs are rounded, by layer.
         tied: From names of weights that are not in the file to the keys that they are tied to.
-        config: Makes the text of the new ``config.json`` of checksums (see :func:`dybit.stream.quantize_files`).
+        config: Makes the text of the new ``config.json`` of checksums (see ``quantize_files``).
     """
 
     weights: dict[str, FileWeight]
@@ -95,7 +95,7 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
 
     Raises:
         CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
-        DyBitError: As :func:`dybit.model.plan_layers`.
+        DyBitError: As :func:`dybit.ptq.quantize.plan_layers`.
     """
     model = build_empty(folder)
     quantizer = DyBitQuantizer(DyBitConfig(recipe), pre_quantized=False)

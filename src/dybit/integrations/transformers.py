@@ -20,13 +20,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dybit.errors import CheckpointError, DyBitError, DyBitWarning, MissingExtraError
-from dybit.integrity import crc32, label, read_json
-from dybit.layers import InputSpec, is_experts, layout, swap_, weight_names
-from dybit.model import bypass_fast_path_, dequantize_, folded_pairs, quantized_layers
-from dybit.plan import plan_layers
-from dybit.ptq.rounding import layer_input, weight_spec
+from dybit.layers.input_spec import InputSpec
+from dybit.layers.kinds import is_experts, layout, weight_names
+from dybit.layers.quantized import quantized_layers, swap_
+from dybit.models.plan import plan_layers
+from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs
+from dybit.ptq.rounding.nearest import layer_input, weight_spec
 from dybit.recipe import LayerRecipe, Recipe
-from dybit.tensor import QuantizedTensor, TensorSpec, first_members, quantize
+from dybit.safe_files import crc32, label, read_json
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, first_members, quantize
 
 try:
     import transformers
@@ -55,7 +57,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
     Args:
         recipe: What to do, as a :class:`dybit.Recipe` or its JSON values; instead of ``fields``.
         layers: Of a saved model: groups of layers that are stored alike, each a mapping with ``modules`` (their names),
-            ``weights`` (fields of :class:`dybit.tensor.TensorSpec`) and ``input``.
+            ``weights`` (fields of :class:`dybit.tensors.quantized_tensor.TensorSpec`) and ``input``.
         tied: Of a saved model: from names of weights to those of the weights that they are tied to.
         checksums: Of a saved model, checked when it is loaded: from names of weights to the CRC-32 of their codes,
             scales and choices, as eight hexadecimal digits; from names of other tensors to type, shape and

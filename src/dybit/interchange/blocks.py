@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
-from dybit.tensor import QuantizedTensor, TensorSpec
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 # The value of E2M1's 1 in formats that have its values; their codes are in the same order.
 UNITS = {"s4r2": 0.5, "e2m1": 1.0, "mxfp4": 1.0, "nvfp4": 1.0}

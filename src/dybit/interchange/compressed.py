@@ -15,12 +15,12 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dybit.checkpoint import replacing
 from dybit.errors import CheckpointError, DyBitError
-from dybit.integrity import SHA256, check_digest, check_regular, digest, read_json
 from dybit.interchange.blocks import Blocks, from_blocks, to_blocks
 from dybit.interchange.imported import Imported
-from dybit.model import quantized_layers
+from dybit.layers.quantized import quantized_layers
+from dybit.models.checkpoint import replacing
+from dybit.safe_files import SHA256, check_digest, check_regular, digest, read_json
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _FORMATS = {32: "mxfp4-pack-quantized", 16: "nvfp4-pack-quantized"}

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
-from dybit.integrity import SHA256, check_digest, digest
 from dybit.interchange.blocks import MX_BLOCK, Blocks, from_blocks, to_blocks
 from dybit.interchange.header import check_header
 from dybit.interchange.imported import Imported
-from dybit.tensor import QuantizedTensor
+from dybit.safe_files import SHA256, check_digest, digest
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _BYTES = 1 + MX_BLOCK // 2  # of a block: its exponent, then codes 0 … 15 in the low halves and 16 … 31 in the high ones
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dybit.recipe import Recipe
-from dybit.tensor import QuantizedTensor
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dybit.calibrate import run_batch
 from dybit.errors import DyBitError
-from dybit.layers import Quantized, _QuantizedConv, _QuantizedEmbedding, _QuantizedLinear, original_class
-from dybit.model import quantized_layers
+from dybit.layers.quantized import (
+    Quantized,
+    _QuantizedConv,
+    _QuantizedEmbedding,
+    _QuantizedLinear,
+    original_class,
+    quantized_layers,
+)
+from dybit.models.running import run_batch
 
 DOMAIN = "dybit"
 PREFIX = "model."  # of the names of parameters in a captured graph

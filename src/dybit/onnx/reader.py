@@ -10,20 +10,20 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 
-from dybit import rivals
-from dybit.codec import Family
+import onnx
 from dybit.errors import CheckpointError, DyBitError
-from dybit.integrity import check_regular
+from dybit.formats import catalogue
+from dybit.formats.codebook import Family
 from dybit.interchange.imported import Imported
+from dybit.kernels.code_operators import pack
 from dybit.onnx.graph import Array
 from dybit.onnx.weights import MICROSOFT
-from dybit.ops import pack
-from dybit.scale import Granularity
-from dybit.tensor import QuantizedTensor, TensorSpec
+from dybit.safe_files import check_regular
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
+from dybit.tensors.scale_search import Granularity
 
 _SIGNED = {"int2": 2, "int4": 4, "int8": 8}
 _UNSIGNED = {"uint2": 2, "uint4": 4, "uint8": 8}
@@ -246,7 +246,7 @@ def _encode(
         width: Bits of a value, negative for unsigned ones.
         granularity: What shares a scale.
         group_size: Inputs that share a scale.
-        transposed: As in :class:`dybit.tensor.TensorSpec`.
+        transposed: As in :class:`dybit.tensors.quantized_tensor.TensorSpec`.
     """
     if not np.isfinite(scale).all() or (scale < 0).any():
         raise DyBitError(f"node {name!r} has a scale that is negative or not finite, which dybit does not have")
@@ -279,10 +279,10 @@ def _encode(
 def _candidates(numbers: Array, stored: Array, zero: Array, bits: int) -> Iterator[tuple[Family, Array | None]]:
     """Families that may hold integers, from the plainest; those with zero points also need the choice of every unit."""
     for width in range(bits, 9):
-        yield rivals.family(f"s{width}r1"), None
-        yield rivals.family(f"int{width}full"), None
+        yield catalogue.family(f"s{width}r1"), None
+        yield catalogue.family(f"int{width}full"), None
         if width == bits and bits <= 6 and stored.min() >= 0:
-            yield rivals.family(f"int{bits}asym"), zero
+            yield catalogue.family(f"int{bits}asym"), zero
 
 
 def _in_family(numbers: Array, family: Family, choices: Array | None, spread: Array) -> tuple[Array, float] | None:

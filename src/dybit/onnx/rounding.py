@@ -9,18 +9,19 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dybit import rivals
-from dybit.codec import Codebook
-from dybit.layers import Quantized, channel_dim
+from dybit.formats import catalogue
+from dybit.formats.codebook import Codebook
+from dybit.kernels.code_operators import grid, lookup
+from dybit.layers.kinds import channel_dim
+from dybit.layers.quantized import Quantized
 from dybit.onnx.graph import Builder
 from dybit.onnx.weights import step
-from dybit.ops import grid, lookup
 
 _TINIEST = 2.0**-126
 
 
 def table_round(build: Builder, x: ir.Value, layer: Quantized, rank: int) -> ir.Value:
-    """Rounds inputs as :meth:`dybit.layers.Quantized.round_input` does, in float32, NaN staying NaN.
+    """Rounds inputs as :meth:`dybit.layers.quantized.Quantized.round_input` does, in float32, NaN staying NaN.
 
     Args:
         build: Where the nodes go.
@@ -91,7 +92,7 @@ def _integer_range(book: Codebook) -> tuple[float, int, int] | None:
 
 
 def _book(format: str) -> Codebook:
-    return rivals.family(format).books[0]
+    return catalogue.family(format).books[0]
 
 
 def _dynamic(build: Builder, x: ir.Value, axes: list[int], reach: float, format: str) -> ir.Value:
@@ -123,7 +124,7 @@ def _nearest(build: Builder, x: ir.Value, format: str) -> ir.Value:
                          build.constant(book.boundaries(np.float32)))  # fmt: skip
         index = build.op("ReduceSum", build.cast(above, ir.DataType.INT32), build.constant([-1], np.int64), keepdims=0)
         return build.op("Gather", levels, index)
-    # Entry 2k is the point k·unit, entry 2k+1 the open interval above it, as in dybit.ops.Lookup.
+    # Entry 2k is the point k·unit, entry 2k+1 the open interval above it, as in dybit.kernels.code_operators.Lookup.
     points = torch.arange(-2 * limit, 2 * limit + 1, dtype=torch.float32) * (unit / 2)
     cells = lookup(book, torch.device("cpu")).nearest(points).numpy().astype(np.uint8)
     table = build.op("Gather", levels, build.cast(build.initializer(f"dybit.{format}.cells", cells), ir.DataType.INT32))

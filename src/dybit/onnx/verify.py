@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dybit.calibrate import run_batch
+import onnx
 from dybit.errors import DyBitError
+from dybit.models.running import run_batch
 from dybit.onnx.capture import arguments, evaluating, widened
 from dybit.onnx.graph import Array
 

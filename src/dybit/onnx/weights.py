@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dybit.codec import Codebook
+from dybit.formats.codebook import Codebook
 from dybit.onnx.graph import Array, Builder, unsigned
-from dybit.tensor import QuantizedTensor, TensorSpec
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 MICROSOFT = "com.microsoft"
 _NORMAL = 2.0**-126
@@ -69,7 +69,7 @@ def table_rows(build: Builder, weight: QuantizedTensor, name: str, index: ir.Val
 
 
 def from_matrix(build: Builder, matrix: ir.Value, spec: TensorSpec) -> ir.Value:
-    """As :meth:`dybit.tensor.TensorSpec.from_matrix`."""
+    """As :meth:`dybit.tensors.quantized_tensor.TensorSpec.from_matrix`."""
     if not spec.transposed:
         return matrix if len(spec.shape) == 2 else build.reshape(matrix, list(spec.shape))
     rest = [spec.shape[0] // spec.transposed, *spec.shape[2:]]

@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError
-from dybit.layers import Quantized, _QuantizedLinear
-from dybit.model import quantized_layers
+from dybit.layers.quantized import Quantized, _QuantizedLinear, quantized_layers
 from dybit.onnx import PRESETS, capture, rounding, weights
 from dybit.onnx.graph import Builder, data_type
 from dybit.onnx.verify import Check, verify
-from dybit.tensor import QuantizedTensor
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _EXACT, _ROUNDED = 1e-4, 1e-1  # bounds of the largest difference, where nothing and where inputs are rounded
 _LIMIT = 2_000_000_000  # bytes that a protobuf can hold, a little less than 2^31

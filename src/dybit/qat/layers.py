@@ -1,6 +1,6 @@
 """Layers in training: any supported module, its weights rounded whenever they are read, and its inputs rounded.
 
-Must not know whole models, calibration or files. As in :mod:`dybit.layers` a module changes its class and stays the
+Must not know whole models, calibration or files. As in ``quantized`` a module changes its class and stays the
 same object. ``weight`` is a property that rounds the parameter of that name, which stays in floating point and learns.
 """
 
@@ -13,9 +13,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dybit.attention import attend
-from dybit.experts import mix, multiply_by_torch
-from dybit.layers import InputSpec, expert_activation, expert_weights, round_dynamic, round_inputs, weight_names
+from dybit.layers.attention import attend
+from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
+from dybit.layers.kinds import expert_activation, expert_weights, weight_names
+from dybit.operators.experts import mix, multiply_by_torch
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -132,7 +133,7 @@ def prepare_layer_(
     """Turns a floating-point module into a layer in training, in place.
 
     Args:
-        module: A module for which :func:`dybit.layers.weight_names` is not empty.
+        module: A module for which :func:`dybit.layers.kinds.weight_names` is not empty.
         weights: What rounds its weights, by name; empty to round only the inputs. Tied weights have one in common.
         refreshed: The names of the weights whose codebooks this layer is to choose anew.
         input_spec: How dynamic inputs are rounded, or None.

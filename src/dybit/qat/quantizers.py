@@ -16,15 +16,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dybit import rivals
-from dybit.calibrate import InputStatistics, choose_input
-from dybit.codec import Family
 from dybit.errors import DyBitError
-from dybit.layers import InputSpec
-from dybit.qat.rounding import Layout, round_input, round_weight, spacing
+from dybit.formats import catalogue
+from dybit.formats.codebook import Family
+from dybit.layers.input_spec import InputSpec
+from dybit.models.calibration import InputStatistics, choose_input
+from dybit.qat.gradients import Layout, round_input, round_weight, spacing
 from dybit.recipe import LayerRecipe
-from dybit.scale import Scales, choose_scales, nearest_scale
-from dybit.tensor import QuantizedTensor, check_weight, encode_matrix
+from dybit.tensors.quantized_tensor import QuantizedTensor, check_weight, encode_matrix
+from dybit.tensors.scale_search import Scales, choose_scales, nearest_scale
 
 _SAMPLE = 1 << 14  # elements of an input that are kept to choose from
 _SEED = 0x0DB17
@@ -260,7 +260,7 @@ class InputQuantizer(_Quantizer):
 
     def _moved(self) -> Tensor:
         assert self.shift is not None
-        book = rivals.family(self.candidates[int(self.choice)][0]).books[0]
+        book = catalogue.family(self.candidates[int(self.choice)][0]).books[0]
         return self.shift.detach() * (self.scale * spacing(book))
 
     def forward(self, x: Tensor) -> Tensor:

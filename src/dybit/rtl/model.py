@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dybit.accelerator.datapath import Mode, datapath_factor
 from dybit.errors import DyBitError
-from dybit.format import MIN_BITS, Format
+from dybit.formats.format import MIN_BITS, Format
 
 Integers = NDArray[np.int64]
 MULTIPLIER_BITS = 16  # two's complement: a scale may be negative

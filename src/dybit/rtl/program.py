@@ -17,7 +17,7 @@ from dybit.accelerator.config import Config
 from dybit.accelerator.datapath import FIELD_BITS, Mode, mode
 from dybit.accelerator.mapping import Mapping, compute_cycles
 from dybit.errors import DyBitError
-from dybit.format import Format
+from dybit.formats.format import Format
 from dybit.rtl.model import Integers, Requantizer, Variant, check_output, encode, pack_fields, scaled, widen
 
 

@@ -1,0 +1,1 @@
+"""The compiled extension and the operators on codes: pack, decode, round."""

@@ -1,0 +1,1 @@
+"""Quantized layers: modules whose weights are packed codes."""

@@ -1,0 +1,123 @@
+"""Kinds of layers: which modules can be quantized, and where their weights, inputs and channels are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, cast
+
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # weights of transformers' experts
+
+
+SUPPORTED = (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS, *TRANSPOSED)
+
+
+def expert_weights(module: nn.Module) -> tuple[str, str]:
+    """The names of the weights of a module of experts, in the order in which they are used."""
+    return EXPERTS[0 if getattr(module, "has_gate", True) else 1], EXPERTS[2]
+
+
+def expert_activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What lies between the two products of a module of experts."""
+    return cast(Callable[[Tensor], Tensor], module._apply_gate if getattr(module, "has_gate", True) else module.act_fn)
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the weights of a module that can be quantized; empty for other modules."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        )
+    if is_experts(module):
+        return expert_weights(module)
+    return ("weight",) if isinstance(module, SUPPORTED) or _is_conv1d(module) else ()
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module is an embedding table."""
+    return isinstance(module, nn.Embedding)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is experts of transformers 5: matrices (out, in) stacked in parameters of three dimensions.
+
+    Transformers marks classes whose forward its other implementations can stand in for; so can ours. Experts with
+    biases, with norms of their own or with transposed matrices are not supported.
+    """
+    marks = vars(module)
+    plain = (marks.get("is_transposed"), marks.get("has_bias"), marks.get("has_post_expert_norm", False))
+    if any(mark is not False for mark in plain) or not hasattr(module, "_apply_gate"):
+        return False
+    held = [module._buffers.get(name, module._parameters.get(name)) for name in expert_weights(module)]
+    return all(tensor is not None and tensor.ndim == (3 if tensor.is_floating_point() else 4) for tensor in held)
+
+
+def input_places(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int | str]:
+    """Where in the arguments of a call the inputs are: positions and names.
+
+    Query, key and value of attention, in this order; of other layers the first floating-point tensor.
+    """
+    places: list[int | str] = [i for i, x in enumerate(args) if _is_floating(x)]
+    named: list[int | str] = [name for name, x in kwargs.items() if _is_floating(x)]
+    if not isinstance(module, nn.MultiheadAttention):
+        return [*places, *named][:1]
+    roles = [name for name in ("query", "key", "value") if name in named]
+    return [*places, *(roles or named[: not places])][:3]
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def channels(module: nn.Module, name: str = "weight") -> int:
+    """The channels of the input that a weight multiplies."""
+    weight = getattr(module, name)
+    if is_experts(module):
+        return int(weight.shape[2])
+    return int(weight.shape[0]) if transposed(module) else int(weight.shape[1]) * channel_groups(module)
+
+
+def transposed(module: nn.Module) -> int:
+    """0, or the channel groups of a weight that counts input channels first (see ``TensorSpec``)."""
+    return module.groups if isinstance(module, TRANSPOSED) else int(_is_conv1d(module))
+
+
+class Layout(TypedDict):
+    """The fields of a ``TensorSpec`` that say which dimensions of a weight are its rows."""
+
+    transposed: int
+    row_dims: int
+
+
+def layout(module: nn.Module) -> Layout:
+    """How the weights of a module lie."""
+    return {"transposed": transposed(module), "row_dims": 2 if is_experts(module) else 1}
+
+
+def channel_groups(module: nn.Module) -> int:
+    """In how many groups the channels are connected."""
+    return module.groups if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else 1
+
+
+def channel_dim(module: nn.Module, x: Tensor) -> int:
+    """The dimension of an input that counts channels."""
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        return x.ndim - len(module.kernel_size) - 1
+    return x.ndim - 1
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``, a linear layer with a transposed weight; without importing it."""
+    return any(named_conv1d(c) for c in type(module).__mro__)
+
+
+def named_conv1d(cls: type) -> bool:
+    """Whether a class is transformers' ``Conv1D``, by its name: transformers need not be installed."""
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"

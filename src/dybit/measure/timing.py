@@ -1,0 +1,120 @@
+"""Timing: contestants in one process that take turns, and what their times say.
+
+Must not know what the contestants are.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dybit.operators import packed_weight
+
+_LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The times of one contestant.
+
+    Attributes:
+        median: Seconds.
+        low: First quartile, seconds.
+        high: Third quartile, seconds.
+        ratio: Median over the rounds of the first contestant's time divided by this one's: above 1 is faster.
+        ratio_low: Its first quartile.
+        ratio_high: Its third quartile.
+        rounds: How often it ran.
+    """
+
+    median: float
+    low: float
+    high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What times depend on besides the work.
+
+    Attributes:
+        cpu: The processor's name.
+        isa: The instruction set of the kernels.
+        threads: Threads that torch uses.
+        torch: Version of torch.
+    """
+
+    cpu: str
+    isa: str
+    threads: int
+    torch: str
+
+    def __str__(self) -> str:
+        """The machine in one line."""
+        plural = "" if self.threads == 1 else "s"
+        return f"{self.cpu}, {self.isa} kernels, {self.threads} thread{plural}, torch {self.torch}"
+
+
+def machine() -> Machine:
+    """This machine as it runs now."""
+    return Machine(_cpu(), packed_weight.isa(), torch.get_num_threads(), torch.__version__)
+
+
+@cache
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def compare(
+    contestants: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 200
+) -> dict[str, Timing]:
+    """Times contestants that take turns, in a new order every round, so that all see the same disturbances.
+
+    With one thread the clock is the thread's processor time: other programs disturb the caches then, but their turns on
+    the processor do not count. With more it is the wall's.
+
+    Args:
+        contestants: What to run, by name; ratios are against the first.
+        seconds: About how long it may take in all, after five rounds.
+        rounds: At most so many.
+    """
+    names = list(contestants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    shuffle, order = random.Random(0), list(names)
+    with torch.inference_mode():
+        for name in names:
+            contestants[name]()
+        start = time.perf_counter()
+        while len(times[names[0]]) < _LEAST_ROUNDS or (
+            time.perf_counter() - start < seconds and len(times[names[0]]) < rounds
+        ):
+            shuffle.shuffle(order)
+            for name in order:
+                begin = clock()
+                contestants[name]()
+                times[name].append(clock() - begin)
+    first = np.array(times[names[0]])
+    return {name: _timing(np.array(value), first) for name, value in times.items()}
+
+
+def _timing(times: np.ndarray, first: np.ndarray) -> Timing:
+    low, median, high = (float(q) for q in np.percentile(times, [25, 50, 75]))
+    ratios = [float(q) for q in np.percentile(first / np.maximum(times, 1e-12), [25, 50, 75])]
+    return Timing(median, low, high, ratios[1], ratios[0], ratios[2], len(times))

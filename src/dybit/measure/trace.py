@@ -1,0 +1,160 @@
+"""Tracing: runs a torch model once and writes down its matrix products and convolutions as a workload.
+
+Must not know formats, bits or any machine that runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dybit.errors import DyBitError
+from dybit.workloads.workload import Conv, Gemm, Layer, Pair, Workload
+
+
+def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_inputs: object) -> Workload:
+    """Runs ``model`` once and returns what it multiplied.
+
+    Recorded are the products that reach torch's operators, so ``nn.Linear``, every convolution, transformers'
+    ``Conv1D``, functional calls and attention are seen alike. A product with a learned operand is named after the
+    module that owns it, one of two activations after the module that ran it; a second use of a name gets ``#2``.
+
+    Args:
+        model: The model; run in evaluation mode without gradients, its mode restored afterwards.
+        *inputs: Positional inputs, as for calling the model.
+        name: Name of the workload; the model's class by default.
+        **named_inputs: Named inputs.
+
+    Raises:
+        DyBitError: The model multiplies nothing.
+
+    Example:
+        >>> work = trace(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.zeros(1, 3, 8, 8))
+        >>> [(layer.name, layer.m, layer.k, layer.n) for layer in work]
+        [('0', 64, 27, 8)]
+    """
+    recorder = _Recorder(model)
+    training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention would hide its products in one operator
+    try:
+        model.eval()
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder.following(), recorder:
+            model(*inputs, **named_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in training.items():
+            module.training = mode
+    label = name or type(model).__name__
+    if not recorder.layers:
+        raise DyBitError(f"model {label!r} multiplies nothing that could run on an accelerator")
+    learned = sum(parameter.numel() for parameter in model.parameters())
+    inside = sum(layer.parameters for layer in recorder.layers if "#" not in layer.name)
+    return Workload(label, tuple(recorder.layers), max(learned - inside, 0))
+
+
+class _Recorder(TorchDispatchMode):
+    """Turns operators into layers while it is active."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.layers: list[Layer] = []
+        self._uses: dict[str, int] = {}
+        self._running = [""]
+        # Views of a parameter share its storage, so a transposed or reshaped weight is still recognised.
+        self._owners = {
+            parameter.untyped_storage()._cdata: path.rpartition(".")[0] or path
+            for path, parameter in model.named_parameters()
+        }
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Keeps track of which module runs."""
+
+        def enter(path: str) -> Callable[..., None]:
+            return lambda *_: self._running.append(path)
+
+        handles = []
+        for path, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(path)))
+            handles.append(module.register_forward_hook(lambda *_: self._running.pop() and None))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Records products and convolutions, and runs every operator as it is."""
+        packet = func.overloadpacket
+        if packet is torch.ops.aten.convolution:
+            self._convolution(*args[:9])
+        elif packet in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self._product(args[0], args[1], None)
+        elif packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):
+            self._product(args[1], args[2], args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _owner(self, tensor: Tensor | None) -> str | None:
+        return None if tensor is None else self._owners.get(tensor.untyped_storage()._cdata)
+
+    def _unique(self, name: str) -> str:
+        self._uses[name] = uses = self._uses.get(name, 0) + 1
+        return name if uses == 1 else f"{name}#{uses}"
+
+    def _product(self, left: Tensor, right: Tensor, added: Tensor | None) -> None:
+        """A product (..., m, k) × (..., k, n) of matrices or batches of matrices."""
+        owner, flipped = self._owner(right), False
+        if owner is None and self._owner(left) is not None:  # the weight stands on the left: W·x = (xᵀ·Wᵀ)ᵀ
+            owner, flipped = self._owner(left), True
+        groups = left.shape[0] if left.ndim == 3 else 1
+        m, k, n = left.shape[-2], left.shape[-1], right.shape[-1]
+        if flipped:
+            m, n = n, m
+        if min(m, k, n, groups) < 1:
+            return
+        dynamic = owner is None
+        name = self._unique(owner or f"{self._running[-1]}.product".lstrip("."))
+        bias = not dynamic and self._owner(added) is not None
+        self.layers.append(Gemm(name, m, k, n, groups, bias, dynamic))
+
+    def _convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+        dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
+    ) -> None:  # fmt: skip
+        """A convolution (batch, channels, ...): 1-D and 2-D as they are, 3-D and transposed ones as products."""
+        owner = self._owner(weight) or f"{self._running[-1]}.convolution".lstrip(".")
+        name, taps = self._unique(owner), math.prod(weight.shape[2:])
+        axes, learned_bias = weight.ndim - 2, bias is not None
+        if transposed:  # every input position makes a kernel full of outputs
+            m = x.shape[0] * math.prod(x.shape[2:])
+            self.layers.append(Gemm(name, m, weight.shape[0] // groups, weight.shape[1] * taps, groups))
+            return
+        sizes = [tuple(v) if len(v) == axes else tuple(v) * axes for v in (x.shape[2:], stride, padding, dilation)]
+        if axes > 2:
+            positions = [
+                (size + 2 * pad - step * (taps_ - 1) - 1) // by + 1
+                for size, by, pad, step, taps_ in zip(*sizes, weight.shape[2:], strict=True)
+            ]
+            m = x.shape[0] * math.prod(positions)
+            self.layers.append(Gemm(name, m, weight.shape[1] * taps, weight.shape[0] // groups, groups, learned_bias))
+            return
+        fill = ((1,), (1,), (0,), (1,))
+        size, by, pad, step = (_pair(lead + v) for lead, v in zip(fill, sizes, strict=True))
+        kernel = _pair((1, *weight.shape[2:]))
+        self.layers.append(
+            Conv(name, x.shape[1], weight.shape[0], size, kernel, by, pad, step, groups, x.shape[0], learned_bias)
+        )
+
+
+def _pair(numbers: tuple[int, ...]) -> Pair:
+    """The last two numbers: those of a two-dimensional convolution, whatever was put before them."""
+    return numbers[-2], numbers[-1]

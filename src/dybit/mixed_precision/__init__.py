@@ -1,0 +1,1 @@
+"""The search for the width of every layer under a budget."""

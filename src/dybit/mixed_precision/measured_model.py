@@ -1,0 +1,355 @@
+"""The subject of a search: a model made ready for measuring, its layers, their inputs, and how far its outputs are off.
+
+Must not know costs, constraints or how a search decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.layers.attention import attend
+from dybit.layers.kinds import input_places, is_embedding, is_experts, weight_names
+from dybit.layers.quantized import Quantized, is_attention
+from dybit.measure.fidelity import Kind, guess_kind, kl_divergence
+from dybit.mixed_precision.candidate import Candidate, mixed_recipe
+from dybit.models.batch_norm import find_pairs, fold_
+from dybit.models.calibration import InputStatistics, calibrate
+from dybit.models.plan import Plan, Ties, plan_layers
+from dybit.models.preparation import bypass_fast_path_, make_plain_
+from dybit.models.running import output_tensor, run, run_batch
+from dybit.ptq.rounding.nearest import quantize_layer
+from dybit.recipe import LayerRecipe, Recipe, matches
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+Progress = Callable[[int, int, str], None]
+
+
+class Judge:
+    """Says by how much a model's outputs differ from those of its floating-point original.
+
+    The error is the mean Kullback-Leibler divergence in nats where outputs are logits, else the energy of the
+    difference as a share of the energy of the original's outputs.
+
+    Args:
+        model: The floating-point model.
+        batches: The inputs, kept with the outputs.
+
+    Raises:
+        DyBitError: There is no batch, one does not fit the model, or an output is not finite.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        if not batches:
+            raise DyBitError("batches must hold at least one batch of calibration data, but are empty")
+        self.batches = list(batches)
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            raw = run_batch(model, self.batches[0], "batch 0")
+        model.train(training)
+        self.kind: Kind = guess_kind(output_tensor(raw).float(), raw)
+        self.outputs = []
+        for index, (_, output) in enumerate(run(model, self.batches)):
+            if not bool(torch.isfinite(output).all()):
+                raise DyBitError(f"the original's output for batch {index} holds NaN or infinity")
+            self.outputs.append(output)
+
+    @property
+    def unit(self) -> str:
+        """What the error counts."""
+        return "KL divergence, nats" if self.kind == "logits" else "noise-to-signal energy"
+
+    def error(self, model: nn.Module) -> float:
+        """Runs a model on the batches and returns its error.
+
+        Raises:
+            DyBitError: An output has another shape or is not finite.
+        """
+        total, weight = 0.0, 0.0
+        for (_, output), reference in zip(run(model, self.batches), self.outputs, strict=True):
+            if output.shape != reference.shape:
+                raise DyBitError(f"the output has shape {tuple(output.shape)}, not {tuple(reference.shape)}")
+            if not bool(torch.isfinite(output).all()):
+                raise DyBitError("the output holds NaN or infinity")
+            if self.kind == "logits":
+                vectors = reference.numel() // reference.shape[-1]
+                total, weight = total + kl_divergence(reference, output) * vectors, weight + vectors
+            else:
+                total += float((output - reference).double().square().sum())
+                weight += float(reference.double().square().sum())
+        return total / weight if weight else 0.0
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer was first called with: its positional arguments and its keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first tensor."""
+        return next((tuple(x.shape) for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)), ())
+
+
+class Subject:
+    """A copy of a model, plain and with its batch norms folded, as ``quantize_`` would make it before it quantizes.
+
+    Args:
+        model: The model, which is left as it is.
+        batches: Calibration batches, each a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        recipe: All that candidates do not say: group sizes, scales, how inputs are rounded. Layers that a rule of it
+            keeps in floating point are no part of the search.
+
+    Attributes:
+        model: The copy.
+        batches: The batches.
+        recipe: The recipe.
+        layers: The layers to decide about, by qualified name. Of tied layers only the first is one.
+        ties: From the first to the other layers with the same weight.
+        embeddings: Those of all these that are embedding tables.
+        folded: Bytes that folding a batch norm into a convolution saves, by the convolution: kept in floating point, it
+            keeps its norm.
+
+    Raises:
+        DyBitError: ``model`` is no module or has nothing to quantize, or there is no batch.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], recipe: Recipe | None = None) -> None:
+        self.recipe = recipe or Recipe()
+        if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
+            raise DyBitError(f"batches must be an iterable of batches, such as a list, not {type(batches).__name__}")
+        self.batches = list(batches)
+        if not self.batches:
+            raise DyBitError("batches must hold at least one batch of calibration data, but are empty")
+        keep = tuple((pattern, None) for pattern, changes in self.recipe.rules if changes is None)
+        every = replace(self.recipe, weights=8, activations=None, embeddings=8, criterion="auto", rules=keep)
+        # Checks the model before it is copied. Of experts it is not known which run, nor with how many rows.
+        layers = [plan.name for plan in plan_layers(model, every) if not is_experts(plan.module)]
+        self.model = copy.deepcopy(model).eval()
+        found = {name: self.model.get_submodule(name) for name in layers}
+        for module in found.values():
+            make_plain_(module)
+        pairs = [pair for pair in find_pairs(self.model) if pair[0] in found]
+        before = {pair[0]: _nbytes(self.model, pair) for pair in pairs}
+        fold_(self.model, pairs)
+        self.folded = {pair[0]: before[pair[0]] - _nbytes(self.model, pair) for pair in pairs}
+        bypass_fast_path_(self.model, found.values())
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self.embeddings = frozenset(name for name, module in found.items() if is_embedding(module))
+        owners: dict[int, str] = {}
+        self.layers: dict[str, nn.Module] = {}
+        self.ties: dict[str, tuple[str, ...]] = {}
+        for name, module in found.items():
+            first = owners.setdefault(id(getattr(module, weight_names(module)[0])), name)
+            if first == name:
+                self.layers[name], self.ties[name] = module, ()
+            else:
+                self.ties[first] = (*self.ties[first], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to a worker: not the recorded inputs."""
+        return {key: value for key, value in self.__dict__.items() if key != "_record"}
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The judge on the calibration batches."""
+        return Judge(self.model, self.batches)
+
+    @cached_property
+    def statistics(self) -> dict[str, InputStatistics]:
+        """What calibration saw of the inputs of every layer but embeddings."""
+        names = [name for first in self.layers for name in (first, *self.ties[first]) if name not in self.embeddings]
+        seen = calibrate(self.model, {name: self.model.get_submodule(name) for name in names}, self.batches)
+        missed = [name for name, statistics in seen.items() if not statistics.seen]
+        if missed:
+            warnings.warn(
+                f"calibration never reached {len(missed)} layers, whose error counts as zero: {', '.join(missed[:8])}",
+                DyBitWarning,
+                stacklevel=2,
+            )
+        return seen
+
+    @cached_property
+    def signature(self) -> str:
+        """A hash of the structure, the weights and the calibration data: what a measurement depends on."""
+        digest = hashlib.sha256(repr(self.model).encode())
+        for key, tensor in self.model.state_dict().items():
+            _feed(digest, (key, tensor))
+        _feed(digest, self.batches)
+        return digest.hexdigest()
+
+    def layer_recipes(self, name: str, candidate: Candidate) -> dict[str, LayerRecipe | None]:
+        """How a layer and those tied to it are quantized by a candidate; None where they are kept."""
+        recipe = self.mixed({name: candidate})
+        return {one: recipe.layer(one, one in self.embeddings) for one in (name, *self.ties[name])}
+
+    def mixed(self, choices: Mapping[str, Candidate]) -> Recipe:
+        """The recipe that gives every layer, and those tied to it, its candidate."""
+        every = {one: candidate for name, candidate in choices.items() for one in (name, *self.ties[name])}
+        return mixed_recipe(self.recipe, every, self.embeddings)
+
+    def quantized(
+        self, name: str, recipe: LayerRecipe, weights: Mapping[str, QuantizedTensor] | None = None
+    ) -> Quantized:
+        """A quantized twin of a layer, which shares what is not quantized with it and has its hooks."""
+        module = self.model.get_submodule(name)
+        twin = module.__class__.__new__(module.__class__)
+        twin.__dict__.update(_state(module))
+        kept = weights or {}
+        quantize_layer(
+            Plan(name, twin, recipe), self.statistics.get(name), Ties([]), lambda _, key, spec: kept.get(key)
+        )
+        return cast(Quantized, twin)
+
+    @contextmanager
+    def replaced(self, twins: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+        """The model with some layers turned into their twins, in place; turned back afterwards."""
+        before = []
+        try:
+            for name, twin in twins.items():
+                module = self.model.get_submodule(name)
+                before.append((module, module.__class__, module.__dict__))
+                module.__class__ = twin.__class__
+                module.__dict__ = dict(twin.__dict__)
+            yield self.model
+        finally:
+            for module, cls, state in reversed(before):
+                module.__class__, module.__dict__ = cls, state
+
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """Within it, torch's attention calls its ``out_proj``, which it otherwise multiplies by itself."""
+        patched = [module for module in self.model.modules() if is_attention(module)]
+        try:
+            for attention in patched:
+                attention.forward = partial(attend, attention)  # type: ignore[method-assign]
+            yield
+        finally:
+            for attention in patched:
+                attention.__dict__.pop("forward", None)
+
+    @cached_property
+    def _record(self) -> tuple[dict[str, LayerInput], list[tuple[str, ...]]]:
+        """The first input of every layer on the first batch, and the layers that were given one and the same tensor."""
+        inputs: dict[str, LayerInput] = {}
+        shared: list[tuple[weakref.ref[Tensor], int, list[str]]] = []
+
+        def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in inputs:
+                return
+            places = input_places(module, args, kwargs)
+            inputs[name] = LayerInput(_detached(args), {key: _detached((x,))[0] for key, x in kwargs.items()})
+            if places and name not in self.embeddings:
+                x: Tensor = args[places[0]] if isinstance(places[0], int) else kwargs[places[0]]
+                for known, version, names in shared:
+                    if known() is x and version == x._version:
+                        names.append(name)
+                        return
+                shared.append((weakref.ref(x), x._version, [name]))
+
+        handles = [m.register_forward_pre_hook(partial(enter, n), with_kwargs=True) for n, m in self.layers.items()]
+        try:
+            with torch.no_grad(), self.plain_attention():
+                run_batch(self.model, self.batches[0], "batch 0")
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs, [tuple(names) for _, _, names in shared if len(names) > 1]
+
+    @property
+    def inputs(self) -> dict[str, LayerInput]:
+        """What every layer was first called with on the first batch, of those that were called."""
+        return self._record[0]
+
+    def groups(self, patterns: Iterable[str] = (), shared_inputs: bool = True) -> list[tuple[str, ...]]:
+        r"""Layers that must take the same candidate, every layer in exactly one group.
+
+        Args:
+            patterns: Layers that match one pattern agree: a glob, or a regular expression after ``re:``, whose
+                captured parts must be equal too (``re:(.*)\.mlp\..*`` makes a group of every block).
+            shared_inputs: Whether layers that are given one and the same tensor agree, such as query, key and value.
+
+        Raises:
+            DyBitError: A pattern matches no layer, or is no regular expression.
+        """
+        # Torch's attention multiplies by its out_proj itself, and rounds the input of either only if it rounds both.
+        attention = [(name, f"{name}.out_proj") for name, module in self.layers.items() if is_attention(module)]
+        known: list[tuple[str, ...]] = [pair for pair in attention if pair[1] in self.layers]
+        known += self._record[1] if shared_inputs else []
+        return agree(list(self.layers), known, patterns)
+
+
+def agree(
+    names: Sequence[str], known: Iterable[Sequence[str]] = (), patterns: Iterable[str] = ()
+) -> list[tuple[str, ...]]:
+    """Groups names: those known to belong together and those that match a pattern; see :meth:`Subject.groups`."""
+    group = {name: index for index, name in enumerate(names)}
+    together = [list(part) for part in known]
+    for pattern in patterns:
+        keys: dict[tuple[str | None, ...], list[str]] = {}
+        for name in names:
+            try:
+                hit = matches(pattern, name)
+            except re.error as error:
+                raise DyBitError(f"groups: {pattern!r} is not a regular expression: {error}") from None
+            if hit:
+                match = re.fullmatch(pattern[3:], name) if pattern.startswith("re:") else None
+                keys.setdefault(match.groups() if match else (), []).append(name)
+        if not keys:
+            raise DyBitError(f"groups: {pattern!r} matches no layer")
+        together += list(keys.values())
+    for part in together:
+        first, merged = group[part[0]], {group[name] for name in part}
+        group = {name: first if index in merged else index for name, index in group.items()}
+    result: dict[int, list[str]] = {}
+    for name in names:
+        result.setdefault(group[name], []).append(name)
+    return [tuple(part) for part in result.values()]
+
+
+def _nbytes(model: nn.Module, names: Iterable[str]) -> int:
+    return sum(t.nbytes for name in names for t in model.get_submodule(name).state_dict().values())
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, its tables of parameters and buffers copied."""
+    copied = {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
+    return {**module.__dict__, **copied}
+
+
+def _detached(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in values)
+
+
+def _feed(digest: Any, value: Any) -> None:  # noqa: ANN401
+    """Adds tensors and other values to a hash."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            digest.update(repr(key).encode())
+            _feed(digest, item)
+    elif isinstance(value, tuple | list):
+        digest.update(f"{len(value)}".encode())
+        for item in value:
+            _feed(digest, item)
+    else:
+        digest.update(repr(value).encode())

@@ -1,0 +1,65 @@
+"""What the weights of a recipe of mixed precision would lose in other formats, at the same widths and scales.
+
+Must not know the search, files or how it is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from dybit.errors import DyBitError
+from dybit.formats import catalogue
+from dybit.ptq.rounding.nearest import weight_spec
+from dybit.recipe import LayerRecipe
+from dybit.tensors.quantized_tensor import quantize
+
+# Formats that have one name for every width, shown where they have the widths of the recipe.
+_RIVALS = {
+    "full DyBit": "s{}",
+    "INT": "int{}",
+    "NF": "nf{}",
+    "flint": "flint{}",
+    "ANT": "ant{}",
+    "posit, es = 1": "posit{}es1",
+    "AdaptivFloat": "adaptivfloat{}",
+}
+
+
+def compare(layers: Iterable[tuple[Tensor, LayerRecipe, int]]) -> list[dict[str, Any]]:
+    """Rounds weights to their own formats and to rival ones of the same widths.
+
+    Args:
+        layers: A weight, its recipe and ``TensorSpec.transposed``; those that are kept in floating point are left out.
+
+    Returns:
+        ``name``, ``sqnr`` of all weights together in dB, unweighted, and ``dybit``, whether it is the recipe itself;
+        best first.
+    """
+    formats = {"this recipe": "", **_RIVALS}
+    noise = dict.fromkeys(formats, 0.0)
+    signal = 0.0
+    for weight, recipe, transposed in layers:
+        if recipe.weight_family is None:
+            continue
+        spec = weight_spec(recipe, tuple(weight.shape), transposed)
+        signal += float(weight.double().square().sum())
+        for name, pattern in list(formats.items()):
+            try:
+                family = catalogue.family(pattern.format(spec.bits)) if pattern else spec.formats
+                own = replace(spec, family=family.name, scale=family.scale or spec.scale)
+            except DyBitError:  # no such width, or scales that do not go with these units
+                del formats[name]
+                continue
+            rounded = quantize(weight, own, method=recipe.method, percentile=recipe.percentile)
+            noise[name] += float((rounded.dequantize().double() - weight.double()).square().sum())
+    found = [
+        {"name": name, "sqnr": 10 * math.log10(signal / noise[name]), "dybit": name == "this recipe"}
+        for name in formats
+        if signal and noise[name]
+    ]
+    return sorted(found, key=lambda row: -row["sqnr"])

@@ -1,0 +1,282 @@
+"""Sensitivity: how much a model suffers when one layer is quantized, for every layer and candidate.
+
+Must not know costs, constraints or how a search decides. Measurements are cells (layer, candidate), each kept on disk
+as soon as it is there, so that what was interrupted goes on where it stopped; they run in this process or on any
+``concurrent.futures.Executor``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import platform
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from dybit.errors import DyBitError
+from dybit.mixed_precision.candidate import Candidate
+from dybit.mixed_precision.estimators import ESTIMATORS, Estimator, Twins
+from dybit.mixed_precision.measured_model import Progress, Subject
+from dybit.safe_files import read_json
+
+Estimate = Literal["rmse", "fisher", "output", "kl"]
+ESTIMATES: tuple[str, ...] = get_args(Estimate)
+CACHE_VERSION = 2  # rises when a recipe comes to mean something else
+
+Cell = tuple[str, Candidate]
+
+
+def measure(
+    subject: Subject,
+    candidates: Sequence[Candidate],
+    estimate: Estimate = "kl",
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, list[float]]:
+    """Measures or looks up every cell.
+
+    Args:
+        subject: The model with its data.
+        candidates: What a layer may become. One that keeps it in floating point has error 0.
+        estimate: ``rmse``: normalised root mean square errors of weights and inputs, added, as in the DyBit paper;
+            ``output``: energy of the error of the layer's output, as a share of the output's;
+            ``fisher``: squared errors of weights and inputs, weighted by squared gradients, an estimate of ``kl``;
+            ``kl``: the error of the model's output (``Judge``) with this layer alone quantized.
+        cache: Directory of finished cells; None for the user's cache directory.
+        executor: Where to work; its workers need dybit installed. None to work here, or in ``workers`` processes.
+        workers: Processes, each with one thread; 1 works in this process.
+        progress: Called with (done, total, text).
+
+    Returns:
+        For every layer of ``subject.layers`` the errors in the order of ``candidates``.
+
+    Raises:
+        DyBitError: ``estimate`` or ``workers`` is bad, a measurement fails or is not a number, or a worker died. Cells
+            that were finished are kept.
+    """
+    check_arguments(estimate, workers)
+    folder = Path(cache) if cache is not None else cache_directory() / "sensitivity"
+    keys = {(name, c): _key(subject, name, c, estimate) for name in subject.layers for c in candidates}
+    known = {key: value for key in set(keys.values()) if (value := _read(folder, key)) is not None}
+    missing: dict[str, Cell] = {}
+    for cell, key in keys.items():
+        if cell[1].kept:
+            known[key] = 0.0
+        elif key not in known:
+            missing.setdefault(key, cell)
+    total, done = len(missing), 0
+    by_cell = {cell: key for key, cell in missing.items()}
+    if progress and total:
+        progress(0, total, "preparing")
+    for (name, candidate), error in _run(subject, estimate, list(missing.values()), executor, workers, folder):
+        _check(name, candidate, error)
+        key = by_cell[name, candidate]
+        _write(folder, key, {"layer": name, "candidate": candidate.name, "estimate": estimate, "error": error})
+        known[key], done = error, done + 1
+        if progress:
+            progress(done, total, f"{name} {candidate.name}")
+    return {name: [known[keys[name, c]] for c in candidates] for name in subject.layers}
+
+
+def check_arguments(estimate: object, workers: object) -> None:
+    """Checks the name of an estimate and a number of workers.
+
+    Raises:
+        DyBitError: One of them is bad.
+    """
+    if estimate not in ESTIMATES:
+        raise DyBitError(f"sensitivity must be one of {', '.join(ESTIMATES)}, not {estimate!r}")
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise DyBitError(f"workers must be a positive integer, not {workers!r}")
+
+
+def cache_directory() -> Path:
+    """The user's cache directory of dybit: ``DYBIT_CACHE``, or ``dybit`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    given = os.environ.get("DYBIT_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dybit"
+
+
+def _key(subject: Subject, name: str, candidate: Candidate, estimate: str) -> str:
+    recipes = {n: r and asdict(r) for n, r in subject.layer_recipes(name, candidate).items()}
+    text = json.dumps([CACHE_VERSION, estimate, subject.signature, recipes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check(name: str, candidate: Candidate, error: float) -> None:
+    if not math.isfinite(error):
+        raise DyBitError(f"the error of layer {name!r} at {candidate.name} is {error}, not a finite number")
+
+
+def _read(folder: Path, key: str) -> float | None:
+    try:
+        error = read_json(folder / key[:2] / f"{key}.json")["error"]
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: measured anew
+        return None
+    return float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+
+
+def _write(folder: Path, key: str, cell: Mapping[str, Any]) -> None:
+    write_json(folder / key[:2] / f"{key}.json", cell)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON atomically, with the directories that it needs.
+
+    Raises:
+        DyBitError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            try:
+                json.dump(value, file, indent=1, allow_nan=False)
+                file.write("\n")
+                file.close()
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise DyBitError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+# ---- Where the work is done
+
+
+def _run(
+    subject: Subject, estimate: str, cells: list[Cell], executor: Executor | None, workers: int, folder: Path
+) -> Iterator[tuple[Cell, float]]:
+    if not cells:
+        return
+    if executor is None and workers == 1:
+        yield from _evaluate(subject, estimate, cells)
+    elif executor is not None:
+        yield from _distribute(subject, estimate, cells, executor, folder)
+    else:
+        # Not forked: a child of a process whose threads hold locks may hang.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context, initializer=_obey_parent)
+        try:
+            yield from _distribute(subject, estimate, cells, pool, folder)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _obey_parent() -> None:
+    """In a worker: Ctrl-C is for the process that started it, and where that was killed, nobody waits for results."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _evaluate(subject: Subject, estimate: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, float]]:
+    """Measures cells one by one; those of a layer should follow each other."""
+    estimator, twins = ESTIMATORS[estimate](subject, cells), Twins(subject)
+    for name, candidate in cells:
+        yield (name, candidate), _one(estimator, twins, name, candidate)
+
+
+def _one(estimator: Estimator, twins: Twins, name: str, candidate: Candidate) -> float:
+    try:
+        return float(estimator(twins.of(name, candidate), name))
+    except (DyBitError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DyBitError(f"measuring layer {name!r} at {candidate.name} failed: {reason}") from error
+
+
+def _distribute(
+    subject: Subject, estimate: str, cells: list[Cell], executor: Executor, folder: Path
+) -> Iterator[tuple[Cell, float]]:
+    """Sends tasks to an executor: a few cells of one layer each.
+
+    A worker that does not know the subject yet says so, and is sent it once, whatever kind of executor it belongs to.
+    Only about as many tasks are under way as workers have shown that they know it, or else the first worker would
+    turn all of them down before anything reaches it.
+    """
+    tasks: list[list[Cell]] = []
+    for cell in cells:
+        # Estimates other than kl are cheap or share passes: their tasks are whole layers.
+        if tasks and tasks[-1][0][0] == cell[0] and estimate != "kl":
+            tasks[-1].append(cell)
+        else:
+            tasks.append([cell])
+    _ = subject.statistics, subject.judge  # once, here, rather than in every worker
+    try:
+        payload = pickle.dumps((subject, estimate, cells))
+    except Exception as error:
+        raise DyBitError(f"the model cannot be sent to workers, use workers=1: {error}") from error
+    token = hashlib.sha256(payload).hexdigest()
+    waiting: dict[Future[Any], list[Cell]] = {}
+    ready: set[str] = set()
+    tasks.reverse()
+    known = 0
+
+    def failed(error: BaseException) -> DyBitError:
+        return DyBitError(
+            f"a worker died or cannot be reached ({type(error).__name__}: {error}), perhaps for want of memory; "
+            f"{known} of {len(cells)} cells are finished and kept in {str(folder)!r}: run it again to go on"
+        )
+
+    def submit(task: list[Cell], data: bytes | None) -> None:
+        waiting[executor.submit(_work, token, task, data, os.getpid())] = task
+
+    try:
+        while waiting or tasks:
+            while tasks and len(waiting) < 2 * len(ready) + 2:
+                submit(tasks.pop(), None)
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                task = waiting.pop(future)
+                worker, result = future.result()
+                if result is None:
+                    submit(task, payload)
+                    continue
+                ready.add(worker)
+                for cell, value in zip(task, result, strict=True):
+                    known += 1
+                    yield cell, value
+    except DyBitError:
+        raise
+    except Exception as error:  # of the executor: BrokenExecutor, or whatever another library raises
+        raise failed(error) from error
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+_worker = threading.local()  # of every thread: it changes its copy of the model
+
+
+def _work(token: str, cells: list[Cell], payload: bytes | None, parent: int) -> tuple[str, list[float] | None]:
+    """Runs in a worker: who it is, and the errors of some cells, or None if it needs the subject first."""
+    name = f"{platform.node()} {os.getpid()} {threading.get_ident()}"
+    if getattr(_worker, "token", None) != token:
+        if payload is None:
+            return name, None
+        if os.getpid() != parent:
+            torch.set_num_threads(1)  # as many workers as cores: more threads would get in each other's way
+        subject, estimate, every = pickle.loads(payload)
+        _worker.token, _worker.estimator, _worker.twins = token, ESTIMATORS[estimate](subject, every), Twins(subject)
+    return name, [_one(_worker.estimator, _worker.twins, layer, candidate) for layer, candidate in cells]

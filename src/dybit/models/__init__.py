@@ -1,0 +1,1 @@
+"""Whole models: plans, calibration, batch-norm folding, checkpoints."""

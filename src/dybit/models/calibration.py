@@ -1,0 +1,202 @@
+"""Observes the inputs of layers on calibration batches, and chooses static scales from what it saw.
+
+Must not know recipes, nor how weights are quantized.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dybit.errors import DyBitError
+from dybit.formats.codebook import Family
+from dybit.layers.input_spec import InputSpec
+from dybit.models.running import iterate, observing, positions, run_batch
+from dybit.tensors.scale_search import Method, choose_reach, choose_scales
+
+_SAMPLES_PER_BATCH = 1 << 15
+_LEAST_POSITIONS = 16
+_OFFSET_GAIN = 0.8
+_MAX_SAMPLES = 1 << 18
+_MAX_REACH_ELEMENTS = 1 << 15  # the reach is searched by brute force
+_SEED = 0x0DB17
+
+
+@dataclass
+class InputStatistics:
+    """What was seen of the inputs of one layer: one input, or query, key and value of attention.
+
+    Attributes:
+        square_sums: Sum of squares of every channel, for every input: float64 of shape (channels,).
+        counts: Positions (tokens, pixels) seen of every input.
+        low: The smallest element of all.
+        high: The largest element of all.
+        samples: Positions drawn at random, each float32 of shape (positions, channels), about 2^18 elements in all.
+    """
+
+    square_sums: dict[int, Tensor] = field(default_factory=dict)
+    counts: Counter[int] = field(default_factory=Counter)
+    low: float = float("inf")
+    high: float = float("-inf")
+    samples: list[Tensor] = field(default_factory=list)
+
+    @property
+    def seen(self) -> bool:
+        """Whether calibration reached the layer."""
+        return bool(self.square_sums)
+
+    def second_moment(self, index: int = 0) -> Tensor:
+        """Mean square of every channel of an input: float32 of shape (channels,)."""
+        index = index if index in self.square_sums else 0  # self-attention of a subclass with one argument
+        return (self.square_sums[index] / self.counts[index]).float()
+
+    def add(self, index: int, flat: Tensor) -> None:
+        """Adds positions of an input: float32 of shape (positions, channels)."""
+        square = flat.square().sum(0, dtype=torch.float64)
+        self.square_sums[index] = self.square_sums[index] + square if index in self.square_sums else square
+        self.counts[index] += flat.shape[0]
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+
+    def draw(self, flat: Tensor, generator: torch.Generator) -> None:
+        """Keeps some of the positions, as long as there is room."""
+        if sum(part.numel() for part in self.samples) < _MAX_SAMPLES:
+            wanted = max(_LEAST_POSITIONS, _SAMPLES_PER_BATCH // flat.shape[1])
+            if flat.shape[0] > wanted:
+                flat = flat[torch.randint(flat.shape[0], (wanted,), generator=generator).to(flat.device)]
+            self.samples.append(flat.cpu())
+
+    def elements(self) -> Tensor:
+        """All elements drawn: float32 of shape (n,)."""
+        return torch.cat([part.flatten() for part in self.samples])
+
+    def positions(self) -> Tensor:
+        """The positions drawn of the first input: float32 of shape (positions, channels)."""
+        return torch.cat([part for part in self.samples if part.shape[1] == self.samples[0].shape[1]])
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    sample: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, InputStatistics]:
+    """Runs a model on calibration batches and observes the inputs of some layers.
+
+    Args:
+        model: The model, which is run without gradients and in evaluation mode, and left in the mode it was in.
+        layers: The layers to observe, by name.
+        batches: Each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        sample: Whether to draw samples, which static scales need.
+        progress: Called with a line of text after every batch.
+
+    Returns:
+        The statistics of every layer; those of a layer that was never reached are empty.
+
+    Raises:
+        DyBitError: There is no batch; a batch does not fit the model (its own error is the cause); or the inputs of a
+            layer hold NaN or infinity.
+    """
+    statistics = {name: InputStatistics() for name in layers}
+    generator = torch.Generator().manual_seed(_SEED)
+    count = 0
+
+    def observe(name: str, module: nn.Module, inputs: list[Tensor]) -> None:
+        for index, x in enumerate(inputs):
+            if not x.numel():
+                continue
+            flat = positions(name, module, x)
+            statistics[name].add(index, flat)
+            if sample and all(x is not other for other in inputs[:index]):
+                statistics[name].draw(flat, generator)
+
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), observing(layers, observe):
+            for count, batch in enumerate(iterate(batches), start=1):
+                run_batch(model, batch, f"calibration batch {count - 1}")
+                if progress:
+                    progress(f"calibrating: batch {count}")
+    finally:
+        for module in training:
+            module.training = True
+    if count == 0:
+        raise DyBitError("calibration yields no batch")
+    return statistics
+
+
+def choose_input(
+    statistics: InputStatistics,
+    families: tuple[Family, Family | None],
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    offset: bool = True,
+) -> tuple[InputSpec, Tensor, Tensor | None]:
+    """Chooses format, scale and offset of a static input.
+
+    Args:
+        statistics: What calibration saw.
+        families: The formats for inputs with a sign, and for inputs that are never negative (or None).
+        method: ``mse`` over the samples, ``absmax`` (min-max) or ``percentile``.
+        percentile: For ``method="percentile"``.
+        offset: Whether inputs with a sign may take an unsigned format and an offset, if that lowers the squared error
+            by at least a fifth.
+
+    Returns:
+        The spec, the scale (float32 of shape (1,)) and the offset (the same, or None).
+    """
+    signed, unsigned = families
+    sample = statistics.elements()
+    if method != "mse":  # the extremes, which the sample may have missed
+        sample = torch.cat([sample, torch.tensor([statistics.low, statistics.high])])
+    candidates: list[tuple[Family, float]] = []
+    if unsigned is not None and statistics.low >= 0:
+        candidates.append((unsigned, 0.0))
+    else:
+        candidates.append((signed, 0.0))
+        if unsigned is not None and offset and statistics.high > statistics.low:
+            candidates.append((unsigned, statistics.low))
+    best: tuple[float, InputSpec, Tensor, Tensor | None] | None = None
+    for family, low in candidates:
+        scales = choose_scales((sample - low)[None], family, granularity="tensor", method=method, percentile=percentile)
+        # An offset costs an addition wherever the codes are used: it must pay for it.
+        error = scales.error / (_OFFSET_GAIN if low else 1.0)
+        if best is None or error < best[0]:
+            book = family.books[int(scales.choice.item()) if scales.choice is not None else 0]
+            spec = InputSpec(book.name, offset=low != 0)
+            best = error, spec, scales.scale.reshape(1), torch.tensor([low]) if low != 0 else None
+    assert best is not None
+    return best[1:]
+
+
+def choose_dynamic_input(
+    statistics: InputStatistics | None, family: Family, group_size: int | None = None
+) -> InputSpec:
+    """Chooses format and reach of a dynamic input: those with the least error over the positions that calibration drew.
+
+    Without calibration ``max_run = 2`` is taken where there is one, up to its largest value: on the inputs of
+    transformers that is close to the best, while an integer loses several dB (docs/accuracy.md).
+
+    Args:
+        statistics: What calibration saw, or None.
+        family: The formats to choose from.
+        group_size: Features that share a scale, or None for all of a position.
+    """
+    if statistics is None or not statistics.samples:
+        book = family.books[min(1, len(family.books) - 1)]
+        reach = float(np.abs(book.levels).max())
+    else:
+        rows = statistics.positions()
+        if group_size:
+            rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size)).reshape(-1, group_size)
+        book, reach = choose_reach(rows[: max(1, _MAX_REACH_ELEMENTS // rows.shape[1])], family)
+    return InputSpec(book.name, "dynamic", reach, group_size)

@@ -1,0 +1,72 @@
+"""Preparing a model for quantization, and turning one back: norms made permanent, fused paths bypassed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+
+from dybit.layers.kinds import weight_names
+from dybit.layers.quantized import quantized_layers, unswap_
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Turns every quantized layer of a model back into floating point, in place, with the values of its codes.
+
+    Inputs are no longer rounded. What weight-only quantization computes stays the same, bit for bit.
+
+    Returns:
+        The same model.
+    """
+    shared: dict[int, nn.Parameter] = {}
+    for layer in list(quantized_layers(model).values()):
+        keys = {name: id(layer._buffers[name]) for name in layer.weight_specs}
+        unswap_(layer)
+        for name, key in keys.items():
+            setattr(layer, name, shared.setdefault(key, getattr(layer, name)))
+    return model
+
+
+def folded_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """The (convolution, batch norm) pairs that :func:`quantize_` folded."""
+    return list(getattr(model, "_dybit_folded", []))
+
+
+def make_plain_(module: nn.Module) -> None:
+    """Makes the weight norm or other parametrization of a layer's weights permanent, in place."""
+    for name in weight_names(module):
+        if parametrize.is_parametrized(module, name):
+            # torch removes the property from the class, which copies of the model share: give this module its own.
+            made_by_torch: Any = type(module)
+            members = {k: v for k, v in vars(made_by_torch).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(made_by_torch.__name__, made_by_torch.__bases__, members)
+            parametrize.remove_parametrizations(module, name)
+            if name not in module._parameters:  # of frozen weights torch leaves a buffer
+                weight = getattr(module, name)
+                delattr(module, name)
+                module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+                prune.remove(module, name)
+            if getattr(hook, "name", None) == name:
+                {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}.get(
+                    type(hook).__name__, lambda *_: None
+                )(module, name)
+
+
+def bypass_fast_path_(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Keeps transformer encoders that hold some layers from their fused inference path, which calls none of them.
+
+    It computes on nested tensors where there is a padding mask, which the layers cannot.
+    """
+    held = {id(layer) for layer in layers}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+            id(part) in held for part in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0

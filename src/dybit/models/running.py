@@ -1,0 +1,180 @@
+"""Running a model on batches, and observing the inputs of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dybit.errors import DyBitError
+from dybit.layers.attention import attend
+from dybit.layers.kinds import channel_dim, input_places
+from dybit.layers.quantized import is_attention
+
+
+def run(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
+    """Runs a model in evaluation mode without gradients, batch by batch.
+
+    Args:
+        model: The model; left in the mode it was in.
+        batches: Each a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    Yields:
+        The batch and its output, float32: the model's output itself, its ``logits``, its ``last_hidden_state``, or the
+        first tensor in it.
+
+    Raises:
+        DyBitError: A batch does not fit the model, or its output holds no floating-point tensor.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for index, batch in enumerate(batches):
+            with torch.no_grad():
+                output = output_tensor(run_batch(model, batch, f"batch {index}"))
+            yield batch, output.float()
+    finally:
+        model.train(training)
+
+
+def output_tensor(output: Any) -> Tensor:  # noqa: ANN401
+    """Returns the tensor that a model's output is about: itself, ``logits``, ``last_hidden_state`` or the first.
+
+    Raises:
+        DyBitError: There is no floating-point tensor in it.
+    """
+    for value in (output, getattr(output, "logits", None), getattr(output, "last_hidden_state", None)):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    parts: Iterable[Any] = ()
+    if isinstance(output, Mapping):
+        parts = output.values()
+    elif isinstance(output, tuple | list):
+        parts = output
+    for value in parts:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise DyBitError(f"the model's output holds no floating-point tensor but is a {type(output).__name__}")
+
+
+def run_batch(model: nn.Module, batch: Any, name: str = "the batch") -> Any:  # noqa: ANN401
+    """Calls a model on a tensor, on a tuple or list of arguments, or on a mapping of keyword arguments.
+
+    Raises:
+        DyBitError: The batch is of another type or the model does not take it.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        if isinstance(batch, Tensor):
+            return model(batch)
+    except DyBitError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DyBitError(f"{name} ({_describe(batch)}) does not fit the model: {reason}") from error
+    raise DyBitError(f"{name} must be a tensor, a tuple or list of arguments, or a mapping, not {type(batch).__name__}")
+
+
+def iterate(batches: Iterable[Any]) -> Iterator[Any]:
+    """Iterates over calibration batches.
+
+    Raises:
+        DyBitError: They are no iterable of batches.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise DyBitError(f"calibration must be an iterable of batches, such as a list, not {type(batches).__name__}")
+    return iter(batches)
+
+
+def _describe(batch: Any) -> str:  # noqa: ANN401
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_describe(value)}" for key, value in list(batch.items())[:4])
+    if isinstance(batch, tuple | list):
+        return ", ".join(_describe(value) for value in batch[:4])
+    return type(batch).__name__
+
+
+@contextmanager
+def observing(
+    layers: Mapping[str, nn.Module], observe: Callable[[str, nn.Module, list[Tensor]], None]
+) -> Iterator[None]:
+    """Has a function called with the inputs of some layers whenever they run, while the body does.
+
+    Args:
+        layers: The layers by name.
+        observe: Called with name, layer and its inputs: one, or query, key and value of attention.
+    """
+    handles = []
+    patched = [module for module in layers.values() if is_attention(module)]
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        places = input_places(module, args, kwargs)
+        observe(name, module, [args[place] if isinstance(place, int) else kwargs[place] for place in places])
+
+    try:
+        for name, module in layers.items():
+            handles.append(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
+        for attention in patched:
+            attention.forward = partial(attend, attention)  # type: ignore[method-assign]  # calls out_proj
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for attention in patched:
+            attention.__dict__.pop("forward", None)
+
+
+def positions(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """The positions of an input of a layer: float32 of shape (positions, channels).
+
+    Raises:
+        DyBitError: It holds NaN or infinity.
+    """
+    channels = channel_dim(module, x)
+    flat = x.detach().movedim(channels, -1).reshape(-1, x.shape[channels]).float()
+    check_finite(name, flat)
+    return flat
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Checks the input of a layer.
+
+    Raises:
+        DyBitError: It holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        raise DyBitError(f"calibration gives layer {name!r} inputs with NaN or infinity")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and without torch's fused attention; every module's mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module in training:
+            module.training = True
+
+
+def tensors_of(output: Any) -> list[Tensor]:  # noqa: ANN401
+    """The tensors in a model's output: tuples, lists and mappings; caches and other objects do not count."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    return [t for part in output for t in tensors_of(part)] if isinstance(output, tuple | list) else []

@@ -1,0 +1,478 @@
+"""Quantizes weights from safetensors files to a checkpoint piece by piece, whatever their size.
+
+Must not know models, transformers or the command line. All sizes follow from the plan, so the result's header is
+written first, and then every piece of rows goes to its place in the file, in any order and from several threads. What
+is done is noted in a journal; the same call goes on where an interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dybit.errors import CheckpointError, DyBitError
+from dybit.models.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
+from dybit.recipe import Recipe
+from dybit.safe_files import check_regular, crc32, label, parse_json, read_json
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, quantize_judged
+from dybit.tensors.scale_search import Method
+
+_PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin on a byte
+_SYNC = 64  # pieces between two notes in the journal
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+Progress = Callable[[int, int, str], None]
+Text = Callable[[Mapping[str, str]], str]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        file: The file.
+        dtype: Its type as safetensors calls it.
+        shape: Its shape.
+        offset: Its first byte in the file.
+        nbytes: Its size.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a tensor is quantized: the fields of ``quantize``, and where the result goes.
+
+    Attributes:
+        row: Where the tensor is only a part of the weight that ``spec`` describes: its first row there.
+    """
+
+    spec: TensorSpec
+    method: Method = "mse"
+    percentile: float = 99.99
+    row: int = 0
+
+
+@dataclass
+class Outcome:
+    """What became of a tensor.
+
+    Attributes:
+        signal: Sum of squares.
+        noise: Sum of squared errors.
+        votes: How often each codebook was chosen.
+        whole: Whether all pieces were quantized by this call, and so counted.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+    votes: dict[int, int] = field(default_factory=dict)
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a tensor to quantize, or bytes of one to copy."""
+
+    key: str
+    start: int
+    stop: int
+
+
+def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
+    """Finds the tensors of a ``.safetensors`` file, or of the files that a ``.safetensors.index.json`` names.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or no safetensors file, or the index names files elsewhere.
+    """
+    path = Path(path)
+    if not path.name.endswith(".json"):
+        return _read_header(path)
+    try:
+        table = read_json(path)["weight_map"]
+        names = sorted({str(name) for name in table.values()})
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of safetensors files: {error!r:.200}") from None
+    found: dict[str, Stored] = {}
+    for name in names:
+        # An index from elsewhere must not make us read, and give away, other files.
+        if name != Path(name).name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path} names {name!r}, which is no .safetensors file beside it")
+        for key, stored in _read_header(path.parent / name).items():
+            if key in found:
+                raise CheckpointError(f"{path}: the tensor {key!r} is in two files")
+            found[key] = stored
+    for key, name in table.items():
+        if key not in found or found[key].file.name != name:
+            raise CheckpointError(f"{path} says that {key!r} is in {name!r}, but it is not")
+    return found
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    check_regular(file, CheckpointError)
+    try:
+        with safe_open(file, framework="pt"):  # checks the header, and that it fits the file
+            pass
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = parse_json(stream.read(size), str(file), CheckpointError)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    header.pop("__metadata__", None)
+    return {
+        key: Stored(file, item["dtype"], tuple(item["shape"]), 8 + size + begin, end - begin)
+        for key, item in header.items()
+        for begin, end in [item["data_offsets"]]
+    }
+
+
+def quantize_files(
+    source: Mapping[str, Stored],
+    jobs: Mapping[str, Job],
+    path: str | os.PathLike[str],
+    layers: Mapping[str, Mapping[str, Any]],
+    *,
+    names: Mapping[str, str] | None = None,
+    shared: Mapping[str, str] | None = None,
+    recipe: Recipe | None = None,
+    extra: Mapping[str, Text | Path] | None = None,
+    workers: int = 0,
+    measure: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Outcome]:
+    """Quantizes some tensors and copies the others, to a checkpoint that is complete or not there.
+
+    Peak memory is some tens of megabytes a worker; for jobs with one scale or codebook for a whole tensor, and for
+    transposed ones, it is a small multiple of that tensor.
+
+    Args:
+        source: From :func:`read_source`.
+        jobs: By key; each key is in ``source``.
+        path: The directory; a checkpoint of dybit that is there already is replaced.
+        layers: The entries of the manifest (see :func:`dybit.models.checkpoint.write`).
+        names: The new names of tensors, by key. Those of several parts of a weight are the same.
+        shared: Keys of tied tensors.
+        recipe: The recipe, to be stored.
+        extra: Further files by name: the file to copy, or what makes their text of checksums: by the new names of
+            tensors, of a weight the CRC-32 of its codes, scales and choices, of another what
+            :func:`dybit.safe_files.label` says.
+        workers: Threads; 0 for one a processor.
+        measure: Whether to measure errors and count codebooks.
+        progress: Called with (done, total, key) in elements, after every piece.
+
+    Returns:
+        What became of the weights in ``jobs``, by their new names.
+
+    Raises:
+        DyBitError: A tensor holds NaN or infinity, is a part of a weight with a scale or codebook for the whole, or
+            ``path`` is something else or cannot be written.
+        CheckpointError: A file became shorter, or the parts of a weight are not the whole.
+    """
+    run = _Run(source, jobs, names or {}, Path(path), measure)
+    try:
+        run.pieces_done(workers or os.cpu_count() or 1, progress)
+        run.finish(layers, shared or {}, recipe, extra or {})
+    except OSError as error:
+        raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror or error}") from None
+    except DyBitError:
+        shutil.rmtree(run.folder, ignore_errors=True)  # nothing to go on with
+        raise
+    return run.outcomes
+
+
+class _Run:
+    """One call of :func:`quantize_files`."""
+
+    def __init__(
+        self, source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str], path: Path, measure: bool
+    ) -> None:
+        self.source, self.jobs, self.path, self.measure = source, jobs, path, measure
+        self.names = {key: names.get(key, key) for key in source}
+        self.folder = path.parent / f".{path.name}.partial"
+        self.outcomes = {self.names[key]: Outcome() for key in jobs}
+        self.header, self.places = _layout(source, jobs, self.names)
+        _check_parts(source, jobs, self.names)
+        self.pieces = list(_pieces(source, jobs))
+        digest = hashlib.sha256(self.header)
+        for stored in {stored.file: stored for stored in source.values()}:
+            status = stored.stat()
+            digest.update(f"{stored.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for key, job in sorted(jobs.items()):
+            fields = (key, job.spec.key, job.method, job.percentile, self.names[key], job.row)
+            digest.update(f"{' '.join(map(str, fields))}\n".encode())
+        self.plan = digest.hexdigest()
+
+    def pieces_done(self, workers: int, progress: Progress | None) -> None:
+        """Writes what is not written yet."""
+        done = self._open()
+        total = sum(self._weight(piece) for piece in self.pieces)
+        count = sum(self._weight(self.pieces[i]) for i in done)
+        for i in done:
+            if self.pieces[i].key in self.jobs:
+                self.outcomes[self.names[self.pieces[i].key]].whole = False
+        threads = torch.get_num_threads()
+        files = {file: os.open(file, os.O_RDONLY) for file in {s.file for s in self.source.values()}}
+        target = os.open(self.folder / TENSORS, os.O_RDWR)
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            waiting = iter([i for i in range(len(self.pieces)) if i not in done])
+            running: dict[Future[Outcome | None], int] = {}
+            finished: list[int] = []
+            while True:
+                for i in islice(waiting, 2 * workers - len(running)):
+                    running[pool.submit(self._write, self.pieces[i], files, target)] = i
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    i = running.pop(future)
+                    self._add(self.pieces[i].key, future.result())
+                    finished.append(i)
+                    count += self._weight(self.pieces[i])
+                    if progress:
+                        progress(count, total, self.pieces[i].key)
+                if len(finished) >= _SYNC:
+                    self._note(finished, target)
+            self._note(finished, target)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for descriptor in (*files.values(), target):
+                os.close(descriptor)
+            torch.set_num_threads(threads)
+
+    def finish(
+        self,
+        layers: Mapping[str, Any],
+        shared: Mapping[str, str],
+        recipe: Recipe | None,
+        extra: Mapping[str, Text | Path],
+    ) -> None:
+        """Adds the manifest and puts the directory in its place."""
+        text = manifest_text(self.folder / TENSORS, layers, folded=[], shared=shared, recipe=recipe)
+        (self.folder / MANIFEST).write_text(text)
+        for name, content in extra.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, self.folder / name)
+            else:
+                (self.folder / name).write_text(content(self._checksums()))
+        (self.folder / "journal").unlink()
+        put_in_place(self.folder, self.path)
+
+    def _checksums(self) -> dict[str, str]:
+        """Those of what was written, read again: pieces came in any order, from this call or an interrupted one."""
+        found: dict[str, str] = {}
+        with (self.folder / TENSORS).open("rb") as file:
+
+            def parts(*names: str) -> Iterator[bytes]:
+                for place, nbytes in (self.places[name] for name in names):
+                    file.seek(place)
+                    for start in range(0, nbytes, _PIECE):
+                        yield file.read(min(_PIECE, nbytes - start))
+
+            for key, stored in self.source.items():
+                name = self.names[key]
+                if name in found:
+                    continue  # of several parts
+                if key in self.jobs:
+                    found[name] = crc32(parts(*(name + suffix for suffix in self.jobs[key].spec.buffers())))
+                elif stored.dtype in _TYPES:
+                    found[name] = label(_TYPES[stored.dtype], stored.shape, parts(name))
+        return found
+
+    def _weight(self, piece: _Piece) -> int:
+        stored = self.source[piece.key]
+        rows = _rows(stored, self.jobs[piece.key]) if piece.key in self.jobs else max(1, stored.nbytes)
+        return (piece.stop - piece.start) * math.prod(stored.shape) // rows
+
+    def _open(self) -> set[int]:
+        """Prepares the directory, or finds what an interrupted call has done in it."""
+        file, journal = self.folder / TENSORS, self.folder / "journal"
+        size = len(self.header) + sum(nbytes for _, nbytes in self.places.values())
+        try:
+            lines = check_regular(journal).read_text().splitlines()
+            if lines[0] == self.plan and file.stat().st_size == size:
+                return {int(line) for line in lines[1:] if line.isdigit() and int(line) < len(self.pieces)}
+        except (OSError, IndexError, ValueError):
+            pass
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        with file.open("wb") as stream:
+            stream.write(self.header)
+            stream.truncate(size)
+        journal.write_text(self.plan + "\n")
+        return set()
+
+    def _note(self, finished: list[int], target: int) -> None:
+        """Notes finished pieces, once they are on the disk."""
+        os.fsync(target)
+        with (self.folder / "journal").open("a") as stream:
+            stream.write("".join(f"{i}\n" for i in finished))
+        finished.clear()
+
+    def _add(self, key: str, part: Outcome | None) -> None:
+        if part is not None:
+            outcome = self.outcomes[self.names[key]]
+            outcome.signal, outcome.noise = outcome.signal + part.signal, outcome.noise + part.noise
+            outcome.votes = {k: outcome.votes.get(k, 0) + part.votes.get(k, 0) for k in {**outcome.votes, **part.votes}}
+
+    def _write(self, piece: _Piece, files: Mapping[Path, int], target: int) -> Outcome | None:
+        stored = self.source[piece.key]
+        job = self.jobs.get(piece.key)
+        if job is None:
+            data = _read(files[stored.file], stored, piece.start, piece.stop - piece.start)
+            _put(target, data, self.places[self.names[piece.key]][0] + piece.start)
+            return None
+        spec, count = job.spec, piece.stop - piece.start
+        whole = count == spec.rows
+        row = 0 if whole else stored.nbytes // _rows(stored, job)
+        data = _read(files[stored.file], stored, piece.start * row, count * row or stored.nbytes)
+        part = spec if whole else replace(spec, shape=(count, *spec.shape[spec.row_dims :]), row_dims=1)
+        weight = torch.frombuffer(data, dtype=_TYPES[stored.dtype]).view(part.shape)
+        try:
+            codes, error = quantize_judged(weight, part, method=job.method, percentile=job.percentile)
+        except DyBitError as failure:
+            raise DyBitError(f"{stored.file}, tensor {piece.key!r}: {failure}") from None
+        for suffix, buffer in codes.buffers().items():
+            place, nbytes = self.places[self.names[piece.key] + suffix]
+            _put(target, buffer, place + (0 if whole else _skip(suffix, spec, nbytes, job.row + piece.start)))
+        return _judge(weight, codes, error) if self.measure else None
+
+
+def _judge(weight: Tensor, codes: QuantizedTensor, error: float) -> Outcome:
+    choices, outcome = codes.choices(), Outcome(noise=error)
+    if choices is not None:
+        outcome.votes = {i: n for i, n in enumerate(torch.bincount(choices.flatten().long()).tolist()) if n}
+    outcome.signal = float(torch.linalg.vector_norm(weight.float())) ** 2
+    return outcome
+
+
+def _skip(suffix: str, spec: TensorSpec, nbytes: int, rows: int) -> int:
+    """The byte of a buffer at which the part of some row begins."""
+    if suffix == "_choice" and spec.unit_shape(spec.choice)[1] == 1:
+        return rows * spec.choice_bits // 8  # packed without regard to rows
+    return nbytes // spec.rows * rows
+
+
+def _rows(stored: Stored, job: Job) -> int:
+    """The rows of a tensor that is quantized."""
+    return math.prod(stored.shape) // job.spec.columns
+
+
+def _in_one(spec: TensorSpec) -> bool:
+    """Whether a weight has to be quantized as a whole."""
+    return "tensor" in (spec.granularity, spec.choice) or spec.scale == "e4m3" or bool(spec.transposed)
+
+
+def _check_parts(source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str]) -> None:
+    """Checks that weights stored in parts are complete, and can be quantized part by part."""
+    parts: dict[str, list[str]] = {}
+    for key in jobs:
+        parts.setdefault(names[key], []).append(key)
+    for name, keys in parts.items():
+        spec = jobs[keys[0]].spec
+        spans = sorted((jobs[key].row, jobs[key].row + _rows(source[key], jobs[key])) for key in keys)
+        ends = [0, *(stop for _, stop in spans)]
+        if [start for start, _ in spans] != ends[:-1] or ends[-1] != spec.rows:
+            raise CheckpointError(f"{source[keys[0]].file}: the parts of {name!r} are not {spec.rows} rows")
+        unaligned = spec.choice_bits and spec.unit_shape(spec.choice)[1] == 1 and any(n % 8 for n, _ in spans)
+        if len(keys) > 1 and (_in_one(spec) or unaligned):
+            raise DyBitError(
+                f"{source[keys[0]].file}: {name!r} is stored in {len(keys)} parts, which cannot have "
+                f"granularity={spec.granularity!r}, scale={spec.scale!r} and choice={spec.choice!r} in common; "
+                "use a group_size"
+            )
+
+
+def _layout(
+    source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header of the result, and (first byte, size) of its tensors; wide types first, so that all are aligned."""
+    tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for key, stored in source.items():
+        name = names[key]
+        if key not in jobs:
+            tensors[name] = (stored.dtype, stored.shape, stored.nbytes)
+            continue
+        for suffix, (shape, dtype) in jobs[key].spec.buffers().items():
+            if key + suffix in source and suffix:
+                raise CheckpointError(f"{stored.file} has a tensor {key + suffix!r} already: is it quantized?")
+            tensors[name + suffix] = (_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
+    order = sorted(tensors, key=lambda key: (-tensors[key][2] // max(1, math.prod(tensors[key][1])), key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, offset = {}, 0
+    for key in order:
+        name, shape, nbytes = tensors[key]
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        places[key] = offset, nbytes
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {key: (start + at, size) for key, (at, size) in places.items()}
+
+
+def _pieces(source: Mapping[str, Stored], jobs: Mapping[str, Job]) -> Iterator[_Piece]:
+    for key, stored in sorted(source.items(), key=lambda item: (item[1].file, item[1].offset)):
+        if key not in jobs:
+            yield from _cut(key, stored.nbytes, 4 * _PIECE)
+            continue
+        spec = jobs[key].spec
+        if _in_one(spec):
+            yield _Piece(key, 0, spec.rows)
+        else:
+            yield from _cut(key, _rows(stored, jobs[key]), max(8, _PIECE // spec.columns // 8 * 8))
+
+
+def _cut(key: str, count: int, step: int) -> Iterator[_Piece]:
+    for start in range(0, count, step):
+        yield _Piece(key, start, min(count, start + step))
+
+
+def _read(descriptor: int, stored: Stored, start: int, length: int) -> bytearray:
+    """Bytes of a tensor. Not by a memory map: its pages would count as this process's memory until it is done."""
+    data = bytearray(length)
+    view, done = memoryview(data), 0
+    while done < length:
+        count = os.preadv(descriptor, [view[done:]], stored.offset + start + done)
+        if count == 0:
+            raise CheckpointError(f"{stored.file} became shorter while it was read")
+        done += count
+    return data
+
+
+def _put(descriptor: int, data: bytearray | Tensor, offset: int) -> None:
+    if isinstance(data, Tensor):
+        view = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
+    else:
+        view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)

@@ -1,0 +1,1 @@
+"""Torch operators on packed weights: linear, convolution, embedding, experts."""

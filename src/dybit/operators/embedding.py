@@ -1,0 +1,86 @@
+"""The operator ``torch.ops.dybit.embedding``: looks up rows of a packed table, and dequantizes no others.
+
+Must not know layers or models.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dybit.kernels import codes
+from dybit.kernels.code_operators import dequantize, unpack
+from dybit.operators.linear import read_spec
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+# index of any shape, int64 or int32; weight … tensor_scale as QuantizedTensor stores them, spec being TensorSpec.key.
+# Returns (*index shape, columns), float32.
+SCHEMA = (
+    "(Tensor index, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, str spec) "
+    "-> Tensor"
+)
+_LIBRARY = torch.library.Library("dybit", "FRAGMENT")
+
+
+def _embedding(
+    index: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_choice: Tensor | None,
+    tensor_scale: Tensor | None,
+    spec: str,
+) -> Tensor:
+    table = read_spec(spec)
+    rows = index.reshape(-1).long()
+    packed = weight.reshape(table.rows, table.row_bytes)
+    by_row = QuantizedTensor(table, packed, weight_scale, weight_choice, tensor_scale)
+    if weight_scale.shape[0] > 1:  # only theirs, before they become numbers
+        by_row = QuantizedTensor(table, packed, weight_scale.index_select(0, rows), weight_choice, tensor_scale)
+    scale, choice = by_row.scales(), _choices(by_row, rows)
+    chosen = packed.index_select(0, rows)
+    size = table.group_size or 0
+    out = codes.decode(chosen, scale, choice, table.formats.books, table.columns, size or None)
+    if out is None:
+        out = dequantize(chosen, scale, choice, table.family, table.columns, table.bits, size)
+    return out.view(*index.shape, table.columns)
+
+
+def _choices(table: QuantizedTensor, rows: Tensor) -> Tensor | None:
+    """The choices of some rows, unpacked where every row has bytes of its own."""
+    units = table.spec.unit_shape(table.spec.choice)
+    if table.choice is None or units[0] == 1:
+        return table.choices()
+    if units[1] == 1:  # the choices of all rows are packed together
+        return cast(Tensor, table.choices()).index_select(0, rows)
+    return unpack(table.choice.index_select(0, rows), units[1], table.spec.choice_bits)
+
+
+def _shape(index: Tensor, weight: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401  # as the operator
+    return weight.new_empty(*index.shape, read_spec(rest[3]).columns, dtype=torch.float32)
+
+
+_LIBRARY.define("embedding" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
+torch.library.register_fake("dybit::embedding", _shape, lib=_LIBRARY)
+_operator = torch.ops.dybit.embedding
+
+
+def embedding(index: Tensor, weight: QuantizedTensor) -> Tensor:
+    """Looks up rows of a packed table.
+
+    Args:
+        index: Integers of any shape, each a row.
+        weight: The table, of shape (rows, columns).
+
+    Returns:
+        The values of the rows' codes: float32 of shape (*index.shape, columns).
+
+    Raises:
+        IndexError: An index is out of range.
+    """
+    return cast(
+        Tensor,
+        _operator(index, weight.packed, weight.scale, weight.choice, weight.tensor_scale, weight.spec.key),
+    )

@@ -1,0 +1,364 @@
+"""Weights in the layout of the compiled kernels, for linear layers.
+
+Must not know layers or models.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dybit.errors import DyBitError
+from dybit.formats import catalogue
+from dybit.formats.codebook import Codebook
+from dybit.formats.format import Format, variants
+from dybit.kernels import extension
+from dybit.kernels.code_operators import pack
+from dybit.kernels.extension import FALLBACK, available, isa, use
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
+from dybit.tensors.scale_search import Granularity
+
+__all__ = [
+    "ACTIVATIONS",
+    "FALLBACK",
+    "InputFormat",
+    "PackedWeight",
+    "Product",
+    "available",
+    "feed_forward",
+    "input_format",
+    "isa",
+    "max_significand",
+    "pack_choices",
+    "rows_of",
+    "significands",
+    "supports",
+    "use",
+]
+ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")  # as csrc/weight.h numbers them
+_MAX_BOOKS = 32
+_MAX_SIGNIFICAND = 32767
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """A format of inputs as the kernels round to it: a plain DyBit one, its values times ``factor``.
+
+    Attributes:
+        magnitude_bits: 0 for inputs that are not rounded.
+        max_run: Longest run.
+        signed: Whether there are negative values.
+        factor: A power of two, by which the scale is multiplied: INT8, of values up to 127, is DyBit with
+            ``max_run=1``, of values up to 127/64, and factor 64.
+    """
+
+    magnitude_bits: int = 0
+    max_run: int = 0
+    signed: bool = True
+    factor: float = 1.0
+
+
+@lru_cache(maxsize=256)
+def input_format(name: str) -> InputFormat | None:
+    """The input format of a name, the empty one being no rounding; None if the kernels cannot round to it."""
+    if not name:
+        return InputFormat()
+    book = catalogue.family(name).books[0]
+    for signed in (True, False):
+        for known in variants(book.bits, signed) if book.bits > 1 else ():
+            factor = _factor(book, known)
+            if factor and not (known.midrise or known.spare):
+                return InputFormat(known.magnitude_bits, known.max_run, signed, factor)
+    return None
+
+
+def _factor(book: Codebook, known: Format) -> float:
+    """The power of two by which the levels of two codebooks differ; 0 if they differ by more."""
+    if len(book.levels) != len(known.levels):
+        return 0.0
+    factor = float(book.levels[-1] / known.levels[-1])
+    same = np.array_equal(book.levels, known.levels * factor) and np.array_equal(book.ties_up, known.ties_up)
+    return factor if same and factor > 0 and np.frexp(factor)[0] == 0.5 else 0.0
+
+
+@lru_cache(maxsize=256)
+def _tables(family: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Significands (books, codes) int32 and steps (books,) float32 of a family; None if they do not fit 16 bits."""
+    books = catalogue.family(family).books
+    if len(books) > _MAX_BOOKS or not 2 <= books[0].bits <= 8:
+        return None
+    tables, steps = [], []
+    for book in books:
+        values = np.nan_to_num(book.values)
+        step = next(
+            (2.0**e for e in range(8, -25, -1) if np.array_equal(np.round(values / 2.0**e) * 2.0**e, values)), 0
+        )
+        if not step or np.abs(values / step).max() > _MAX_SIGNIFICAND:
+            return None
+        tables.append((values / step).astype(np.int32))
+        steps.append(step)
+    return np.stack(tables), np.array(steps, dtype=np.float32)
+
+
+class PackedWeight:
+    """A weight in the layout of the kernels, for one format of inputs.
+
+    Args:
+        weight: The portable form, on the CPU.
+        inputs: The format of the inputs, with ``input_group_size`` consecutive ones sharing a scale (0: a row).
+
+    Raises:
+        DyBitError: The kernels cannot hold it (ask :func:`supports` first), or it has a choice beyond its codebooks.
+    """
+
+    def __init__(self, weight: QuantizedTensor, inputs: InputFormat, input_group_size: int = 0) -> None:
+        compiled, spec, tables = extension.load(), weight.spec, _tables(weight.spec.family)
+        if compiled is None or tables is None:
+            raise DyBitError(f"the kernels cannot hold a weight of family {spec.family!r}")
+        # Kept alive during the call: the extension is given addresses.
+        packed = weight.packed.contiguous()
+        scale = weight.scales().contiguous()
+        choice = weight.choices()
+        choice = None if choice is None else choice.contiguous()
+        if packed.numel() != spec.rows * spec.row_bytes or scale.shape != spec.scale_shape:
+            raise DyBitError(f"weight must have {spec.packed_shape} codes and {spec.scale_shape} scales")
+        books = len(tables[1])
+        if choice is not None and int(choice.max()) >= books:  # a file can hold anything
+            raise DyBitError(f"weight has choice {int(choice.max())}, beyond the {books} codebooks of {spec.family}")
+        self._weight = compiled.PackedWeight(
+            packed.data_ptr(),
+            spec.rows,
+            spec.columns,
+            spec.bits,
+            spec.group_size or spec.columns,
+            scale.data_ptr(),
+            scale.shape[0] > 1,
+            scale.shape[1] > 1,
+            0 if choice is None else choice.data_ptr(),
+            choice is not None and choice.shape[0] > 1,
+            choice is not None and choice.shape[1] > 1,
+            tables[0].ctypes.data,
+            tables[1].ctypes.data,
+            books,
+            inputs.magnitude_bits,
+            inputs.max_run,
+            inputs.signed,
+            input_group_size or spec.columns,
+        )
+        self.shape = (spec.rows, spec.columns)
+        self.inputs = inputs
+        self.isa: str = self._weight.isa
+        #: Up to so many rows, :meth:`linear` takes less time than a product with what :meth:`dequantize` gives.
+        self.most_rows = 1 if inputs.magnitude_bits == 0 and self.isa == "scalar" else sys.maxsize
+
+    @property
+    def compiled(self) -> Any:  # noqa: ANN401
+        """The extension's own object."""
+        return self._weight
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and choices in this layout."""
+        return int(self._weight.nbytes)
+
+    @property
+    def storage(self) -> int:
+        """How weights are stored: 2, 3, 4, 8 or 16 bits, or 9 for bytes that stand for 16 bits (csrc/weight.h)."""
+        return int(self._weight.storage)
+
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        offset: Tensor | None = None,
+        reach: float = 1.0,
+        activation: str = "",
+    ) -> Tensor:
+        """Multiplies rows of inputs by the weight.
+
+        Inputs are rounded to significands at the static ``scale`` and ``offset``, or at the dynamic scale
+        ``max(|x|) / reach`` of every row or group. For every segment of columns (a part of one group whose sum fits 32
+        bits, 4096 at most) the sum of the products of significands is an exact integer. It is converted to FP32 and
+        multiplied by the scales; the segments are added in order with fused multiply-adds, then multiplied by the
+        row's input scale, and the bias is added (csrc/weight.h). All paths agree bit for bit. Of inputs that are not
+        rounded, products are summed in FP32: for several rows in the order of the columns, with the weights' values.
+
+        Args:
+            x: float32 of shape (rows, columns), contiguous. A row with NaN gives a row of NaN; infinities saturate.
+            bias: float32 of shape (weight rows,), contiguous, or None.
+            scale: float32 of shape (1,), or None for dynamic scales.
+            offset: float32 of shape (1,), or None.
+            reach: Of dynamic scales.
+            activation: One of :data:`ACTIVATIONS`, applied to the results while they are in the cache. Within 2e-7 of
+                the exact function, relative to results above 1 (csrc/activation.inc); torch's own are no nearer.
+
+        Returns:
+            float32 of shape (rows, weight rows).
+
+        Raises:
+            DyBitError: A tensor has another type, shape, device or layout, or the activation is unknown.
+        """
+        y = _outputs(x, self, self, activation)
+        given, _kept = self.addresses(bias, scale, offset, reach)
+        self._weight.linear(
+            x.data_ptr(),
+            x.shape[0],
+            y.data_ptr(),
+            *given[1:],
+            torch.get_num_threads(),
+            ACTIVATIONS.index(activation),
+        )
+        return y
+
+    def addresses(
+        self, bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, reach: float
+    ) -> tuple[tuple[Any, int, int, int, float], Tensor | None]:
+        """What the extension takes for a product, and a tensor that must live as long.
+
+        Raises:
+            DyBitError: A tensor has another type, shape, device or layout, or ``reach`` is not positive.
+        """
+        if bias is not None:
+            _check("bias", bias, (self.shape[0],))
+        if scale is not None:
+            _check("scale", scale, (1,))
+        if offset is not None:
+            _check("offset", offset, (1,))
+        if not reach > 0:
+            raise DyBitError(f"reach must be positive, not {reach!r}")
+        factor = self.inputs.factor
+        if scale is not None and factor != 1:
+            scale = scale * factor
+        return (
+            self._weight,
+            0 if bias is None else bias.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            reach / factor,
+        ), scale
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for: float32 of shape (rows, columns)."""
+        out = torch.empty(self.shape)
+        self._weight.dequantize(out.data_ptr(), torch.get_num_threads())
+        return out
+
+
+class Product(NamedTuple):
+    """A weight, and what :meth:`PackedWeight.linear` takes beside it and the inputs."""
+
+    weight: PackedWeight
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    reach: float = 1.0
+
+
+def feed_forward(
+    x: Tensor, first: Product, down: Product, second: Product | None = None, activation: str = ""
+) -> Tensor:
+    """Returns ``down(activation(first(x)) · second(x))``, without the second factor where ``second`` is None.
+
+    It goes by some hundred rows at a time, whose results between the products stay in the cache. Bit for bit what
+    :meth:`PackedWeight.linear` and a product of its results give.
+
+    Args:
+        x: As for :meth:`PackedWeight.linear`.
+        first: What the activation follows.
+        down: The last product.
+        second: Of the shape of ``first``, or None.
+        activation: One of :data:`ACTIVATIONS`.
+
+    Returns:
+        float32 of shape (rows, rows of the last weight).
+
+    Raises:
+        DyBitError: A tensor has another type, shape, device or layout, weights do not fit each other, or the activation
+            is unknown.
+    """
+    y = _outputs(x, first.weight, down.weight, activation)
+    if down.weight.shape[1] != first.weight.shape[0]:
+        raise DyBitError(f"down must have {first.weight.shape[0]} columns, but has shape {down.weight.shape}")
+    if second is not None and second.weight.shape != first.weight.shape:
+        raise DyBitError(f"second must have shape {first.weight.shape}, not {second.weight.shape}")
+    products = (first, down) if second is None else (first, second, down)
+    given, _kept = zip(*(product.weight.addresses(*product[1:]) for product in products), strict=True)
+    extension.load().feed_forward(  # type: ignore[union-attr]  # the weights were packed by it
+        list(given[:-1]),
+        given[-1],
+        ACTIVATIONS.index(activation),
+        x.data_ptr(),
+        x.shape[0],
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _outputs(x: Tensor, first: PackedWeight, last: PackedWeight, activation: str) -> Tensor:
+    """Checks inputs and activation; room for the results."""
+    _check("x", x, (x.shape[0] if x.ndim == 2 else -1, first.shape[1]))
+    if activation not in ACTIVATIONS:
+        raise DyBitError(f"activation must be one of {', '.join(ACTIVATIONS[1:])}, not {activation!r}")
+    return torch.empty(x.shape[0], last.shape[0])
+
+
+def supports(family: str) -> bool:
+    """Whether the kernels are there and can hold weights of a family: its values must be multiples of one step."""
+    return extension.load() is not None and _tables(family) is not None
+
+
+def significands(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """The significands of a weight whose rows have one scale each, and the values of one unit of them.
+
+    Returns:
+        float32 of shapes (rows, columns) and (rows,).
+
+    Raises:
+        DyBitError: The family's values are no multiples of one step.
+    """
+    tables = _tables(weight.spec.family)
+    if tables is None:
+        raise DyBitError(f"the kernels cannot hold a weight of family {weight.spec.family!r}")
+    rows = weight.spec.rows
+    given = weight.choices()
+    choice = torch.zeros(rows, 1, dtype=torch.int64) if given is None else given.long().expand(rows, 1)
+    values = torch.from_numpy(tables[0]).float()[choice, weight.codes().long()]
+    steps = torch.from_numpy(tables[1])[choice[:, 0]]
+    return values, (weight.scales().expand(rows, 1)[:, 0] * steps).contiguous()
+
+
+def max_significand(inputs: InputFormat) -> int:
+    """The largest magnitude of a significand of inputs."""
+    return ((2 << (inputs.magnitude_bits - inputs.max_run)) - 1) << (2 * inputs.max_run - 2)
+
+
+def rows_of(spec: TensorSpec, rows: int) -> TensorSpec:
+    """The spec of some rows of a weight, every unit with an FP32 scale and a choice of its own."""
+    granularity: Granularity = "group" if spec.group_size else "channel"
+    return TensorSpec(spec.family, (rows, *spec.shape[1:]), granularity, spec.group_size, "fp32", granularity)
+
+
+def pack_choices(choice: Tensor, spec: TensorSpec) -> Tensor:
+    """Packs the choices of all units as a weight stores them."""
+    return pack(choice.reshape(1, -1) if choice.shape[1] == 1 else choice, spec.choice_bits)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if (
+        tensor.dtype != torch.float32
+        or tuple(tensor.shape) != shape
+        or not tensor.is_contiguous()
+        or tensor.device.type != "cpu"
+    ):
+        raise DyBitError(
+            f"{name} must be a contiguous float32 tensor of shape {shape} on the CPU, "
+            f"not {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+        )

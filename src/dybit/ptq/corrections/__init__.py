@@ -1,0 +1,1 @@
+"""Bringing a quantized model closer to the floating-point one."""

@@ -1,0 +1,81 @@
+"""Quantizes whole models in place: finds the layers, prepares the model, and runs a chain of algorithms on it.
+
+Must not know files, costs or the search, nor what an algorithm does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from dybit.models.batch_norm import find_pairs, fold_
+from dybit.models.plan import plan_layers
+from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
+from dybit.ptq import chain
+from dybit.ptq.rounding.nearest import Progress
+from dybit.recipe import Recipe
+
+
+def quantize_(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None = None,
+    *,
+    algorithm: str | Sequence[str] | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Quantizes a model in place.
+
+    Linear layers, convolutions (transposed ones too), embeddings, ``nn.MultiheadAttention`` and transformers'
+    ``Conv1D`` are quantized, subclasses included; everything else stays as it is. Tied weights stay tied, a shared
+    module is quantized once, weight and spectral norms are made permanent, and a batch norm that follows a quantized
+    convolution is folded into it (of a model in evaluation mode).
+
+    Args:
+        model: The model. It is checked before anything is changed.
+        recipe: What to do.
+        calibration: Batches that represent the model's inputs, each a tensor, a tuple or list of positional arguments,
+            or a mapping of keyword arguments. Static activations need them; weights are better with them.
+        algorithm: How weights are rounded and errors made up for: a name, or several in the order of their stages (see
+            ``ALGORITHMS``), or ``"auto"`` for a good choice by architecture. None rounds to the nearest.
+        workdir: A directory where ``gptq`` keeps the layers that it has finished, so that the same call goes on there
+            after an interruption; made if it is not there. None keeps nothing.
+        progress: Called with (done, total, text) before every layer and after the last.
+
+    Returns:
+        The same model.
+
+    Raises:
+        DyBitError: ``model`` is no module, is quantized already or has nothing to quantize; a weight is empty, not
+            floating point or not finite; a rule matches nothing; the algorithms are no chain; calibration is missing,
+            empty or does not fit.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> quantize_(model, Recipe(weights=4, activations=8), calibration=[torch.randn(32, 64)])[0].weight.shape
+        torch.Size([64, 64])
+    """
+    plans = plan_layers(model, recipe)
+    steps = chain.resolve(algorithm, model, [plan.recipe for plan in plans], calibrated=calibration is not None)
+    if workdir is not None:
+        chain.check_workdir(workdir, steps)
+    if steps != ("rtn",):
+        calibration = chain.materialize(calibration)
+    for plan in plans:
+        make_plain_(plan.module)
+    if not model.training:
+        names = {plan.name for plan in plans if plan.recipe.weights is not None}
+        pairs = [pair for pair in find_pairs(model) if pair[0] in names]
+        fold_(model, pairs)
+        # Beside those of an attempt that failed later, or of an earlier quantization that was undone.
+        cast(Any, model)._dybit_folded = [*folded_pairs(model), *pairs]
+    bypass_fast_path_(model, [plan.module for plan in plans])
+    chain.run_(model, plans, calibration, steps, workdir=workdir, progress=progress)
+    cast(Any, model)._dybit_recipe = recipe
+    if progress:
+        progress(len(plans), len(plans), "done")
+    return model

@@ -1,0 +1,1 @@
+"""Choosing the codes of weights: to nearest, and GPTQ."""

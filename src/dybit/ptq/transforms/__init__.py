@@ -1,0 +1,1 @@
+"""Changes of a floating-point model that keep its function and make it easier to quantize."""

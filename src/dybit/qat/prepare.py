@@ -1,0 +1,254 @@
+"""Prepares whole models for quantization-aware training, and turns them into quantized ones.
+
+Must not know files, optimizers or training loops.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal, cast, get_args
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.layers.kinds import is_embedding, is_experts
+from dybit.layers.quantized import Quantized, quantized_layers, swap_, unswap_
+from dybit.ptq.quantize import quantize_
+from dybit.ptq.rounding.nearest import Progress
+from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_
+from dybit.qat.quantizers import InputQuantizer, Schedule, WeightQuantizer
+from dybit.recipe import LayerRecipe, Recipe
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+BatchNorm = Literal["keep", "fold"]
+_MIDRISE_WIDTHS = (2, 3)  # where training starts from mid-rise variants, whatever the recipe's default; see docs/qat.md
+
+
+def prepare_qat_(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None = None,
+    *,
+    batch_norm: BatchNorm = "keep",
+    learn_scales: bool = True,
+    observe: int = 16,
+    refresh_every: int = 100,
+    freeze_after: int = 1000,
+    hysteresis: float = 0.1,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Prepares a model for quantization-aware training, in place.
+
+    What :func:`dybit.quantize_` would quantize is rounded from now on, with straight-through gradients and scales that
+    learn, while weights stay parameters in floating point. Train it as any model, with parameters taken from it now;
+    then call :func:`convert_`. In evaluation mode it computes what the converted model will compute, bit for bit.
+
+    Args:
+        model: The model, best a trained one.
+        recipe: How it will be quantized. Where it leaves the variants open, weights of 2 and 3 bits are mid-rise,
+            which training makes better use of than rounding alone does.
+        calibration: As for :func:`dybit.quantize_`. Without it, static inputs are observed in the first training passes
+            and rounded from then on.
+        batch_norm: ``keep`` leaves batch norms as they are, in training and afterwards; ``fold`` folds them into the
+            convolutions before them now, with their running statistics, which thereby are frozen.
+        learn_scales: Whether scales and offsets learn, or stay as they are chosen.
+        observe: Training passes that observe the inputs of a layer without calibration.
+        refresh_every: Training passes of a layer after which its codebooks are chosen anew; 0 for never.
+        freeze_after: Training passes of a layer after which its codebooks are never chosen anew.
+        hysteresis: By what share another codebook's error must be smaller to take the place of the one in use.
+        progress: As for :func:`dybit.quantize_`.
+
+    Returns:
+        The same model, in the mode it was in.
+
+    Raises:
+        DyBitError: The model is prepared already, an argument is out of range, or as for :func:`dybit.quantize_`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = prepare_qat_(model, Recipe(weights=3, activations=4), [torch.randn(32, 64)])
+        >>> model(torch.randn(5, 64)).sum().backward()
+        >>> convert_(model)[0].quantized_tensor().spec.bits
+        3
+    """
+    if isinstance(recipe, Recipe):
+        recipe = _for_training(recipe)
+    schedule = Schedule(observe, refresh_every, freeze_after, hysteresis)
+    if batch_norm not in get_args(BatchNorm):
+        raise DyBitError(f"batch_norm must be one of {', '.join(get_args(BatchNorm))}, not {batch_norm!r}")
+    originals: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def remember(done: int, total: int, text: str) -> None:
+        """Keeps the parameters of the layer that is about to be quantized."""
+        if done < total and text in modules:
+            originals[modules[text]] = dict(modules[text]._parameters)
+        if progress:
+            progress(done, total, text)
+
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    modes = {module: module.training for module in modules.values()}
+    try:
+        for module in modules.values():
+            module.training = batch_norm == "keep"  # quantize_ folds in evaluation mode
+        quantize_(
+            model, recipe if calibration is not None else _without_calibration(recipe), calibration, progress=remember
+        )
+    finally:
+        for module in model.modules() if modes else ():
+            module.training = modes.get(module, model.training)
+    cast(Any, model)._dybit_recipe = recipe
+    known: dict[int, WeightQuantizer] = {}
+    for name, layer in quantized_layers(model).items():
+        layer_recipe = recipe.layer(name, is_embedding(layer))
+        assert layer_recipe is not None
+        _prepare_layer_(layer, originals[layer], layer_recipe, schedule, learn_scales, known)
+    return model
+
+
+def _for_training(recipe: Recipe) -> Recipe:
+    """A recipe in which weights of 2 and 3 bits are mid-rise unless it says which variants they may choose from."""
+
+    def weights(width: int | str | None, variants: str | None) -> int | str | None:
+        return f"dybit{width}mid" if width in _MIDRISE_WIDTHS and variants is None else width
+
+    rules = []
+    for pattern, changes in recipe.rules:
+        values = dict(changes or ())
+        if "weights" in values or "variants" in values:
+            width = values.get("weights", recipe.weights)
+            values["weights"] = weights(width, values.get("variants", recipe.variants))
+        rules.append((pattern, changes and tuple(values.items())))
+    return replace(
+        recipe,
+        weights=weights(recipe.weights, recipe.variants),
+        embeddings=weights(recipe.embeddings, recipe.variants),
+        rules=tuple(rules),
+    )
+
+
+def _without_calibration(recipe: Recipe) -> Recipe:
+    """A recipe whose static inputs are dynamic, for the time being."""
+    rules = []
+    for pattern, changes in recipe.rules:
+        kept = changes and tuple(
+            (key, value) for key, value in changes if (key, value) != ("activation_mode", "static")
+        )
+        rules.append((pattern, kept))
+    return replace(recipe, activation_mode="dynamic", rules=tuple(rules))
+
+
+def _prepare_layer_(
+    layer: Quantized,
+    originals: dict[str, nn.Parameter | None],
+    recipe: LayerRecipe,
+    schedule: Schedule,
+    learned: bool,
+    known: dict[int, WeightQuantizer],
+) -> None:
+    """Turns a quantized layer into one in training that starts from the same scales."""
+    quantizers, refreshed = {}, []
+    for name in layer.weight_specs:
+        key = id(originals[name])
+        if key not in known:
+            known[key] = WeightQuantizer(layer.quantized_tensor(name), recipe, schedule, learned)
+            refreshed.append(name)
+        quantizers[name] = known[key]
+    spec = layer.input_spec
+    static = None
+    kept = is_embedding(layer) or is_experts(layer)  # experts' inputs are dynamic
+    if recipe.activations is not None and recipe.activation_mode == "static" and not kept:
+        static = InputQuantizer(recipe, schedule, learned)
+        if spec is not None and spec.mode == "static":
+            static.set_(spec, cast(Tensor, layer._buffers["input_scale"]), layer._buffers.get("input_offset"))
+        spec = None
+    unswap_(layer)
+    layer._parameters = originals  # the same objects in the same order
+    prepare_layer_(layer, quantizers, tuple(refreshed), spec, static)
+
+
+def convert_(model: nn.Module) -> nn.Module:
+    """Turns a model in training into a quantized one, in place: what :func:`dybit.quantize_` makes.
+
+    Returns:
+        The same model. Its layers hold packed codes, and :func:`dybit.save` saves it.
+
+    Raises:
+        DyBitError: The model is not prepared, its inputs have not been observed to the end, or a weight or scale is not
+            finite. The model is not changed then.
+    """
+    layers = prepared_layers(model) if isinstance(model, nn.Module) else {}
+    if not layers:
+        raise DyBitError(f"model {type(model).__name__} is not prepared: call prepare_qat_ and train it first")
+    _check_observed(layers)
+    known: dict[int, QuantizedTensor] = {}
+    exported = {name: _export(name, layer, known) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        weights, inputs = exported[name]
+        unprepare_(layer)
+        swap_(layer, weights, *inputs)
+    return model
+
+
+def _check_observed(layers: dict[str, Prepared]) -> None:
+    static = {name: layer.static_input for name, layer in layers.items() if layer.static_input is not None}
+    for quantizer in static.values():
+        quantizer.settle()
+    waiting = {name: quantizer for name, quantizer in static.items() if not quantizer.ready}
+    begun = [name for name, quantizer in waiting.items() if quantizer.seen]
+    if begun or (waiting and len(waiting) == len(static)):
+        name = (begun or list(waiting))[0]
+        raise DyBitError(
+            f"the inputs of layer {name!r} have been observed in {waiting[name].seen} training passes, "
+            f"not observe={waiting[name].schedule.observe}: train longer or pass calibration"
+        )
+    if waiting:
+        warnings.warn(
+            f"training never reached {len(waiting)} layers, whose inputs are kept: {', '.join(list(waiting)[:8])}",
+            DyBitWarning,
+            stacklevel=3,
+        )
+
+
+_Inputs = tuple[Any, ...]  # the last three arguments of swap_
+
+
+def _export(
+    name: str, layer: Prepared, known: dict[int, QuantizedTensor]
+) -> tuple[dict[str, QuantizedTensor], _Inputs]:
+    """What :func:`dybit.layers.quantized.swap_` takes to make the quantized layer."""
+    weights = {}
+    try:
+        for key in layer.prepared_weights:
+            quantizer = layer.weight_quantizer_of(key)
+            if id(quantizer) not in known:
+                known[id(quantizer)] = quantizer.export(cast(Tensor, layer._parameters[key]))
+            weights[key] = known[id(quantizer)]
+        static = layer.static_input
+        inputs: _Inputs = static.export() if static is not None and static.ready else (layer.input_spec, None, None)
+    except DyBitError as error:
+        raise DyBitError(f"layer {name!r}: {error}") from None
+    return weights, inputs
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    """The divergence of a student's predictions from its teacher's (Hinton et al., 2015), to be added to a loss.
+
+    Args:
+        student: Logits of shape (..., classes).
+        teacher: Logits of the same shape; no gradient flows into them.
+        temperature: By what both are divided, above 0.
+
+    Returns:
+        KL(teacher ‖ student) · temperature², averaged over all but the classes.
+
+    Raises:
+        DyBitError: ``temperature`` is not above 0.
+    """
+    if not temperature > 0:
+        raise DyBitError(f"temperature must be above 0, not {temperature!r}")
+    goal = functional.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    found = functional.log_softmax(student.float() / temperature, dim=-1)
+    return (goal.exp() * (goal - found)).sum(-1).mean() * temperature**2

@@ -1,0 +1,150 @@
+"""Activations that quantized linear layers compute while their results are in the cache.
+
+Must not know convolutions, recipes, calibration or files. Which layer an activation follows is read from a ``torch.fx``
+trace of the module that holds both; only the trace is taken, the module's own code keeps running.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from dybit.layers.quantized import Quantized, is_linear
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+# By the names of dybit.operators.packed_weight.ACTIVATIONS, for what the kernels do not take.
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "silu": functional.silu,
+    "quick_gelu": _quick_gelu,
+}
+# Those of transformers, which must not be imported for it.
+_TRANSFORMERS = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "SiLUActivation": "silu",
+}
+
+
+def name_of(module: nn.Module | None) -> str:
+    """The name that the kernels have for an activation; empty if they have none."""
+    cls = type(module)
+    if cls is nn.GELU:
+        return "gelu" if cast(nn.GELU, module).approximate == "none" else "gelu_tanh"
+    if cls in (nn.ReLU, nn.SiLU):
+        return "relu" if cls is nn.ReLU else "silu"
+    return _TRANSFORMERS.get(cls.__name__, "") if cls.__module__ == "transformers.activations" else ""
+
+
+class FusedLinear(nn.Module):
+    """A quantized linear layer and the activation after it.
+
+    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take,
+    such as other types than float32, the two run one after the other.
+
+    Args:
+        layer: The quantized layer; it is shared, not copied.
+        activation: One of :data:`dybit.operators.packed_weight.ACTIVATIONS`.
+    """
+
+    def __init__(self, layer: Quantized, activation: str) -> None:
+        super().__init__()
+        self.layer, self.activation = layer, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        multiply = getattr(self.layer, "multiply", None)  # dequantize_ takes it away
+        if multiply is not None and not torch.compiler.is_compiling():
+            y = multiply(x, self.activation)
+            if y is not None:
+                return cast(Tensor, y)
+        return _FUNCTIONS[self.activation](self.layer(x))
+
+    def extra_repr(self) -> str:
+        """What follows the layer."""
+        return f"activation={self.activation}"
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers and activations whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Quantized) or bool(name_of(m)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def fuse_activations(model: nn.Module) -> tuple[nn.Module, int]:
+    """Fuses every quantized linear layer whose only user is an activation, both being children of one module.
+
+    Modules that ``torch.fx`` cannot trace stay as they are.
+
+    Args:
+        model: It is not changed.
+
+    Returns:
+        The model and how many layers were fused: where any was, copies of the modules around it, which share everything
+        else; ``model`` itself where none was.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    fused = _replace(model, replaced)
+    return fused, sum(isinstance(module, FusedLinear) for module in fused.modules())
+
+
+def _replace(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module with its layers fused, or itself; ``replaced`` has what stands for those that were seen."""
+    if module not in replaced and not isinstance(module, Quantized):
+        changed = _fused_children(module)
+        for name, child in module.named_children():
+            if name not in changed and (new := _replace(child, replaced)) is not child:
+                changed[name] = new
+        replaced[module] = module
+        if changed:
+            replaced[module] = copied = copy.copy(module)
+            copied._modules = {**module._modules, **changed}
+    return replaced.get(module, module)
+
+
+def _fused_children(module: nn.Module) -> dict[str, nn.Module]:
+    """Fused layers, and identities in the place of their activations, by the names of children."""
+    children = dict(module.named_children())
+    layers = {name for name, child in children.items() if isinstance(child, Quantized) and is_linear(child)}
+    activations = {name: known for name, child in children.items() if (known := name_of(child))}
+    if not layers or not activations:
+        return {}
+    try:
+        nodes = _Tracer().trace(module).nodes
+    except Exception:  # tracing runs the module's own code on proxies, and that fails in any way it likes
+        return {}
+    calls: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    pairs: dict[str, str] = {}
+    for name in layers & calls.keys():
+        users = {str(user.target) if user.op == "call_module" else "" for node in calls[name] for user in node.users}
+        alone = all(len(node.users) == 1 for node in calls[name])
+        if alone and len(users) == 1 and (user := users.pop()) in activations:
+            pairs[name] = user
+    # An activation that others go through, too, stays, and so do its layers.
+    for name in set(pairs.values()):
+        if any(str(source.target) not in pairs for node in calls[name] for source in node.all_input_nodes):
+            pairs = {layer: user for layer, user in pairs.items() if user != name}
+    fused: dict[str, nn.Module] = {
+        layer: FusedLinear(cast(Quantized, children[layer]), activations[user]) for layer, user in pairs.items()
+    }
+    return {**fused, **{user: nn.Identity() for user in pairs.values()}}

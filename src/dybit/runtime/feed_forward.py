@@ -1,0 +1,225 @@
+"""The feed-forward parts of transformers: linear layers with an activation between them, computed as one.
+
+Must not know convolutions, recipes, calibration or files. Like ``activations``, whose layers it goes on from,
+it reads a ``torch.fx`` trace of a module to find out which layer follows which; the module's own code keeps running.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from dybit.layers.quantized import Quantized, is_linear
+from dybit.operators.prepared_linear import Operands, feed_forward
+from dybit.runtime.activations import FusedLinear
+
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_LEAVES = (Quantized, FusedLinear)
+
+
+class FeedForward(nn.Module):
+    """``down(first(x))``, or ``down(first(x) · second(x))``, some hundred rows at a time.
+
+    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take,
+    the layers run one after the other.
+
+    Args:
+        first: A quantized layer with the activation that follows it; it is shared, not copied, like the others.
+        down: The quantized layer at the end.
+        second: A quantized layer for the factor, or None.
+    """
+
+    second: nn.Module | None
+
+    def __init__(self, first: FusedLinear, down: Quantized, second: Quantized | None = None) -> None:
+        super().__init__()
+        self.first, self.down = first, down
+        self.register_module("second", second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features of the last layer)."""
+        if not torch.compiler.is_compiling() and (y := self._at_once(x)) is not None:
+            return y
+        hidden = self.first(x)
+        return cast(Tensor, self.down(hidden if self.second is None else hidden * self.second(x)))
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The results by the kernels; None where they cannot be asked."""
+        parts = self._modules  # read without nn.Module's search for attributes, which a single row would notice
+        first = cast(FusedLinear, parts["first"])
+        operands = []
+        for layer in (first._modules["layer"], parts["down"], parts["second"]):
+            if layer is not None:
+                get = getattr(layer, "operands", None)  # dequantize_ takes it away
+                if get is None:
+                    return None
+                operands.append(cast(Operands, get()))
+        return feed_forward(x, operands[0], operands[1], operands[2] if len(operands) > 2 else None, first.activation)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into those modules only that hold layers and can be traced by themselves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if super().is_leaf_module(m, module_qualified_name) or not any(isinstance(x, _LEAVES) for x in m.modules()):
+            return True
+        return isinstance(m, (*_LEAVES, FeedForward)) or _trace(m) is None
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ANN401
+        """Without what is wrapped around a forward: it hands on arguments one by one, which proxies cannot."""
+        return super().create_args_for_root(inspect.unwrap(root_fn), is_module, concrete_args)
+
+    def keys(self, obj: fx.Proxy) -> Any:  # noqa: ANN401  # as fx
+        """Of keyword arguments that are only handed on: they need not be known."""
+        return iter(())
+
+
+def _trace(module: nn.Module) -> fx.Graph | None:
+    """The calls of a module, or None where they cannot be read from its code."""
+    try:
+        return _Tracer().trace(module)
+    except Exception:  # tracing runs the module's own code on proxies, and that fails in any way it likes
+        return None
+
+
+def fuse_feed_forward(model: nn.Module) -> nn.Module:
+    """Puts a :class:`FeedForward` in the place of layers whose results go to the next layer only.
+
+    Two layers may lie in different modules, as in BERT; of three, as in Llama, the module that holds them must do
+    nothing else, and is replaced as a whole.
+
+    Args:
+        model: A model after :func:`dybit.runtime.activations.fuse_activations`. It is not changed.
+
+    Returns:
+        Copies of the modules around the layers, which share everything else; ``model`` itself where there are none.
+    """
+    return _Fusion().visit(model)
+
+
+class _Fusion:
+    """One pass over a model."""
+
+    def __init__(self) -> None:
+        self._replaced: dict[nn.Module, nn.Module] = {}
+        self._open: set[nn.Module] = set()  # modules that return what a layer with its activation gives
+
+    def visit(self, module: nn.Module) -> nn.Module:
+        """What stands for a module from now on."""
+        if isinstance(module, _LEAVES):
+            return module
+        if module not in self._replaced:
+            self._replaced[module] = module  # until it is known, for a module inside of itself
+            children = {name: self.visit(child) for name, child in module.named_children()}
+            changed = {name: new for name, new in children.items() if new is not module._modules[name]}
+            new = _with(module, changed) if changed else module
+            if any(isinstance(child, FusedLinear) or child in self._open for child in children.values()):
+                new = self._fuse(new)
+            self._replaced[module] = new
+        return self._replaced[module]
+
+    def _fuse(self, module: nn.Module) -> nn.Module:
+        graph = _trace(module)
+        if graph is None:
+            return module
+        counts = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+        changed: dict[str, nn.Module] = {}
+        returned = False
+        for node in graph.nodes:
+            first = _called(node, module)
+            user = _user(node, module)
+            if not isinstance(first, FusedLinear) or user is None or counts[str(node.target)] > 1:
+                continue
+            if user.op == "output":
+                returned = True
+            elif user.target in _PRODUCTS:
+                whole = _gated(graph, module, node, user)
+                if whole is not None:
+                    return whole
+            elif (down := _linear(user, module)) is not None and counts[str(user.target)] == 1:
+                changed |= {str(node.target): FeedForward(first, down), str(user.target): nn.Identity()}
+        if changed and _trace(fused := _with(module, changed)) is not None:  # its code may want more of a layer
+            module = fused
+        if returned:
+            self._open.add(module)
+        return module
+
+
+def _gated(graph: fx.Graph, module: nn.Module, node: fx.Node, product: fx.Node) -> FeedForward | None:
+    """What stands for a module that does nothing but to multiply two results and to call a last layer."""
+    x, *others = node.args
+    factors = [arg for arg in product.args if isinstance(arg, fx.Node)]
+    sources = [_source(arg, module) for arg in factors]
+    last = _user(product, module)
+    plain = not (module._forward_hooks or module._forward_pre_hooks or hasattr(type(module).forward, "__wrapped__"))
+    if others or node not in sources or len(factors) != 2 or last is None or not plain:
+        return None
+    (other,) = (source for source in sources if source is not node) if sources[0] is not sources[1] else (node,)
+    second, down, result = _linear(other, module), _linear(last, module), _user(last, module)
+    if second is None or down is None or other.args != (x,) or result is None or result.op != "output":
+        return None
+    known = {node, other, product, last, result}
+    for found in graph.nodes:
+        if found.op == "placeholder":
+            if found is not x and found.users:
+                return None
+        elif found not in known and not _is_identity(found, module):
+            return None
+    return FeedForward(cast(FusedLinear, _called(node, module)), down, second)
+
+
+def _called(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _linear(node: fx.Node, root: nn.Module) -> Quantized | None:
+    """The quantized linear layer that a node calls with its only argument."""
+    layer = _called(node, root)
+    return layer if isinstance(layer, Quantized) and is_linear(layer) and len(node.all_input_nodes) == 1 else None
+
+
+def _is_identity(node: fx.Node, root: nn.Module) -> bool:
+    module = _called(node, root)
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training)
+
+
+def _user(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The only user of a node, behind what returns its argument."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if not _is_identity(node, root):
+            return node
+    return None
+
+
+def _source(node: fx.Node, root: nn.Module) -> fx.Node:
+    """Where a value comes from, before what returns its argument."""
+    while _is_identity(node, root):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _with(module: nn.Module, changed: dict[str, nn.Module]) -> nn.Module:
+    """A copy of a module with others in the place of some of its submodules; what lies between is copied, too."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    for name, inner in _by_child(changed):
+        child = inner.pop("", None) or _with(cast(nn.Module, copied._modules[name]), inner)
+        copied._modules[name] = child
+    return copied
+
+
+def _by_child(changed: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, nn.Module]]]:
+    """Changes grouped by the first part of their path; an empty rest is the child itself."""
+    groups: dict[str, dict[str, nn.Module]] = {}
+    for path, new in changed.items():
+        name, _, rest = path.partition(".")
+        groups.setdefault(name, {})[rest] = new
+    yield from groups.items()

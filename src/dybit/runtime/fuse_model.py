@@ -1,0 +1,478 @@
+"""Fuses a quantized model for inference: between quantized convolutions, activations stay integers.
+
+Linear layers with an activation behind them are :mod:`dybit.runtime.activations`'s, those that follow each other
+:mod:`dybit.runtime.feed_forward`'s.
+
+Must not know recipes, calibration or files. The model is traced with ``torch.fx``. A convolution takes up the addition
+and the clamping (ReLU, ReLU6 …) that follow it, rounds its results as the next convolutions want their inputs, border
+included, and hands them on as an image of significands (:mod:`dybit.operators.integer_conv`).
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.layers.quantized import Quantized, is_convolution
+from dybit.operators import packed_weight
+from dybit.operators.integer_conv import ImageFormat, Prepared, UnknownError, conv_image, round_image
+from dybit.operators.linear import _unwatched
+from dybit.runtime.activations import FusedLinear, fuse_activations
+from dybit.runtime.feed_forward import FeedForward, fuse_feed_forward
+
+_INFINITY = float("inf")
+_WEIGHT = ("weight", "weight_scale", "weight_choice", "weight_tensor_scale")
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_RECTIFIERS = (functional.relu, torch.relu, torch.relu_, functional.relu_, "relu", "relu_")
+_CLAMPS = (torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip")
+_IN_PLACE = (operator.iadd, torch.relu_, functional.relu_, torch.clamp_)
+
+
+def _versions(parts: tuple[Tensor | None, ...]) -> list[int]:
+    return [0 if part is None or part.is_inference() else part._version for part in parts]
+
+
+class FusedConv(nn.Module):
+    """A quantized convolution of an image, with what follows it.
+
+    Args:
+        layer: The quantized convolution.
+        source: The format of its image.
+        padding: Zeros before and after every dimension in turn, those of the model's own padding included.
+        limits: Between which results are clamped.
+        keep: Whether results are wanted in floating point.
+        out: The format of the next image, or None.
+        out_scale: Its scale.
+        out_offset: Its offset, or None.
+    """
+
+    out_scale: Tensor | None
+    out_offset: Tensor | None
+
+    def __init__(
+        self,
+        layer: Quantized,
+        source: ImageFormat,
+        padding: tuple[int, ...],
+        limits: tuple[float, float],
+        keep: bool,
+        out: ImageFormat | None,
+        out_scale: Tensor | None,
+        out_offset: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.source, self.out = layer, source, out
+        self.register_buffer("out_scale", out_scale, persistent=False)
+        self.register_buffer("out_offset", out_offset, persistent=False)
+        self._prepared: tuple[Prepared, tuple[Tensor | None, ...], list[int]] | None = None
+        conv = cast(nn.Conv2d, layer)
+        self._options: tuple[Any, ...] = (
+            (*conv.stride,), padding, (*conv.dilation,), conv.groups, source.name, source.border,
+            *limits, keep, *((out.name, out.border) if out else ("", ())),
+        )  # fmt: skip
+
+    def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolves an image: results and the next image, of which one may be empty (``Prepared``)."""
+        buffers, bias = self.layer._buffers, self.layer._parameters.get("bias")
+        scales = (cast(Tensor, buffers["input_scale"]), buffers.get("input_offset"), self.out_scale, self.out_offset)
+        if not _unwatched(image, bias):
+            return conv_image(image, addend, self.layer.quantized_tensor(), bias, *scales, *self._options)
+        parts = (*(buffers.get(name) for name in _WEIGHT), bias, *scales)
+        if not self._fits(image, parts):
+            made = Prepared(image.shape, self.layer.quantized_tensor(), bias, *scales, *self._options)
+            self._prepared = (made, parts, _versions(parts))
+        assert self._prepared is not None
+        return self._prepared[0].run(image, addend)
+
+    def _fits(self, image: Tensor, parts: tuple[Tensor | None, ...]) -> bool:
+        """Whether what was prepared is for such an image and for the same tensors, not written to since."""
+        if self._prepared is None:
+            return False
+        made, before, versions = self._prepared
+        return (
+            image.shape == made.shape
+            and all(a is b for a, b in zip(parts, before, strict=True))
+            and versions == _versions(parts)
+            and made.isa == packed_weight.isa()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was prepared: copies prepare their own."""
+        return self.__dict__ | {"_prepared": None}
+
+    def extra_repr(self) -> str:
+        """What it takes and gives."""
+        return f"source={self.source}, out={self.out}"
+
+
+class Rounding(nn.Module):
+    """Rounds activations to an image, where no convolution before does.
+
+    Args:
+        scale: The static scale.
+        offset: The static offset, or None.
+        out: The format.
+    """
+
+    scale: Tensor
+    offset: Tensor | None
+
+    def __init__(self, scale: Tensor, offset: Tensor | None, out: ImageFormat) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+        self.out = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rounds (batch, channels, *size)."""
+        return round_image(x, self.scale, self.offset, self.out)
+
+    def extra_repr(self) -> str:
+        """What it gives."""
+        return f"out={self.out}"
+
+
+class Fused(nn.Module):
+    """A fused model; :func:`fuse` makes it.
+
+    Where images cannot stand for the activations, the model runs layer by layer as it did: for NaN, which has no
+    significand, for inputs that are not float32, and where gradients are recorded. Under ``torch.compile`` and
+    ``torch.export``, which see the graph alone, NaN raises :class:`DyBitError`.
+
+    Attributes:
+        graph: The fused graph, a ``torch.fx.GraphModule``.
+        fused: How many convolutions hand on integers.
+    """
+
+    def __init__(self, graph: fx.GraphModule, model: nn.Module, fused: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.fused = fused
+        self._model = (model,)  # not registered: its layers are those of the graph
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the model's own signature
+        """As the model."""
+        if torch.compiler.is_compiling():
+            return self.graph(*args, **kwargs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        watched = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if watched or any(x.is_floating_point() and x.dtype != torch.float32 for x in tensors):
+            return self._model[0](*args, **kwargs)
+        try:
+            return self.graph(*args, **kwargs)
+        except UnknownError:
+            return self._model[0](*args, **kwargs)
+
+
+class _Tracer(fx.Tracer):
+    """Keeps quantized layers whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Quantized | FusedLinear | FeedForward) or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass
+class _Stage:
+    """A convolution in the graph and what it takes up."""
+
+    conv: fx.Node
+    layer: Quantized
+    source: fx.Node  # before padding
+    padding: tuple[int, ...]
+    pads: tuple[fx.Node, ...]
+    addend: fx.Node | None = None
+    limits: tuple[float, float] = (-_INFINITY, _INFINITY)
+    taken: list[fx.Node] = field(default_factory=list)  # the addition and the clamp
+
+    @property
+    def result(self) -> fx.Node:
+        """What the others see of it."""
+        return self.taken[-1] if self.taken else self.conv
+
+    @property
+    def rounding(self) -> tuple[str, float, float | None]:
+        """Format, scale and offset of its input: convolutions that agree can share an image."""
+        spec, (scale, offset) = self.layer.input_spec, self.scales
+        assert spec is not None
+        return spec.format, float(scale), None if offset is None else float(offset)
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of its input."""
+        return cast(Tensor, self.layer.input_scale), self.layer._buffers.get("input_offset")
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fuses a quantized model for inference.
+
+    Convolutions with static input scales take up a residual addition and a ReLU, ReLU6 or clamp behind them, and hand
+    their results on as integers to such convolutions that follow, also behind zero padding; results that others want,
+    too, are given in floating point as well. With the compiled kernels the outputs are those of the model bit for bit
+    (though laid out channels-last). In plain torch floating-point sums may differ in their order.
+
+    A quantized linear layer takes up the ReLU, GELU, SiLU or quick GELU that is its only user, both being children of
+    one module; the kernels compute it while the results are in the cache, to within 2e-7 of the exact function.
+    Where its results only go to another quantized linear layer, or only into a product with those of a second one,
+    which goes to a third, as in the feed-forward parts of transformers, the layers are one call of the kernels, with
+    the same results.
+
+    Args:
+        model: A model after :func:`dybit.quantize_`, in evaluation mode. It is not changed; layers are shared with it.
+
+    Returns:
+        A model with the signature of ``model``, for batches of any size: a :class:`Fused` one if it has convolutions
+        that round their inputs by static scales, else one of its own class; ``model`` itself, with a warning, where
+        there is nothing to fuse.
+
+    Raises:
+        DyBitError: The model has such convolutions, and ``torch.fx`` cannot trace it; the message says why.
+
+    Example:
+        >>> fused = dybit.fuse(dybit.quantize_(model, recipe, calibration=batches))  # doctest: +SKIP
+    """
+    linear, activations = fuse_activations(model)
+    if activations:
+        linear = fuse_feed_forward(linear)
+    if not any(_takes_images(module) for module in model.modules()):
+        if activations:
+            return linear
+        return _unchanged(model, "no convolution has a static input scale, and no linear layer an activation behind it")
+    try:
+        graph = _Tracer().trace(linear)
+    except Exception as error:  # tracing runs the model's own code on proxies, and that fails in any way it likes
+        raise DyBitError(f"model cannot be traced by torch.fx: {error}") from error
+    module = fx.GraphModule(linear, graph, type(model).__name__)
+    _drop_identities(module)
+    stages = _stages(module)
+    if not any(stage.result is not stage.conv for stage in stages) and not _links(stages):
+        return linear if activations else _unchanged(model, "no convolution is followed by what it could take up")
+    fused = _rewrite(module, stages)
+    return Fused(module, model, fused).train(model.training)
+
+
+def _unchanged(model: nn.Module, why: str) -> nn.Module:
+    warnings.warn(f"fuse found nothing to do: {why}", DyBitWarning, stacklevel=3)
+    return model
+
+
+def _drop_identities(module: fx.GraphModule) -> None:
+    """Takes out what returns its input, such as the place of a folded batch norm."""
+    for node in list(module.graph.nodes):
+        if type(_called(node, module)) is nn.Identity and len(node.all_input_nodes) == 1:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
+
+
+def _takes_images(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose inputs are rounded as images are."""
+    if not isinstance(module, Quantized) or not is_convolution(module) or module.input_spec is None:
+        return False
+    conv, spec = cast(nn.Conv2d, module), module.input_spec
+    return (
+        spec.mode == "static"
+        and conv.padding_mode == "zeros"
+        and not (spec.offset and any(conv._reversed_padding_repeated_twice))  # zero is no multiple of a step from it
+        and module.float_dtype == torch.float32
+        and packed_weight.input_format(spec.format) is not None
+    )
+
+
+def _called(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _stages(module: fx.GraphModule) -> list[_Stage]:
+    """The convolutions that take images, each with what it takes up, in the order in which they can run."""
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    stages = []
+    for node in module.graph.nodes:
+        layer = _called(node, module)
+        if layer is None or not _takes_images(layer) or len(node.all_input_nodes) != 1:
+            continue
+        padding = _paired(cast(nn.Conv2d, layer)._reversed_padding_repeated_twice)
+        source, pads = node.all_input_nodes[0], []
+        whole = not cast(Quantized, layer).input_spec.offset  # type: ignore[union-attr]
+        while whole and (added := _zeros(source, module, len(padding))) is not None and not _overwritten(source):
+            padding = tuple(a + b for a, b in zip(padding, added, strict=True))
+            pads.append(source)
+            source = source.all_input_nodes[0]
+        if not _overwritten(source):
+            stages.append(_Stage(node, cast(Quantized, layer), source, padding, tuple(pads)))
+    own = {stage.conv for stage in stages}
+    for stage in stages:
+        _take_up(stage, module, order, own)
+    return sorted(stages, key=lambda stage: order[stage.result])
+
+
+def _overwritten(node: fx.Node) -> bool:
+    """Whether another user than the only one may write into a value."""
+    return len(node.users) > 1 and any(_in_place(user, node) for user in node.users)
+
+
+def _in_place(node: fx.Node, value: fx.Node) -> bool:
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is None or bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+    first = bool(node.args) and node.args[0] is value
+    if node.op == "call_method":
+        return first and str(node.target).endswith("_")
+    return (
+        node.kwargs.get("inplace") is True
+        or any(arg is True for arg in node.args)
+        or (first and node.target in _IN_PLACE)
+    )
+
+
+def _take_up(stage: _Stage, module: fx.GraphModule, order: dict[fx.Node, int], own: set[fx.Node]) -> None:
+    """Extends a convolution by an addition and a clamp that are its only users."""
+    user = _only_user(stage.result)
+    if user is not None and user.op != "call_module" and user.target in _ADDITIONS and not user.kwargs:
+        others = [arg for arg in user.args if arg is not stage.result]
+        other = others[0] if len(user.args) == 2 and len(others) == 1 else None
+        # Of two convolutions the later adds; the other is then computed already.
+        rival = other in own and len(other.users) == 1 and order[other] > order[stage.conv]  # type: ignore[union-attr,index]
+        if isinstance(other, fx.Node) and not rival and not _in_place(user, other) and not _overwritten(other):
+            stage.addend = other
+            stage.taken.append(user)
+    user = _only_user(stage.result)
+    limits = None if user is None else _limits(user, module)
+    if user is not None and limits is not None:
+        stage.limits = limits
+        stage.taken.append(user)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
+    """Between which values a node clamps its only tensor; None if it does something else."""
+    module = _called(node, root)
+    if module is not None:
+        if type(module) is nn.ReLU:
+            return 0.0, _INFINITY
+        if type(module) in (nn.ReLU6, nn.Hardtanh):
+            clamp = cast(nn.Hardtanh, module)
+            return float(clamp.min_val), float(clamp.max_val)
+        return None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in _RECTIFIERS:
+        return 0.0, _INFINITY
+    if node.target is functional.relu6:
+        return 0.0, 6.0
+    values = [*node.args[1:3]]
+    defaults: list[Any]
+    if node.target is functional.hardtanh:
+        names, defaults = ("min_val", "max_val"), [-1.0, 1.0]
+    elif node.target in _CLAMPS:
+        names, defaults = ("min", "max"), [None, None]
+    else:
+        return None
+    given = [*values, *defaults[len(values) :]]
+    low, high = (node.kwargs.get(name, value) for name, value in zip(names, given, strict=True))
+    low, high = -_INFINITY if low is None else low, _INFINITY if high is None else high
+    if not (isinstance(low, int | float) and isinstance(high, int | float) and low <= high):
+        return None
+    return float(low), float(high)
+
+
+def _zeros(node: fx.Node, root: nn.Module, count: int) -> tuple[int, ...] | None:
+    """The zeros that a node adds before and after each of the last dimensions; None if it is no such padding."""
+    module = _called(node, root)
+    if isinstance(
+        module, nn.ZeroPad1d | nn.ZeroPad2d | nn.ZeroPad3d | nn.ConstantPad1d | nn.ConstantPad2d | nn.ConstantPad3d
+    ):
+        padding: Any = module.padding
+        value: Any = module.value
+    elif node.op == "call_function" and node.target is functional.pad:
+        named = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+        if named.get("mode", "constant") != "constant":
+            return None
+        padding, value = named["pad"], named.get("value")
+    else:
+        return None
+    whole = (
+        isinstance(padding, tuple | list)
+        and len(padding) <= count
+        and all(isinstance(n, int) and n >= 0 for n in padding)
+    )
+    return _paired([*padding, *(0,) * (count - len(padding))]) if whole and not value else None
+
+
+def _paired(padding: Any) -> tuple[int, ...]:  # noqa: ANN401
+    """Padding in the order of the dimensions, from torch's, the last first."""
+    return tuple(n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2])
+
+
+def _links(stages: list[_Stage]) -> bool:
+    """Whether a convolution takes the result of another."""
+    results = {stage.result for stage in stages}
+    return any(stage.source in results for stage in stages)
+
+
+def _border(stages: list[_Stage]) -> tuple[int, ...]:
+    """The border that an image needs for all of its convolutions."""
+    return tuple(max(sizes) for sizes in zip(*(stage.padding for stage in stages), strict=True))
+
+
+def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
+    """Puts fused convolutions in the place of the stages; how many give an image."""
+    graph = module.graph
+    consumers: dict[fx.Node, list[_Stage]] = {}
+    for stage in stages:
+        consumers.setdefault(stage.source, []).append(stage)
+    images: dict[tuple[fx.Node, tuple[Any, ...]], tuple[fx.Node, ImageFormat]] = {}
+    values: dict[fx.Node, fx.Node] = {}  # results in floating point by the nodes that gave them
+    fused = 0
+
+    def add(name: str, made: nn.Module, *args: fx.Node) -> fx.Node:
+        module.add_submodule(name, made)
+        return graph.call_module(name, tuple(values.get(arg, arg) for arg in args))
+
+    for i, stage in enumerate(stages):
+        graph.inserting_before(stage.result)
+        key = (stage.source, stage.rounding)
+        if key not in images:
+            sharers = [other for other in consumers[stage.source] if other.rounding == stage.rounding]
+            made = ImageFormat(stage.rounding[0], _border(sharers))
+            images[key] = add(f"rounding_{i}", Rounding(*stage.scales, made), stage.source), made
+        image, source = images[key]
+        following = consumers.get(stage.result, [])
+        sharers = [other for other in following if other.rounding == following[0].rounding]
+        out: ImageFormat | None = None
+        scales: tuple[Tensor | None, Tensor | None] = (None, None)
+        if sharers:
+            out, scales = ImageFormat(following[0].rounding[0], _border(sharers)), following[0].scales
+            fused += 1
+        keep = out is None or not all(_leads_to(user, sharers) for user in stage.result.users)
+        conv = FusedConv(stage.layer, source, stage.padding, stage.limits, keep, out, *scales)
+        call = add(f"conv_{i}", conv, image, *([stage.addend] if stage.addend else []))
+        if keep:
+            values[stage.result] = graph.call_function(operator.getitem, (call, 0))
+        if out is not None:
+            images[stage.result, following[0].rounding] = graph.call_function(operator.getitem, (call, 1)), out
+    for old, new in values.items():
+        old.replace_all_uses_with(new)
+    replaced = {node for stage in stages for node in (stage.conv, *stage.taken, *stage.pads)}
+    for node in reversed(list(graph.nodes)):
+        if node in replaced and not node.users:
+            graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    graph.lint()
+    module.recompile()
+    return fused
+
+
+def _leads_to(node: fx.Node, stages: list[_Stage]) -> bool:
+    """Whether a user of a value is one of some convolutions, or a padding for them alone."""
+    if any(node is stage.conv for stage in stages):
+        return True
+    return any(node in stage.pads for stage in stages) and all(_leads_to(user, stages) for user in node.users)

@@ -1,0 +1,459 @@
+"""A weight as packed codes, scales and codebook choices: what a layer holds and a checkpoint stores.
+
+Must not know layers, models or files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from dybit.errors import DyBitError
+from dybit.formats import catalogue
+from dybit.formats.codebook import Family, ScaleType
+from dybit.formats.packing import packed_size
+from dybit.kernels import codes
+from dybit.kernels.code_operators import dequantize, lookup, pack, spans, unpack
+from dybit.tensors.scale_search import GRANULARITIES, Granularity, Method, Scales, choose_scales
+
+_SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pow2": torch.uint8, "e4m3": torch.float8_e4m3fn}
+_POW2_BIAS = 64
+_ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MAX_ELEMENTS = 1 << 40
+# Families that have grown, and how many members they had when what is stored did not say it.
+_FIRST_MEMBERS = {"dybit2": 2}
+_OPTIONAL = {"row_dims", "members"}  # of the stored fields
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How a weight is stored. Every shape follows from it, so that a loader can prepare buffers without the data.
+
+    Args:
+        family: Name of the format family (see :func:`dybit.formats.catalogue.family`).
+        shape: Shape of the floating-point weight.
+        granularity: What shares a scale.
+        group_size: Columns in a group for ``granularity="group"``, else None.
+        scale: Type of the scales.
+        choice: What shares a codebook.
+        transposed: 0 where the first dimension of the weight counts output channels; else the number of channel groups
+            of a weight of shape (in, out / groups, …), as transposed convolutions and transformers' ``Conv1D`` have.
+        row_dims: How many dimensions, counted from the first, number output channels: 1, or 2 for the matrices of
+            several experts in one weight of shape (experts, out, in).
+        members: How many of the family's codebooks, from the first, choices number: fewer than there are where an
+            earlier dybit, whose family was smaller, stored the weight. 0 for all, to which that number itself turns.
+
+    Attributes:
+        bits: Width of a code.
+        choice_bits: Bits of a choice, 0 for a family of one.
+        rows: Output channels.
+        columns: Weights of one output channel.
+        key: The fields as JSON text, by which operators are told the spec.
+
+    Raises:
+        DyBitError: A field is out of range or does not fit the others.
+    """
+
+    family: str
+    shape: tuple[int, ...]
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+    scale: ScaleType = "fp32"
+    choice: Granularity = "channel"
+    transposed: int = 0
+    row_dims: int = 1
+    members: int = 0
+    # Plain attributes and not properties that look the family up: torch.compile reads them.
+    bits: int = field(init=False, compare=False, repr=False)
+    choice_bits: int = field(init=False, compare=False, repr=False)
+    rows: int = field(init=False, compare=False, repr=False)
+    columns: int = field(init=False, compare=False, repr=False)
+    key: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Checks the fields, which may come from a file."""
+        size = len(catalogue.family(self.family).books)
+        if isinstance(self.members, bool) or not isinstance(self.members, int) or not 0 <= self.members <= size:
+            raise DyBitError(f"members must be 0 to the {size} codebooks of {self.family}, not {self.members!r}")
+        object.__setattr__(self, "members", self.members % size)
+        object.__setattr__(self, "bits", self.formats.bits)
+        object.__setattr__(self, "choice_bits", self.formats.choice_bits)
+        object.__setattr__(self, "key", json.dumps(self.to_dict()))
+        positive = all(isinstance(n, int) and n > 0 for n in self.shape)
+        if not isinstance(self.shape, tuple) or not positive or not 2 <= len(self.shape) <= 5:
+            raise DyBitError(f"shape must be 2 to 5 positive integers, not {self.shape!r}")
+        if math.prod(self.shape) > _MAX_ELEMENTS:
+            raise DyBitError(f"shape {self.shape} has more than {_MAX_ELEMENTS} elements")
+        if self.scale not in get_args(ScaleType):
+            raise DyBitError(f"scale must be one of {', '.join(get_args(ScaleType))}, not {self.scale!r}")
+        if self.granularity not in GRANULARITIES or self.choice not in GRANULARITIES:
+            raise DyBitError(
+                f"granularity and choice must be one of {', '.join(GRANULARITIES)}, "
+                f"not {self.granularity!r} and {self.choice!r}"
+            )
+        grouped = isinstance(self.group_size, int) and self.group_size > 0
+        if (self.granularity == "group") != grouped or (self.group_size is not None and not grouped):
+            raise DyBitError(f"group_size={self.group_size!r} does not fit granularity={self.granularity!r}")
+        if not isinstance(self.transposed, int) or self.transposed < 0:
+            raise DyBitError(f"transposed must be an integer of at least 0, not {self.transposed!r}")
+        if self.transposed and self.shape[0] % self.transposed:
+            raise DyBitError(f"transposed={self.transposed} does not divide the first dimension of shape {self.shape}")
+        stacked = self.row_dims == 2 and len(self.shape) == 3 and not self.transposed
+        if not isinstance(self.row_dims, int) or not (stacked or self.row_dims == 1):
+            raise DyBitError(
+                f"row_dims must be 1, or 2 for a weight of three dimensions that is not transposed, not "
+                f"{self.row_dims!r} with shape {self.shape} and transposed={self.transposed}"
+            )
+        rows = self.shape[1] * self.transposed if self.transposed else math.prod(self.shape[: self.row_dims])
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "columns", math.prod(self.shape) // self.rows)
+
+    @property
+    def formats(self) -> Family:
+        """The family itself, or what ``members`` leaves of it."""
+        family = catalogue.family(self.family)
+        return replace(family, books=family.books[: self.members]) if self.members else family
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; 1 unless ``granularity="group"``."""
+        return math.ceil(self.columns / self.group_size) if self.group_size else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of packed codes."""
+        return packed_size(self.columns, self.bits, self.group_size)
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """Shape of the packed codes: (rows, groups, bytes), or (rows, 1, bytes) where the last group is shorter.
+
+        One more dimension of size 1 follows where the floating-point weight has three: the packed codes never have the
+        rank of the weight they stand for, so that they cannot be loaded in its place by mistake.
+        """
+        even = not self.group_size or self.columns % self.group_size == 0
+        groups = self.groups if even else 1
+        shape = (self.rows, groups, self.row_bytes // groups)
+        return (*shape, 1) if len(self.shape) == 3 else shape
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Shape of the scales: (1, 1), (rows, 1) or (rows, groups)."""
+        return self.unit_shape(self.granularity)
+
+    @property
+    def choice_shape(self) -> tuple[int, int] | None:
+        """Shape of the packed choices, dense in ``family.choice_bits`` bits a unit; None for a family of one."""
+        bits = self.choice_bits
+        if not bits:
+            return None
+        rows, units = self.unit_shape(self.choice)
+        # A channel's only choice is packed with those of the other channels, a group's with the others of its row.
+        return (1, packed_size(rows, bits)) if units == 1 else (rows, packed_size(units, bits))
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Storage type of the scales; powers of two are a sign and seven bits of exponent, biased by 64."""
+        return _SCALE_DTYPES[self.scale]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and choices."""
+        size = self.rows * self.row_bytes + math.prod(self.scale_shape) * self.scale_dtype.itemsize
+        return size + math.prod(self.choice_shape or (0,)) + (4 if self.scale == "e4m3" else 0)
+
+    def unit_shape(self, granularity: Granularity) -> tuple[int, int]:
+        """Rows and columns of a table with one entry for each tensor, channel or group."""
+        return {"tensor": (1, 1), "channel": (self.rows, 1), "group": (self.rows, self.groups)}[granularity]
+
+    def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Suffix, shape and dtype of every stored tensor; the suffix of the packed codes is empty."""
+        table: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "": (self.packed_shape, torch.uint8),
+            "_scale": (self.scale_shape, self.scale_dtype),
+        }
+        if self.choice_shape:
+            table["_choice"] = (self.choice_shape, torch.uint8)
+        if self.scale == "e4m3":
+            table["_tensor_scale"] = ((1,), torch.float32)
+        return table
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Reshapes the floating-point weight to (rows, columns); a view where it can be one."""
+        if not self.transposed:
+            return weight.reshape(self.rows, self.columns)
+        by_group: Tensor = weight.unflatten(0, (self.transposed, -1))
+        return by_group.transpose(1, 2).reshape(self.rows, self.columns)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`to_matrix`."""
+        if not self.transposed:
+            return matrix.view(self.shape)
+        rest = (self.shape[0] // self.transposed, *self.shape[2:])
+        # Contiguous, since the layout decides in which order a matrix product adds up.
+        return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape).contiguous()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, those that earlier versions do not know only where there is need.
+
+        That is ``row_dims`` where it is not 1, and ``members`` where the family had another number at first.
+        """
+        values = {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
+        if self.row_dims == 1:
+            del values["row_dims"]
+        if self.members == first_members(self.family):
+            del values["members"]
+        else:
+            values["members"] = len(self.formats.books)
+        return values
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            DyBitError: A field is missing, unknown or bad.
+        """
+        known, free = set(_stored_fields()) - _OPTIONAL, set(data) - _OPTIONAL if isinstance(data, Mapping) else None
+        if free != known or not isinstance(data["shape"], list):
+            raise DyBitError(f"a stored weight must have the fields {', '.join(sorted(known))}, not {data!r:.200}")
+        return cls(**{"members": first_members(data["family"]), **data, "shape": tuple(data["shape"])})
+
+
+def first_members(family: object) -> int:
+    """The ``members`` of a stored weight that does not name them."""
+    return _FIRST_MEMBERS.get(family, 0) if isinstance(family, str) else 0
+
+
+def _stored_fields() -> list[str]:
+    return [item.name for item in fields(TensorSpec) if item.init]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantized weight: ``scale · value(code)``.
+
+    Attributes:
+        spec: How it is stored.
+        packed: Codes, uint8 of shape ``spec.packed_shape``.
+        scale: Stored scales, of shape ``spec.scale_shape`` and type ``spec.scale_dtype``.
+        choice: Packed indices of the codebooks, uint8 of shape ``spec.choice_shape``, or None.
+        tensor_scale: The factor of E4M3 scales, float32 of shape (1,), or None.
+    """
+
+    spec: TensorSpec
+    packed: Tensor
+    scale: Tensor
+    choice: Tensor | None = None
+    tensor_scale: Tensor | None = None
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The stored tensors by the suffixes of :meth:`TensorSpec.buffers`."""
+        parts = {
+            "": self.packed,
+            "_scale": self.scale,
+            "_choice": self.choice,
+            "_tensor_scale": self.tensor_scale,
+        }
+        return {suffix: tensor for suffix, tensor in parts.items() if tensor is not None}
+
+    def scales(self, index: Tensor | None = None) -> Tensor:
+        """The scales as numbers: float32 of shape ``spec.scale_shape``, or those of some rows."""
+        stored = self.scale if index is None or self.scale.shape[0] == 1 else self.scale.index_select(0, index)
+        if self.spec.scale == "pow2":
+            exponent = (stored & 127).to(torch.int32) - _POW2_BIAS
+            sign = 1.0 - 2.0 * (stored >> 7).float()
+            return torch.ldexp(sign, exponent)
+        scale = stored.float()
+        return scale if self.tensor_scale is None else scale * self.tensor_scale
+
+    def choices(self, index: Tensor | None = None) -> Tensor | None:
+        """The index of the codebook of every unit: uint8 of shape (1, 1), (rows, 1) or (rows, groups), or None.
+
+        Args:
+            index: Rows to look up (where there are any), int64 of shape (n,); None for all.
+        """
+        if self.choice is None:
+            return None
+        rows, units = self.spec.unit_shape(self.spec.choice)
+        bits = self.spec.choice_bits
+        if units > 1:
+            return unpack(self.choice if index is None else self.choice.index_select(0, index), units, bits)
+        if index is None or rows == 1:
+            return unpack(self.choice, rows, bits).reshape(rows, 1)
+        first = index * bits  # the choices of all rows follow each other, and may lie in two bytes
+        low, shift = first // 8, first % 8
+        flat = self.choice.reshape(-1)
+        high = (low + 1).clamp(max=flat.shape[0] - 1)
+        word = flat.index_select(0, low).to(torch.int32) | flat.index_select(0, high).to(torch.int32) << 8
+        return ((word >> shift) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1, 1)
+
+    def codes(self) -> Tensor:
+        """The codes: uint8 of shape (rows, columns)."""
+        flat = self.packed.reshape(self.spec.rows, self.spec.row_bytes)
+        return unpack(flat, self.spec.columns, self.spec.bits, self.spec.group_size)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for: of shape ``spec.shape``, computed in float32."""
+        spec = self.spec
+        matrix = dequantize(
+            self.packed.reshape(spec.rows, spec.row_bytes),
+            self.scales(),
+            self.choices(),
+            spec.family,
+            spec.columns,
+            spec.bits,
+            spec.group_size or 0,
+        )
+        return spec.from_matrix(matrix).to(dtype)
+
+
+def quantize(
+    weight: Tensor,
+    spec: TensorSpec,
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+) -> QuantizedTensor:
+    """Quantizes a weight: chooses scales and codebooks and rounds to the nearest.
+
+    Args:
+        weight: Finite floating point of shape ``spec.shape``.
+        spec: How it is stored.
+        method: How scales are chosen (see :func:`dybit.tensors.scale_search.choose_scales`).
+        percentile: For ``method="percentile"``.
+        importance: Importance of every column, of shape (columns,) or (rows, columns), or None.
+
+    Raises:
+        DyBitError: ``weight`` has another shape, is not floating point, or holds NaN or infinity.
+    """
+    return quantize_judged(weight, spec, method=method, percentile=percentile, importance=importance)[0]
+
+
+def quantize_judged(
+    weight: Tensor,
+    spec: TensorSpec,
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+) -> tuple[QuantizedTensor, float]:
+    """As :func:`quantize`, with the squared error over all elements, which the search for the scales knows."""
+    check_weight(weight, spec.shape)
+    matrix = spec.to_matrix(weight.detach())
+    scales = choose_scales(
+        matrix,
+        spec.formats,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+        scale_type=spec.scale,
+        choice_granularity=spec.choice,
+        method=method,
+        percentile=percentile,
+        importance=importance,
+    )
+    return encode_matrix(matrix, spec, scales), scales.error
+
+
+def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    """Rounds a matrix (rows, columns) to the nearest codes at given scales and packs it."""
+    packed = codes.encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
+    if packed is None:
+        step = max(1, (1 << 20) // spec.columns)
+        packed = torch.cat(
+            [
+                pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
+                for start in range(0, spec.rows, step)
+            ]
+        )
+    return _assemble(packed, spec, scales)
+
+
+def pack_codes(chosen: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    """Packs codes that were chosen for given scales: uint8 of shape (rows, columns)."""
+    return _assemble(pack(chosen, spec.bits, spec.group_size), spec, scales)
+
+
+def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    choice = None
+    if scales.choice is not None:
+        rows, units = spec.unit_shape(spec.choice)
+        choices = scales.choice[:rows, :units]  # one a scale there, of which choices that are coarser are repetitions
+        choice = pack(choices.reshape(1, -1) if units == 1 else choices, spec.choice_bits)
+    tensor_scale = torch.tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
+    return QuantizedTensor(spec, packed.view(spec.packed_shape), _store_scale(scales, spec.scale), choice, tensor_scale)
+
+
+def _encode_rows(matrix: Tensor, spec: TensorSpec, scales: Scales, start: int, stop: int) -> Tensor:
+    """The codes of some rows: uint8 of shape (rows, columns)."""
+    x = matrix[start:stop].float()
+    scale = unit_rows(_some(scales.scale, start, stop), spec)
+    ratio = x / scale
+    books = spec.formats.books
+    if scales.choice is None:
+        return lookup(books[0], x.device).encode(ratio)
+    choice = unit_rows(_some(scales.choice, start, stop), spec).expand(x.shape)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    for index in torch.unique(choice).tolist():
+        chosen = choice == index
+        codes[chosen] = lookup(books[index], x.device).encode(ratio[chosen])
+    return codes
+
+
+def _some(units: Tensor, start: int, stop: int) -> Tensor:
+    """The entries of some rows; a single row serves all."""
+    return units if units.shape[0] == 1 else units[start:stop]
+
+
+def unit_rows(units: Tensor, spec: TensorSpec) -> Tensor:
+    """The scale or choice of every element: (1, 1), (rows, 1) or (rows, columns) from a table of units."""
+    if units.shape[1] == 1:
+        return units
+    parts, column = [], 0
+    for _, groups, length in spans(spec.columns, spec.group_size):
+        parts.append(units[:, column : column + groups].repeat_interleave(length, dim=1))
+        column += groups
+    return torch.cat(parts, dim=1)
+
+
+def _store_scale(scales: Scales, scale_type: ScaleType) -> Tensor:
+    """The scales in their stored type; exact, since the search only proposes scales that the type can hold."""
+    scale = scales.scale
+    if scale_type == "pow2":
+        exponent = scale.abs().log2().round().to(torch.int32) + _POW2_BIAS
+        return (exponent + 128 * (scale < 0)).to(torch.uint8)
+    if scale_type == "e4m3":
+        return (scale / scales.tensor_scale).to(torch.float8_e4m3fn)
+    return scale.to(_SCALE_DTYPES[scale_type])
+
+
+def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Checks that a weight can be quantized.
+
+    Raises:
+        DyBitError: It is empty, not floating point, of another shape, or holds NaN or infinity.
+    """
+    if not weight.is_floating_point():
+        raise DyBitError(f"weight must be floating point, not {weight.dtype}")
+    if weight.numel() == 0:
+        raise DyBitError(f"weight must not be empty, but has shape {tuple(weight.shape)}")
+    if shape is not None and tuple(weight.shape) != shape:
+        raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise DyBitError("weight is on the meta device and has no values")
+    if weight.dtype in _ORDERED and all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
+        return  # either is NaN where any element is
+    step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
+    for start in range(0, weight.shape[0], step):
+        bad = ~torch.isfinite(weight.detach()[start : start + step])
+        if bool(bad.any()):
+            first = [int(i) for i in bad.nonzero()[0]]
+            first[0] += start
+            raise DyBitError(f"weight holds {float(weight[tuple(first)])} at position {tuple(first)}")

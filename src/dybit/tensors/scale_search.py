@@ -1,0 +1,509 @@
+"""Chooses the scale, and the codebook where there is a choice, of every tensor, channel or group of a weight.
+
+Must not know how codes are stored, nor layers or models.
+
+The search by error has two steps. A coarse one tries some 700 pairs of codebook and scale at once: the squared error
+of a pair depends on an element only through the cell of a fine grid in which the element lies, so the errors of all
+pairs are sums of rows of one precomputed table: the kernels multiply it by a unit's histogram, plain torch sums rows by
+``embedding_bag``. Then, for every codebook, the best scale is refined by one least-squares step and both are judged by
+their exact error. (Kernels and plain torch add up in different orders, so that where two scales are as good as equal
+they may choose differently; the kernels of all instruction sets choose alike.) The steps for one codebook do not depend
+on which others take part: so a choice among several never has a larger error than any of them alone. (E4M3 scales are
+the exception: the factor that they share follows from all codebooks of the family.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dybit.errors import DyBitError
+from dybit.formats.codebook import Codebook, Family, ScaleType
+from dybit.kernels import codes, extension
+from dybit.kernels.code_operators import lookup, spans
+from dybit.kernels.extension import FALLBACK
+
+Granularity = Literal["tensor", "channel", "group"]
+Method = Literal["mse", "absmax", "percentile"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+METHODS: tuple[str, ...] = get_args(Method)
+
+_BLOCK = 1 << 19  # elements worked on at once: the temporaries stay in the cache
+_CELLS = 512  # cells of the coarse grid on either side of zero, spaced as squares: finest near zero
+_SCALE_STEP = 1.035  # ratio of neighbouring coarse scales
+_LOWEST_SCALE = 0.04  # the smallest coarse scale, as a share of the one that clips nothing
+# In short units of many levels the error is a jagged function of the scale: the neighbourhoods of the two best coarse
+# scales are looked at closely.
+_MANY_LEVELS, _SHORT = 32, 256
+_FINE_FACTORS = tuple(1.07 ** (i / 7) for i in range(-7, 8))
+_TINIEST = 2.0**-126  # smallest normal float: a scale below it would lose precision, or be zero
+_POW2_EXPONENTS = (-64, 63)
+_E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The outcome of a search.
+
+    Attributes:
+        scale: float32 of shape (rows, groups), (rows, 1) or (1, 1) by granularity; never zero, negative only for
+            codebooks that are not symmetric.
+        choice: Index of the codebook of every unit, uint8 of the shape of ``scale``; None for a family of one.
+        tensor_scale: The factor that E4M3 scales share; 1.0 for other types.
+        error: The squared error over all elements, weighted by importance where one was given.
+    """
+
+    scale: Tensor
+    choice: Tensor | None
+    tensor_scale: float
+    error: float
+
+
+def choose_scales(
+    matrix: Tensor,
+    family: Family,
+    *,
+    granularity: Granularity = "channel",
+    group_size: int | None = None,
+    scale_type: ScaleType = "fp32",
+    choice_granularity: Granularity | None = None,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+    incumbent: Tensor | None = None,
+    hysteresis: float = 0.0,
+) -> Scales:
+    """Chooses scales and codebooks for a matrix.
+
+    Args:
+        matrix: Floating point of shape (rows, columns), finite, rows being output channels.
+        family: The codebooks to choose from.
+        granularity: What shares a scale: the tensor, a channel (row), or ``group_size`` columns of a row, the last
+            group of a row being shorter where the columns are no multiple.
+        group_size: Only for ``granularity="group"``.
+        scale_type: ``fp32``, ``bf16``, ``pow2`` (a power of two from 2^-64 to 2^63) or ``e4m3`` (FP8 times one FP32
+            factor for the tensor, as in NVFP4).
+        choice_granularity: What shares a codebook; None means what shares a scale. Not finer than ``granularity``.
+        method: ``mse`` (least squared error), ``absmax`` (nothing is clipped) or ``percentile`` (of the magnitudes).
+        percentile: For ``method="percentile"``, above 0 and up to 100.
+        importance: Weight of every squared error, of shape (columns,) or (rows, columns), not negative: the second
+            moments of the layer's inputs, which turn the weight's error into the output's. None for equal weights.
+        incumbent: The codebooks in use, of the shape of ``Scales.choice``; None where there are none yet.
+        hysteresis: By what share another codebook's error must be smaller than the incumbent's to take its place.
+
+    Returns:
+        The scales, with the codebook of every unit. An all-zero unit gets scale 1, or the smallest one if its
+        codebook has no zero.
+
+    Raises:
+        DyBitError: An argument is out of range or does not fit the others.
+    """
+    choice_granularity = choice_granularity or granularity
+    _check(matrix, granularity, group_size, choice_granularity, method, percentile)
+    importance = None if importance is None else _normalized(importance, *matrix.shape)
+    tensor_scale = _tensor_scale(matrix, family) if scale_type == "e4m3" else 1.0
+    search = _Search(family, rounder(scale_type, tensor_scale), method, percentile)
+    if granularity == "tensor":
+        chunks = [(block.float(), weights) for block, weights in _row_blocks(matrix, importance)]
+        error, scale = search.run(chunks, pooled=True)
+        error, scale = error[None], scale[None]
+    else:
+        length = group_size if granularity == "group" else None
+        decide = choice_granularity == granularity and incumbent is None
+        error, scale = _by_units(matrix, importance, length, search, decide)
+    return _pick(error, scale, family, choice_granularity, tensor_scale, incumbent, hysteresis)
+
+
+def _by_units(
+    matrix: Tensor, importance: Tensor | None, group_size: int | None, search: _Search, decide: bool
+) -> tuple[Tensor, Tensor]:
+    """Searches unit by unit: (error, scale) of shape (rows, groups, books), books being 1, or 2 with the choice.
+
+    With ``decide`` every unit takes its best codebook at once, and ``error[..., 1]`` is its index: all codebooks'
+    scales of a large tensor in small groups would take more memory than the tensor.
+    """
+    errors, scales = [], []
+    for start, groups, length in spans(matrix.shape[1], group_size):
+        stop = start + groups * length
+        weights = None if importance is None else importance[:, start:stop]
+        parts = []
+        for block, block_weights in _row_blocks(matrix[:, start:stop], weights):
+            flat = block.float().reshape(-1, length)
+            h = None if block_weights is None else block_weights.expand(block.shape).reshape(-1, length)
+            error, scale = search.run([(flat, h)], pooled=False)
+            if decide:
+                best = error.argmin(-1, keepdim=True)
+                error = torch.cat([error.gather(-1, best), best.to(error.dtype)], dim=-1)
+                scale = scale.gather(-1, best)
+            parts.append((error.unflatten(0, (-1, groups)), scale.unflatten(0, (-1, groups))))
+        errors.append(torch.cat([error for error, _ in parts]))
+        scales.append(torch.cat([scale for _, scale in parts]))
+    return torch.cat(errors, dim=1), torch.cat(scales, dim=1)
+
+
+def _pick(
+    error: Tensor,
+    scale: Tensor,
+    family: Family,
+    choice: Granularity,
+    tensor_scale: float,
+    incumbent: Tensor | None,
+    hysteresis: float,
+) -> Scales:
+    """Picks the codebook of every unit, channel or tensor from (rows, groups, books)."""
+    if scale.shape[-1] == 1 and error.shape[-1] == 2:  # decided unit by unit
+        books = error[..., 1].to(torch.uint8)
+        chosen, total = scale[..., 0], error[..., 0].sum()
+    else:
+        pooled = error
+        if choice != "group":
+            pooled = pooled.sum(1, keepdim=True)
+        if choice == "tensor":
+            pooled = pooled.sum(0, keepdim=True)
+        if incumbent is not None:
+            held = incumbent[: pooled.shape[0], : pooled.shape[1], None].long()
+            pooled = pooled.scatter(-1, held, pooled.gather(-1, held) * (1 - hysteresis))
+        best = pooled.argmin(-1, keepdim=True).expand(*scale.shape[:2], 1)
+        chosen, total = scale.gather(-1, best)[..., 0], error.gather(-1, best).sum()
+        books = best[..., 0].to(torch.uint8)
+    single = len(family.books) == 1
+    return Scales(chosen.contiguous(), None if single else books.contiguous(), tensor_scale, float(total))
+
+
+class _Search:
+    """The search for one family, scale type and method; see the module's docstring."""
+
+    def __init__(
+        self, family: Family, rounder: Callable[[Tensor], list[Tensor]], method: Method, percentile: float
+    ) -> None:
+        self.books = family.books
+        self.rounder = rounder
+        self.method = method
+        self.percentile = percentile
+
+    def run(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> tuple[Tensor, Tensor]:
+        """Returns (error, scale), float64 and float32 of shape (units, books).
+
+        Args:
+            chunks: Elements of shape (segments, length) with their importance or None. Every segment is a unit of its
+                own, or all of all chunks are one unit (``pooled``).
+            pooled: Whether all is one unit.
+        """
+        largest = [_largest(x) for x, _ in chunks]
+        top = torch.cat(largest).amax(0, keepdim=True) if pooled else largest[0]
+        empty = top == 0
+        unit = torch.where(empty, 1.0, top)
+        normal = [(x / unit, h) for x, h in chunks]
+        starts = self._coarse(normal, pooled) if self.method == "mse" else self._bounds(normal, pooled)
+        error, scale = self._refine(normal, unit[:, 0], starts, pooled)
+        has_zero = torch.tensor([bool((book.levels == 0).any()) for book in self.books], device=scale.device)
+        nothing = self.rounder(has_zero.float())[0]
+        return error.T * unit.double() ** 2, torch.where(empty, nothing, scale.T)
+
+    def _refine(
+        self, chunks: list[tuple[Tensor, Tensor | None]], unit: Tensor, starts: list[Tensor], pooled: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Judges the starting scales exactly and improves every codebook's best: (error, scale) of (books, units)."""
+        most = max(start.shape[1] for start in starts)
+        tried = torch.stack([start[:, [*range(start.shape[1])] + [0] * (most - start.shape[1])] for start in starts])
+        # No level may overflow, also where the type rounds the scale up: E4M3 by up to a sixteenth.
+        reach = torch.tensor([[max(1.0, float(np.abs(book.levels).max()))] for book in self.books], device=unit.device)
+        limit = torch.finfo(torch.float32).max / 1.07 / reach
+
+        def better(best: _Trial | None, scales: Tensor) -> _Trial:
+            for scale in self.rounder(scales.clamp(-limit, limit)):
+                each = zip(self.books, (scale / unit)[:, :, None], strict=True)
+                sums = torch.stack([_sums(chunks, book, relative, pooled) for book, relative in each], dim=1)
+                best = _better(best, _Trial(scale, sums[0], (sums[1] / sums[2]).float()))
+            assert best is not None
+            return best
+
+        best: _Trial | None = None
+        for start in tried.unbind(-1):
+            best = better(best, start * unit)
+        assert best is not None
+        if self.method == "mse":
+            fitted = best.fitted * unit
+            usable = torch.isfinite(fitted) & (fitted * best.scale > 0)
+            best = better(best, torch.where(usable, fitted, best.scale))
+        return best.error, best.scale
+
+    def _coarse(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
+        """Starting scales of every codebook, relative to the largest magnitude: each of shape (units, starts)."""
+        table, scales, owners, compiled = _coarse_table(self.books, chunks[0][0].device, extension.isa() != FALLBACK)
+        short = not pooled and chunks[0][0].shape[1] <= _SHORT
+        best = 2 if short else 1
+        if compiled is not None:
+            pairs = compiled.search_all(chunks, best) if pooled else compiled.search(*chunks[0], best)
+            chosen = list(scales[pairs.long()].unbind(1))
+        else:
+            errors = torch.stack([_coarse_errors(x, h, table, pooled) for x, h in chunks]).sum(0)
+            chosen = [
+                scales[first:last][errors[:, first:last].topk(min(best, last - first), dim=1, largest=False).indices]
+                for first, last in owners
+            ]
+        factors = torch.tensor(_FINE_FACTORS, device=scales.device)
+        return [
+            (start[:, :, None] * factors).flatten(1) if short and len(book.levels) > _MANY_LEVELS else start[:, :1]
+            for book, start in zip(self.books, chosen, strict=True)
+        ]
+
+    def _bounds(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
+        """The scales of every codebook at which nothing, or nothing but the percentile, is clipped: (units, 1 or 2)."""
+        if self.method == "percentile":
+            share = self.percentile / 100
+            magnitudes = torch.cat([x.abs().flatten() for x, _ in chunks])[None] if pooled else chunks[0][0].abs()
+            rank = max(1, math.ceil(share * magnitudes.shape[1]))
+            high = magnitudes.kthvalue(rank, dim=1).values
+            high = low = torch.where(high > 0, high, 1.0)
+        else:
+            high = torch.cat([x.amax(1) for x, _ in chunks]).clamp(min=0)
+            low = torch.cat([-x.amin(1) for x, _ in chunks]).clamp(min=0)
+            if pooled:
+                high, low = high.amax(0, keepdim=True), low.amax(0, keepdim=True)
+        return [torch.stack(_bound(book, high, low), dim=-1) for book in self.books]
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest magnitude of every row, (rows, 1)."""
+    return torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # without a copy of the magnitudes
+
+
+def _coarse_errors(x: Tensor, h: Tensor | None, table: Tensor, pooled: bool) -> Tensor:
+    """The errors of all pairs of codebook and scale: (units, pairs), or (1, pairs) where all is one unit."""
+    cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
+    sums = torch.nn.functional.embedding_bag(cell.to(torch.int32), table, mode="sum", per_sample_weights=h)
+    return sums.sum(0, keepdim=True, dtype=torch.float64) if pooled else sums
+
+
+class _Trial(NamedTuple):
+    """Scales that were judged: all of shape (books, units)."""
+
+    scale: Tensor
+    error: Tensor
+    fitted: Tensor  # the least-squares scale for the codes at this scale, relative to the largest magnitude
+
+
+def _better(best: _Trial | None, trial: _Trial) -> _Trial:
+    if best is None:
+        return trial
+    better = trial.error < best.error
+    return _Trial(*(torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
+
+
+def _bound(book: Codebook, high: Tensor, low: Tensor) -> list[Tensor]:
+    """The scales that map -low … high into the codebook's range: positive, and negative where that is a choice."""
+    top, bottom = float(book.levels[-1]), -float(book.levels[0])
+
+    def fit(positive: Tensor, negative: Tensor) -> Tensor:
+        scale = positive / top
+        return torch.maximum(scale, negative / bottom) if bottom > 0 else scale
+
+    return [fit(high, low), -fit(low, high)] if _signed_scale(book) else [fit(high, low)]
+
+
+def _signed_scale(book: Codebook) -> bool:
+    return not book.symmetric and bool(book.levels[0] < 0)
+
+
+def _sums(chunks: list[tuple[Tensor, Tensor | None]], book: Codebook, scale: Tensor, pooled: bool) -> Tensor:
+    """Of every unit, or of all, at its scale (units, 1): the exact error, and what a least-squares step needs.
+
+    Returns:
+        float64 of shape (3, units): the sums of the squared error, of value · x and of value², all weighted.
+    """
+    table = lookup(book, scale.device)
+    totals = []
+    for x, h in chunks:
+        sums = codes.fit(book, x, h, scale)
+        if sums is None:
+            value = table.round(x / scale)
+            residual = torch.addcmul(x, value, scale, value=-1)
+            weighted = value if h is None else value * h
+            residual_h = residual if h is None else residual * h
+            sums = torch.stack([(residual_h * residual).sum(1), (weighted * x).sum(1), (weighted * value).sum(1)])
+            sums = sums.double()
+        totals.append(sums.sum(1, keepdim=True) if pooled else sums)
+    return torch.stack(totals).sum(0) if pooled else totals[0]
+
+
+@lru_cache(maxsize=64)
+def _coarse_table(
+    books: tuple[Codebook, ...], device: torch.device, compiled: bool
+) -> tuple[Tensor, Tensor, list[tuple[int, int]], codes.Coarse | None]:
+    """Mean squared error by cell and by pair of codebook and scale.
+
+    Returns:
+        The table, float32 of shape (2·_CELLS, pairs); the scale of every pair; the range of pairs of every book; and
+        the table for the kernels, where they are (``compiled``).
+    """
+    edge = torch.arange(2 * _CELLS, dtype=torch.float64) - _CELLS
+    inside = (edge[:, None] + (torch.arange(6, dtype=torch.float64) + 0.5) / 6) / _CELLS
+    x = (inside.sign() * inside**2).float().to(device)
+    columns: list[Tensor] = []
+    scales: list[float] = []
+    owners = []
+    for book in books:
+        first = len(scales)
+        scales += _coarse_scales(book)
+        owners.append((first, len(scales)))
+        tried = torch.tensor(scales[first:], device=device)[:, None, None]
+        many = x.expand(len(tried), *x.shape)
+        rounded = codes.fake_quantize(many, tried, None, book)
+        if rounded is None:
+            rounded = lookup(book, device).round(many / tried) * tried
+        columns.append((x - rounded).square_().mean(2).T)
+    whole = torch.cat(columns, dim=1).contiguous()
+    return whole, torch.tensor(scales, device=device), owners, codes.coarse(whole, owners) if compiled else None
+
+
+def _coarse_scales(book: Codebook) -> list[float]:
+    """Scales to try for data whose largest magnitude is 1."""
+    reaches = _reaches(book, _LOWEST_SCALE)
+    scales = [1 / reach for reach in reaches]
+    return scales + [-scale for scale in scales] if _signed_scale(book) else scales
+
+
+def _reaches(book: Codebook, lowest_scale: float) -> list[float]:
+    """Values that the largest magnitude may be scaled to, finely spaced, first the largest level.
+
+    They end at the middle one of the levels' magnitudes: a tapered format has its resolution down there, and at 8 bits
+    full DyBit is best used up to about a twentieth of its largest value. With less than half of the levels in use, a
+    format is better replaced by one of fewer bits.
+    """
+    magnitudes = np.unique(np.abs(book.levels))
+    top, middle = float(magnitudes[-1]), float(magnitudes[len(magnitudes) // 2])
+    count = math.ceil(math.log(top / lowest_scale / middle) / math.log(_SCALE_STEP))
+    return [top, *(middle * _SCALE_STEP**i for i in range(count + 1))]
+
+
+def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
+    """Chooses the codebook and the reach of dynamically scaled rows: those with the least squared error.
+
+    Args:
+        rows: float32 of shape (rows, columns); each row is scaled so that its largest magnitude becomes the reach.
+        family: The codebooks to choose from.
+
+    Returns:
+        The codebook, and the reach, a value between its middle level and somewhat above its largest.
+    """
+    largest = _largest(rows)
+    normal = rows / torch.where(largest > 0, largest, 1.0)
+    best: tuple[float, Codebook, float] | None = None
+    for book in family.books:
+        for reach in _reaches(book, 0.5):
+            unit = torch.full((1, 1), 1 / reach)
+            error = float(_sums([(normal, largest.square().expand_as(normal))], book, unit, pooled=True)[0])
+            if best is None or error < best[0]:
+                best = error, book, reach
+    assert best is not None
+    return best[1:]
+
+
+def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None = None) -> Tensor:
+    """The numbers nearest to scales that their type can hold; of powers of two, the nearest in proportion.
+
+    Args:
+        scale: float32 of any shape. NaN stays NaN.
+        scale_type: The type.
+        tensor_scale: The factor of E4M3 scales, float32 of shape (1,), or None.
+    """
+    candidates = rounder(scale_type, 1.0 if tensor_scale is None else float(tensor_scale))(scale)
+    if len(candidates) == 1:
+        return candidates[0]
+    lower, upper = candidates
+    return torch.where(scale.abs() > lower.abs() * math.sqrt(2), upper, lower)
+
+
+def rounder(scale_type: ScaleType, tensor_scale: float) -> Callable[[Tensor], list[Tensor]]:
+    """Returns a function from ideal scales (float32) to the candidates that a type can hold.
+
+    Args:
+        scale_type: The type.
+        tensor_scale: The factor that E4M3 scales share.
+    """
+
+    def nonzero(scale: Tensor) -> Tensor:
+        return torch.where(scale < 0, scale.clamp(max=-_TINIEST), scale.clamp(min=_TINIEST))
+
+    def fp32(scale: Tensor) -> list[Tensor]:
+        return [nonzero(scale)]
+
+    def bf16(scale: Tensor) -> list[Tensor]:
+        largest = torch.finfo(torch.bfloat16).max
+        return [nonzero(scale).to(torch.bfloat16).float().clamp(-largest, largest)]
+
+    def pow2(scale: Tensor) -> list[Tensor]:
+        exponent = nonzero(scale).abs().log2().clamp(*_POW2_EXPONENTS)
+        sign = torch.where(scale < 0, -1.0, 1.0)
+        return [torch.ldexp(sign, exponent.floor()), torch.ldexp(sign, exponent.ceil())]
+
+    def e4m3(scale: Tensor) -> list[Tensor]:
+        ratio = (scale / tensor_scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
+        smallest = 2.0**-9
+        ratio = torch.where(ratio == 0, torch.where(scale < 0, -smallest, smallest), ratio)
+        return [ratio * tensor_scale]
+
+    return {"fp32": fp32, "bf16": bf16, "pow2": pow2, "e4m3": e4m3}[scale_type]
+
+
+def _tensor_scale(matrix: Tensor, family: Family) -> float:
+    """The factor of E4M3 scales: the largest scale that the tensor can need becomes 448, as in NVFP4."""
+    top = max((float(block.abs().max()) for block, _ in _row_blocks(matrix, None)), default=0.0)
+    smallest_range = min(float(np.abs(book.levels).max()) for book in family.books)
+    ratio = float(torch.tensor(top / smallest_range / _E4M3_MAX, dtype=torch.float32))
+    return ratio if ratio >= _TINIEST else 1.0
+
+
+def _normalized(importance: Tensor, rows: int, columns: int) -> Tensor:
+    """Importance as float32 of mean one and shape (1 or rows, columns), with a floor.
+
+    The floor keeps a unit whose inputs were all zero in calibration from a scale that fits nothing.
+    """
+    h = importance.float()
+    if tuple(h.shape) not in ((columns,), (1, columns), (rows, columns)):
+        raise DyBitError(f"importance must have shape ({columns},) or ({rows}, {columns}), not {tuple(h.shape)}")
+    if not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
+        raise DyBitError(f"importance must be finite and at least 0, but is {float(h.min())} to {float(h.max())}")
+    h = h if h.ndim == 2 else h[None]
+    h = h / h.max().clamp(min=_TINIEST)  # or the mean of large numbers would be infinite
+    return h / h.mean().clamp(min=_TINIEST) + 1e-6
+
+
+def _row_blocks(matrix: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Blocks of whole rows of about _BLOCK elements."""
+    rows = max(1, _BLOCK // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], rows):
+        block = matrix[start : start + rows]
+        if importance is None:
+            yield block, None
+        else:
+            h = importance if importance.shape[0] == 1 else importance[start : start + rows]
+            yield block, h.expand(block.shape).contiguous()
+
+
+def _check(
+    matrix: Tensor, granularity: str, group_size: int | None, choice: str, method: str, percentile: float
+) -> None:
+    if matrix.ndim != 2 or not matrix.is_floating_point() or matrix.numel() == 0:
+        raise DyBitError(
+            f"matrix must be floating point of shape (rows, columns), not empty, "
+            f"but is {matrix.dtype} of shape {tuple(matrix.shape)}"
+        )
+    if granularity not in GRANULARITIES or choice not in GRANULARITIES:
+        raise DyBitError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r} or {choice!r}")
+    if GRANULARITIES.index(choice) > GRANULARITIES.index(granularity):
+        raise DyBitError(f"choice_granularity={choice!r} is finer than granularity={granularity!r}")
+    if (group_size is not None) != (granularity == "group") or (group_size is not None and group_size < 1):
+        raise DyBitError(f"group_size={group_size} does not fit granularity={granularity!r}")
+    if method not in METHODS:
+        raise DyBitError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if not 0 < percentile <= 100:
+        raise DyBitError(f"percentile must be above 0 and at most 100, not {percentile}")

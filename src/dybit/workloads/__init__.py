@@ -1,0 +1,1 @@
+"""Networks as lists of matrix products and convolutions. Needs NumPy only."""

@@ -1,0 +1,48 @@
+"""Rows looked up in a packed table against the dequantized table."""
+
+import pytest
+import torch
+
+from dybit.kernels import extension
+from dybit.operators.embedding import embedding
+from dybit.tensors.quantized_tensor import TensorSpec, quantize
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("family", ["dybit2", "dybit4", "dybit5", "s8", "nf4"])
+@pytest.mark.parametrize(
+    ("granularity", "choice", "size"),
+    [("tensor", "tensor", None), ("channel", "tensor", None), ("channel", "channel", None), ("group", "group", 12),
+     ("group", "channel", 40), ("group", "tensor", 7)],
+)  # fmt: skip
+@pytest.mark.parametrize("scale", ["fp32", "e4m3", "pow2"])
+def test_rows_are_those_of_the_table(family, granularity, choice, size, scale, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(extension, "load", lambda: None)
+    torch.manual_seed(0)
+    spec = TensorSpec(family, (13, 40), granularity, size, scale, choice)
+    weight = quantize(torch.randn(13, 40), spec, method="absmax")
+    table = weight.dequantize()
+    for index in (
+        torch.randint(0, 13, (3, 5)),
+        torch.tensor(7),
+        torch.zeros(0, dtype=torch.long),
+        torch.arange(13).int(),
+    ):
+        assert torch.equal(embedding(index, weight), table[index.long()])
+
+
+def test_opcheck_and_compile():
+    weight = quantize(torch.randn(13, 40), TensorSpec("dybit4", (13, 40)), method="absmax")
+    index = torch.randint(0, 13, (3, 5))
+    parts = (index, weight.packed, weight.scale, weight.choice, weight.tensor_scale, weight.spec.key)
+    torch.library.opcheck(torch.ops.dybit.embedding, parts)
+    compiled = torch.compile(lambda i: embedding(i, weight), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(index), embedding(index, weight))
+
+
+@pytest.mark.parametrize("index", [13, -1])
+def test_an_index_out_of_range_is_an_error(index):
+    weight = quantize(torch.randn(13, 40), TensorSpec("dybit4", (13, 40)), method="absmax")
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([0, index]), weight)

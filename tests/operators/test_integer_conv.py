@@ -1,0 +1,205 @@
+"""Images of significands: against NumPy, and convolutions of them against those of floating point, bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dybit.errors import DyBitError
+from dybit.formats.format import Format
+from dybit.kernels import extension
+from dybit.operators.conv import conv
+from dybit.operators.integer_conv import ImageFormat, UnknownError, conv_image, round_image
+from dybit.tensors.quantized_tensor import TensorSpec, quantize
+
+ISAS = extension.available()[1:]
+INFINITY = float("inf")
+exact = settings(derandomize=True, deadline=None, max_examples=25)
+
+
+@pytest.fixture(autouse=True)
+def _restore_isa():
+    before = extension.isa()
+    yield
+    if before in ISAS:
+        extension.use(before)
+
+
+def on_all(compute):
+    """What every instruction set computes, which must be one, and what plain torch does."""
+    results = []
+    for isa in ISAS:
+        extension.use(isa)
+        results.append(compute())
+        for found, first in zip(results[-1], results[0], strict=True):
+            assert torch.equal(found, first), isa
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "load", lambda: None)
+        plain = compute()
+    return (results or [plain])[0], plain
+
+
+@pytest.mark.parametrize("name", ["u8r1", "s8r1", "s6r2", "u8r3", "s8", "u4"])
+@exact
+@given(st.integers(0, 2**32 - 1))
+def test_images_hold_the_significands_of_the_oracle(name, seed):
+    rng = np.random.default_rng(seed)
+    fmt, scale = Format.parse(name), np.float32(rng.uniform(0.01, 2))
+    channels, size = int(rng.integers(1, 70)), [int(n) for n in rng.integers(1, 6, 2)]
+    border = tuple(int(n) for n in rng.integers(0, 3, 4))
+    # values, ties, what lies beside them, and what saturates
+    shape, steps = (2, channels, *size), np.diff(np.unique(fmt.values))
+    x = ((rng.choice(fmt.values, shape) + rng.choice(steps, shape) / 2) * scale).astype(np.float32)
+    x = np.where(rng.random(shape) < 0.3, np.nextafter(x, np.float32(9e9)), x)
+    x = x * rng.choice([1, -1, 1e6], shape, p=[0.7, 0.2, 0.1])
+    x = x.astype(np.float32)
+    made = ImageFormat(name, border)
+    ((image,), (plain,)) = on_all(lambda: (round_image(torch.from_numpy(x), torch.tensor([scale]), None, made),))
+    assert torch.equal(image, plain) and image.dtype == made.dtype
+    expected = np.zeros(made.shape(2, channels, size), dtype=np.int64)
+    inner = expected[:, border[0] : border[0] + size[0], border[2] : border[2] + size[1], :channels]
+    inner[:] = fmt.significands[fmt.encode(x / scale)].transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(image.numpy(), expected)
+
+
+def random_case(rng):
+    """A convolution of any geometry, its input and what follows it."""
+    kind = rng.integers(4)
+    groups = int(rng.integers(1, 40)) if kind == 0 else int(rng.integers(2, 4)) if kind == 1 else 1
+    per_group = 1 if kind == 0 else int(rng.integers(1, 40))
+    out = groups * (1 if kind == 0 else int(rng.integers(1, 80)))
+    kernel = tuple(int(n) for n in (rng.integers(1, 4, 2) if kind != 2 else (1, 1)))
+    stride, dilation = (tuple(int(n) for n in rng.integers(1, 3, 2)) for _ in range(2))
+    if kind == 2:
+        stride = (1, 1)
+    padding = [int(n) for n in rng.integers(0, 3, 4)] if rng.integers(2) else [0] * 4
+    size = [int(dilation[i] * (kernel[i] - 1) + 1 + rng.integers(0, 9)) for i in range(2)]
+    # Groups of wide weights may need different kernels, or none: then plain torch convolves, whose sums differ.
+    family = rng.choice(["dybit2", "dybit3", "dybit4", *(["dybit6", "dybit8", "int8"] if kind != 1 else [])])
+    weight = torch.from_numpy(rng.standard_normal((out, per_group, *kernel)).astype(np.float32))
+    stored = quantize(weight, TensorSpec(str(family), weight.shape, "channel", choice="channel"), method="absmax")
+    x = torch.from_numpy(rng.standard_normal((int(rng.integers(1, 4)), per_group * groups, *size)).astype(np.float32))
+    bias = torch.from_numpy(rng.standard_normal(out).astype(np.float32)) if rng.integers(2) else None
+    return x, stored, bias, stride, padding, dilation, groups
+
+
+@exact
+@given(st.integers(0, 2**32 - 1))
+def test_a_convolution_of_an_image_is_that_of_the_layers_one_by_one(seed):
+    rng = np.random.default_rng(seed)
+    x, weight, bias, stride, padding, dilation, groups = random_case(rng)
+    geometry = (stride, padding, dilation, groups)
+    name, out_name = (str(rng.choice(["int8", "uint8", "s8r1", "u8r3", "s8", "s5r2"])) for _ in range(2))
+    scale, out_scale = torch.tensor([0.03]), torch.tensor([0.11])
+    offset = torch.tensor([-1.3]) if not any(padding) and rng.integers(2) else None
+    out_border = tuple(int(n) for n in rng.integers(0, 3, 4))
+    out_offset = torch.tensor([0.7]) if not any(out_border) else None
+    wider = tuple(n + int(rng.integers(2)) for n in padding) if offset is None else (0,) * 4
+    low, high = [(-INFINITY, INFINITY), (0.0, INFINITY), (0.0, 6.0), (-1.0, 1.0)][rng.integers(4)]
+    options = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
+
+    def layers():
+        y = conv(x, weight, bias, **options, input_format=name, input_scale=scale, input_offset=offset)
+        y = (y + addend if addend is not None else y).clamp(low, high)
+        return y, round_image(y, out_scale, out_offset, ImageFormat(out_name, out_border))
+
+    def images(keep=True):
+        image = round_image(x, scale, offset, ImageFormat(name, wider))
+        return conv_image(
+            image, addend, weight, bias, scale, offset, out_scale, out_offset,
+            *geometry, name, wider, low, high, keep, out_name, out_border,
+        )  # fmt: skip
+
+    addend = None
+    shape = layers()[0].shape
+    addend = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) if rng.integers(2) else None
+    expected, plain_expected = on_all(layers)
+    found, plain = on_all(images)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.testing.assert_close(plain[0], plain_expected[0], rtol=1e-4, atol=1e-4)
+    alone, _ = on_all(lambda: images(keep=False))
+    assert torch.equal(alone[1], expected[1]) and alone[0].numel() == 0
+
+
+def arguments(dims=2, channels=20, out=7, batch=2, out_format="uint8"):
+    torch.manual_seed(0)
+    size, kernel = (6, 5, 4)[:dims], (3, 2, 1)[:dims]
+    weight = quantize(torch.randn(out, channels, *kernel), TensorSpec("dybit4", (out, channels, *kernel)))
+    border = (1,) * 2 * dims
+    image = round_image(torch.randn(batch, channels, *size), torch.tensor([0.02]), None, ImageFormat("int8", border))
+    ones = (1,) * dims
+    return [
+        image, None, weight, torch.randn(out), torch.tensor([0.02]), None, torch.tensor([0.1]), None,
+        ones, border, ones, 1, "int8", border, 0.0, 6.0, True, out_format, border if out_format else (),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_dimensions_and_no_next_image(dims):
+    with_image, plain = on_all(lambda: conv_image(*arguments(dims)))
+    torch.testing.assert_close(with_image[0], plain[0], rtol=1e-4, atol=1e-4)
+    assert with_image[1].shape == plain[1].shape
+    without, _ = on_all(lambda: conv_image(*arguments(dims, out_format="")))
+    assert torch.equal(without[0], with_image[0]) and without[1].numel() == 0
+
+
+def test_batches_of_none():
+    y, image = on_all(lambda: conv_image(*arguments(batch=0)))[0]
+    assert y.shape == (0, 7, 6, 6) and image.shape == (0, 8, 8, 7)
+
+
+def test_threads_give_the_same_bits():
+    before, results = torch.get_num_threads(), []
+    given = arguments(channels=30, out=200)
+    given[0] = torch.randint(-127, 128, (3, 42, 41, 32)).to(torch.int8)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(conv_image(*given))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_opcheck():
+    image, addend, weight, *rest = arguments()
+    parts = (weight.packed, weight.scale, weight.choice, weight.tensor_scale)
+    scales, options = rest[:5], rest[5:]
+    torch.library.opcheck(torch.ops.dybit.conv_image, (image, addend, *parts, *scales, weight.spec.key, *options))
+    rounding = (torch.randn(2, 20, 5, 4), torch.tensor([0.02]), None, "int8", (1, 0, 2, 1))
+    torch.library.opcheck(torch.ops.dybit.round_image, rounding)
+
+
+def test_nan_is_refused_and_infinity_saturates():
+    x, made = torch.ones(1, 5, 3, 3), ImageFormat("int8", (0,) * 4)
+    for value, scale in ((float("nan"), 0.1), (float("inf"), 0.1)):
+        x[0, 2, 1, 1] = value
+        if value != value:
+            with pytest.raises(UnknownError, match="NaN"):
+                round_image(x, torch.tensor([scale]), None, made)
+        else:
+            assert round_image(x, torch.tensor([scale]), None, made).max() == 127
+    given = arguments()
+    given[3] = torch.full((7,), float("nan"))
+    with pytest.raises(UnknownError, match="NaN"):
+        conv_image(*given)
+    assert conv_image(*given[:-2], "", ())[0].isnan().all()  # in floating point it stays what it is
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(2, 8, 7, 32, dtype=torch.uint8), "image must be contiguous torch.int8"),
+        (0, torch.zeros(2, 8, 7, 20, dtype=torch.int8), "image must be of 20 channels"),
+        (0, torch.zeros(2, 8, 32, dtype=torch.int8), "image must have 4 dimensions"),
+        (1, torch.zeros(9, 1, 1, 1), r"addend must broadcast to \(2, 7, 6, 6\)"),
+        (9, (2, 1, 1, 1), "padding must be at most the border"),
+        (12, "nf4", "format must be one that the kernels round to, not 'nf4'"),
+    ],
+)
+def test_bad_arguments_are_named(place, value, message):
+    given = arguments()
+    given[place] = value
+    with pytest.raises(DyBitError, match=message):
+        conv_image(*given)

@@ -1,0 +1,229 @@
+"""Fused models: the bits of the model that they were made from, and where they hand over to it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import dybit
+from dybit import Recipe, fuse, quantize_
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.kernels import extension
+from dybit.runtime.fuse_model import Fused, FusedConv
+
+ISAS = extension.available()[1:]
+RECIPES = {
+    "int8": Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax"),
+    "dybit8": Recipe(weights=4, activations=8, granularity="channel", method="absmax"),
+    "w8a6": Recipe(weights=8, activations=6, granularity="channel", method="absmax"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _restore_isa():
+    before = extension.isa()
+    yield
+    if before in ISAS:
+        extension.use(before)
+
+
+class Net(nn.Module):
+    """What convolutional networks are made of: ways around, depthwise layers, paddings, shared inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 3, 2, 1), nn.Identity(), nn.ReLU(inplace=True))
+        self.pool = nn.MaxPool2d(2, 1)
+        self.expand, self.expanded = nn.Conv2d(20, 48, 1, bias=False), nn.ReLU6()
+        self.pad, self.depthwise = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(48, 48, 3, groups=48)
+        self.project = nn.Conv2d(48, 20, 1)
+        self.left, self.right = nn.Conv2d(20, 24, 3, 2, 1), nn.Conv2d(20, 24, 1, 2)
+        self.grouped = nn.Conv2d(24, 18, (3, 1), padding=(1, 0), groups=2)
+        self.reflect = nn.Conv2d(18, 18, 3, padding=1, padding_mode="reflect")
+        self.head = nn.Linear(18, 10)
+
+    def forward(self, x):
+        x = self.pool(self.stem(x))
+        y = self.pad(functional.pad(self.expanded(self.expand(x)), (1, 0, 1, 0)))
+        y = functional.hardtanh(self.depthwise(y), 0.0, 4.0)
+        y = self.project(y)
+        y += x
+        z = torch.relu(self.left(y) + self.right(y))
+        z = self.grouped(z).clamp(min=-1.0)
+        z = torch.sigmoid(self.reflect(z)) * z
+        return self.head(z.mean((2, 3)))
+
+
+def network(recipe="int8", seed=0):
+    torch.manual_seed(seed)
+    model = Net().eval()
+    return quantize_(model, RECIPES[recipe], calibration=[torch.randn(4, 3, 19, 17)])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_outputs_are_those_of_the_model(recipe, isa):
+    extension.use(isa)
+    model = network(recipe)
+    fused = fuse(model)
+    assert fused.fused >= 4 and not any(isinstance(m, nn.ReLU6 | nn.ReLU) for m in fused.modules())
+    with torch.no_grad():
+        for batch in (0, 1, 3):
+            x = torch.randn(batch, 3, 19, 17)
+            for given in (x, x.to(memory_format=torch.channels_last), x[..., :15], x.transpose(2, 3)):
+                assert torch.equal(fused(given), model(given))
+
+
+def test_plain_torch_differs_by_its_sums_alone(monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda: None)
+    model = network()
+    x = torch.randn(2, 3, 19, 17)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse(model)(x), model(x), rtol=0.02, atol=0.02)  # a sum may round to another code
+
+
+def test_every_kind_of_clamp():
+    clamps = [
+        nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), functional.relu, functional.relu6, functional.hardtanh,
+        torch.relu,
+        lambda x: functional.hardtanh(x, max_val=0.5), lambda x: x.clamp(0, 1), lambda x: torch.clamp(x, max=0.3),
+        lambda x: x.relu(), lambda x: functional.relu(x, inplace=True), lambda x: x.clamp_(-0.1), torch.relu_,
+    ]  # fmt: skip
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(5, 5, 1) for _ in range(len(clamps) + 1))
+            self.layers = nn.ModuleList(c for c in clamps if isinstance(c, nn.Module))
+
+        def forward(self, x):
+            for i, clamp in enumerate(clamps):
+                x = (self.layers[i] if i < len(self.layers) else clamp)(self.convs[i](x))
+            return self.convs[-1](x)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, 6)
+    model = quantize_(Chain().eval(), RECIPES["int8"], calibration=[x])
+    fused = fuse(model)
+    assert fused.fused == len(clamps)
+    calls = [n for n in fused.graph.graph.nodes if n.op in ("call_module", "call_method", "call_function")]
+    assert len(calls) == 1 + 2 * (len(clamps) + 1)  # a rounding, and every convolution with one result
+    with torch.no_grad():
+        assert torch.equal(fused(x), model(x))
+
+
+def test_what_writes_into_a_shared_value_is_left_alone():
+    class Hazard(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(5, 5, 1) for _ in range(4))
+
+        def forward(self, x):
+            y = self.a(torch.relu(self.d(x)))
+            z = self.b(y)
+            y.relu_()
+            y += self.c(z)
+            return y, z
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, 6)
+    model = quantize_(Hazard().eval(), RECIPES["int8"], calibration=[x])
+    with torch.no_grad():
+        for found, expected in zip(fuse(model)(x), model(x), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_broadcast_additions():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(5, 6, 1), nn.Conv2d(6, 3, 1)
+            self.shift, self.wide = nn.Parameter(torch.randn(6, 1, 1)), nn.Parameter(torch.randn(2, 3, 6, 6))
+
+        def forward(self, x):
+            return torch.relu(self.b(torch.relu(self.a(x) + self.shift)) + self.wide)
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 6, 6)
+    model = quantize_(Shifted().eval(), RECIPES["int8"], calibration=[x])
+    fused = fuse(model)
+    with torch.no_grad():
+        assert fused(x).shape == (2, 3, 6, 6) and torch.equal(fused(x), model(x))
+
+
+def test_nan_comes_out_as_the_model_gives_it():
+    model, x = network(), torch.randn(2, 3, 19, 17)
+    fused = fuse(model)
+    x[1, 2, 7, 8] = float("nan")
+    with torch.no_grad():
+        found = fused(x)
+        assert found[1].isnan().all() and not found[0].isnan().any()
+        torch.testing.assert_close(found, model(x), equal_nan=True)
+        model.project.bias[3] = float("nan")  # one that arises in the middle
+        assert fused(torch.randn(1, 3, 19, 17)).isnan().all()
+
+
+def test_gradients_and_other_types_run_the_model():
+    model, x = network(), torch.randn(1, 3, 19, 17)
+    fused = fuse(model)
+    given = x.clone().requires_grad_()
+    fused(given).sum().backward()
+    assert given.grad is not None and given.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.equal(fused(x.double()), model(x.double()))
+
+
+def test_changes_of_the_model_are_seen():
+    model, x = network(), torch.randn(1, 3, 19, 17)
+    fused = fuse(model)
+    with torch.no_grad():
+        before = fused(x)
+        model.expand.weight_scale.mul_(1.5)
+        model.left.bias.add_(0.3)
+        assert torch.equal(fused(x), model(x)) and not torch.equal(fused(x), before)
+        twin = copy.deepcopy(fused)
+        assert torch.equal(twin(x), fused(x)) and all(
+            m._prepared is None or m for m in twin.modules() if isinstance(m, FusedConv)
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile_and_export():
+    model, x = network(), torch.randn(2, 3, 19, 17)
+    fused = fuse(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.compile(fused, fullgraph=True, backend="aot_eager")(x), expected)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        exported = torch.export.export(fused.graph, (x,), dynamic_shapes=({0: batch},))
+        assert torch.equal(exported.module()(x.repeat(2, 1, 1, 1)), model(x.repeat(2, 1, 1, 1)))
+
+
+def test_nothing_to_fuse_is_said():
+    alone = quantize_(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()).eval(), RECIPES["int8"], [torch.randn(1, 3, 4, 4)]
+    )
+    with pytest.warns(DyBitWarning, match="no convolution is followed by"):
+        assert fuse(alone) is alone
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    with pytest.warns(DyBitWarning, match="no convolution has a static input scale"):
+        assert fuse(plain) is plain
+
+
+def test_a_model_that_cannot_be_traced_is_named():
+    class Branch(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    model = quantize_(Branch(nn.Conv2d(3, 3, 1), nn.ReLU()).eval(), RECIPES["int8"], [torch.ones(1, 3, 4, 4)])
+    with pytest.raises(DyBitError, match="cannot be traced by torch"):
+        fuse(model)
+
+
+def test_names():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(dybit.fuse(network()), Fused)
