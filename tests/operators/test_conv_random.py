@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from dybit import Recipe, extension, quantize_, rivals
-from dybit.operators.conv import conv
+from dybit import Recipe, quantize_
 from dybit.errors import DyBitError
+from dybit.formats import catalogue
+from dybit.kernels import extension
+from dybit.operators.conv import conv
 from dybit.operators.integer_conv import ImageFormat, conv_image, round_image
 from dybit.tensors.quantized_tensor import TensorSpec, quantize
 
