@@ -1,7 +1,6 @@
 """Sphinx configuration: the pages of this directory and the reference from docstrings. Run ``make docs``."""
 
 from importlib.metadata import version as installed
-from pathlib import Path
 
 project = "dybit"
 author = "The dybit maintainers"
@@ -24,16 +23,3 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"dybit {release}"
 html_show_sourcelink = False
-
-
-def _list_guides(app, page, source):
-    """Puts the pages that index.md does not name yet where it says ``GUIDES``."""
-    if page == "index":
-        named = source[0].split()
-        pages = sorted(path.stem for path in Path(app.srcdir).glob("*.md"))
-        source[0] = source[0].replace("GUIDES", "\n".join(name for name in pages if name not in (*named, "index")))
-
-
-def setup(app):
-    """Called by Sphinx."""
-    app.connect("source-read", _list_guides)
