@@ -30,6 +30,10 @@ def check_keys(what: str, given: Iterable[str], known: Collection[str]) -> None:
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise DyBitError(f"{what} has the unknown name {name!r}; {hint}")
+            raise DyBitError(f"{what} has the unknown name {name!r}; {suggestion(name, known)}")
+
+
+def suggestion(name: object, known: Collection[str]) -> str:
+    """Returns ``did you mean 'x'?`` with the nearest of the known names, or a list of them if none is near."""
+    near = difflib.get_close_matches(str(name), known, 1, 0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

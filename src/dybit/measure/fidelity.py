@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
-from dybit.models.running import output_tensor, run, run_batch
+from dybit.models.running import evaluating, output_tensor, run, run_batch
 
 Kind = Literal["logits", "embeddings", "values"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -211,6 +211,13 @@ def guess_kind(reference: Tensor, raw: Any = None) -> Kind:  # noqa: ANN401
     return "logits"
 
 
+def kind_of(model: nn.Module, batch: Any) -> Kind:  # noqa: ANN401
+    """Runs a model on its first batch and guesses what its outputs are (:func:`guess_kind`)."""
+    with evaluating(model):
+        raw = run_batch(model, batch, "batch 0")
+    return guess_kind(output_tensor(raw).float(), raw)
+
+
 class Reference:
     """The outputs of a floating-point model on some batches, to judge any number of quantized models by.
 
@@ -239,7 +246,7 @@ class Reference:
         if not self.batches:
             raise DyBitError("data yields no batch")
         self._kept = _Kept()
-        judge = _Judge(kind or self._first_kind(model))
+        judge = _Sums(kind or kind_of(model, self.batches[0]))
         for index, (batch, output) in enumerate(run(model, self.batches)):
             self._kept.append(output)
             judge.add(batch, output, output, f"the original's output for batch {index}")
@@ -258,20 +265,12 @@ class Reference:
         Raises:
             DyBitError: Its outputs have another shape or are not finite.
         """
-        judge = _Judge(self.kind)
+        judge = _Sums(self.kind)
         for index, (batch, output) in enumerate(run(model, self.batches)):
             judge.add(batch, self._kept[index], output, f"the output for batch {index}")
             if progress:
                 progress(index + 1, len(self.batches))
         return judge.result()
-
-    def _first_kind(self, model: nn.Module) -> Kind:
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            raw = run_batch(model, self.batches[0], "batch 0")
-        model.train(training)
-        return guess_kind(output_tensor(raw).float(), raw)
 
     def __enter__(self) -> Reference:
         return self
@@ -304,7 +303,7 @@ def compare_models(
 
 
 @dataclass
-class _Judge:
+class _Sums:
     """Sums over batches."""
 
     kind: Kind

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dybit.errors import DyBitError
+from dybit.models.running import evaluating, without_fast_path
 from dybit.workloads.workload import Conv, Gemm, Layer, Pair, Workload
 
 
@@ -41,17 +42,8 @@ def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_in
         [('0', 64, 27, 8)]
     """
     recorder = _Recorder(model)
-    training = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # fused attention would hide its products in one operator
-    try:
-        model.eval()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder.following(), recorder:
-            model(*inputs, **named_inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), without_fast_path(), sdpa_kernel(SDPBackend.MATH), recorder.following(), recorder:
+        model(*inputs, **named_inputs)
     label = name or type(model).__name__
     if not recorder.layers:
         raise DyBitError(f"model {label!r} multiplies nothing that could run on an accelerator")

@@ -10,7 +10,7 @@ import hashlib
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,18 +23,16 @@ from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.attention import attend
 from dybit.layers.kinds import input_places, is_embedding, is_experts, weight_names
 from dybit.layers.quantized import Quantized, is_attention
-from dybit.measure.fidelity import Kind, guess_kind, kl_divergence
+from dybit.measure.fidelity import Kind, kind_of, kl_divergence
 from dybit.mixed_precision.candidate import Candidate, mixed_recipe
 from dybit.models.batch_norm import find_pairs, fold_
 from dybit.models.calibration import InputStatistics, calibrate
 from dybit.models.plan import Plan, Ties, plan_layers
 from dybit.models.preparation import bypass_fast_path_, make_plain_
-from dybit.models.running import output_tensor, run, run_batch
+from dybit.models.running import run, run_batch
 from dybit.ptq.rounding.nearest import quantize_layer
 from dybit.recipe import LayerRecipe, Recipe, matches
 from dybit.tensors.quantized_tensor import QuantizedTensor
-
-Progress = Callable[[int, int, str], None]
 
 
 class Judge:
@@ -55,12 +53,7 @@ class Judge:
         if not batches:
             raise DyBitError("batches must hold at least one batch of calibration data, but are empty")
         self.batches = list(batches)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            raw = run_batch(model, self.batches[0], "batch 0")
-        model.train(training)
-        self.kind: Kind = guess_kind(output_tensor(raw).float(), raw)
+        self.kind: Kind = kind_of(model, self.batches[0])
         self.outputs = []
         for index, (_, output) in enumerate(run(model, self.batches)):
             if not bool(torch.isfinite(output).all()):

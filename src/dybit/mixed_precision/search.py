@@ -17,10 +17,11 @@ from dybit.errors import DyBitError
 from dybit.mixed_precision.candidate import Candidate, as_candidates
 from dybit.mixed_precision.constraint import Constraint, MaxSize, Speedup, as_constraints
 from dybit.mixed_precision.cost import Cost, CpuCost, ShapeCost, SizeCost, cost_table
-from dybit.mixed_precision.measured_model import Progress, Subject
+from dybit.mixed_precision.measured_model import Subject
 from dybit.mixed_precision.problem import Choice, Problem
 from dybit.mixed_precision.sensitivity import Estimate, check_arguments, measure
 from dybit.mixed_precision.trial import Point, Trial, check_possible, limits_loss, speed_table
+from dybit.models.running import Progress
 from dybit.ptq.quantize import quantize_
 from dybit.recipe import Recipe
 

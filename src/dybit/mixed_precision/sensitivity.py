@@ -28,7 +28,8 @@ import torch
 from dybit.errors import DyBitError
 from dybit.mixed_precision.candidate import Candidate
 from dybit.mixed_precision.estimators import ESTIMATORS, Estimator, Twins
-from dybit.mixed_precision.measured_model import Progress, Subject
+from dybit.mixed_precision.measured_model import Subject
+from dybit.models.running import Progress
 from dybit.safe_files import read_json
 
 Estimate = Literal["rmse", "fisher", "output", "kl"]

@@ -20,9 +20,9 @@ from dybit.measure.timing import compare
 from dybit.mixed_precision.constraint import Constraint, MaxDrop, MaxError, MaxSize, Speedup
 from dybit.mixed_precision.cost import CostTable
 from dybit.mixed_precision.knapsack import InfeasibleError
-from dybit.mixed_precision.measured_model import Judge, Progress, Subject
+from dybit.mixed_precision.measured_model import Judge, Subject
 from dybit.mixed_precision.problem import Choice, Problem
-from dybit.models.running import run_batch
+from dybit.models.running import Progress, evaluating, run_batch
 from dybit.ptq.quantize import quantize_
 from dybit.recipe import Recipe
 
@@ -126,9 +126,9 @@ class Trial:
         for one in self.constraints:
             if isinstance(one, MaxDrop):
                 if one.evaluate is not None:
-                    score, training = one.evaluate, self.original.training
-                    full = _score(score, self.original.eval())
-                    self.original.train(training)
+                    score = one.evaluate
+                    with evaluating(self.original):
+                        full = _score(score, self.original)
                     return lambda model: full - _score(score, model)
                 reference = Reference(self.original, self.judge.batches)
                 if reference.fidelity.agreement is None:

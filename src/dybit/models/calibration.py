@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError
 from dybit.formats.codebook import Family
 from dybit.layers.input_spec import InputSpec
-from dybit.models.running import iterate, observing, positions, run_batch
+from dybit.models.running import evaluating, iterate, observing, positions, run_batch
 from dybit.tensors.scale_search import Method, choose_reach, choose_scales
 
 _SAMPLES_PER_BATCH = 1 << 15
@@ -117,17 +117,11 @@ def calibrate(
             if sample and all(x is not other for other in inputs[:index]):
                 statistics[name].draw(flat, generator)
 
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), observing(layers, observe):
-            for count, batch in enumerate(iterate(batches), start=1):
-                run_batch(model, batch, f"calibration batch {count - 1}")
-                if progress:
-                    progress(f"calibrating: batch {count}")
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), observing(layers, observe):
+        for count, batch in enumerate(iterate(batches), start=1):
+            run_batch(model, batch, f"calibration batch {count - 1}")
+            if progress:
+                progress(f"calibrating: batch {count}")
     if count == 0:
         raise DyBitError("calibration yields no batch")
     return statistics

@@ -15,6 +15,9 @@ from dybit.layers.attention import attend
 from dybit.layers.kinds import channel_dim, input_places
 from dybit.layers.quantized import is_attention
 
+#: Called with the number of steps done, the number of all steps, and a text.
+Progress = Callable[[int, int, str], None]
+
 
 def run(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
     """Runs a model in evaluation mode without gradients, batch by batch.
@@ -30,15 +33,10 @@ def run(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]
     Raises:
         DyBitError: A batch does not fit the model, or its output holds no floating-point tensor.
     """
-    training = model.training
-    model.eval()
-    try:
-        for index, batch in enumerate(batches):
-            with torch.no_grad():
-                output = output_tensor(run_batch(model, batch, f"batch {index}"))
-            yield batch, output.float()
-    finally:
-        model.train(training)
+    for index, batch in enumerate(batches):
+        with evaluating(model):
+            output = output_tensor(run_batch(model, batch, f"batch {index}"))
+        yield batch, output.float()
 
 
 def output_tensor(output: Any) -> Tensor:  # noqa: ANN401
@@ -156,19 +154,28 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without torch's fused attention; every module's mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluates models: evaluation mode and no gradients. Restores the mode of every module."""
+    training = [module for model in models for module in model.modules() if module.training]
     try:
-        model.eval()
+        for model in models:
+            model.eval()
         with torch.no_grad():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Switches off torch's fused encoder layers, which call none of their submodules."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def tensors_of(output: Any) -> list[Tensor]:  # noqa: ANN401

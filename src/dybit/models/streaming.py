@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dybit.errors import CheckpointError, DyBitError
 from dybit.models.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
+from dybit.models.running import Progress
 from dybit.recipe import Recipe
 from dybit.safe_files import check_regular, crc32, label, parse_json, read_json
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, quantize_judged
@@ -39,7 +40,6 @@ _TYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
-Progress = Callable[[int, int, str], None]
 Text = Callable[[Mapping[str, str]], str]
 
 

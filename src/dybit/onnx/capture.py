@@ -27,7 +27,7 @@ from dybit.layers.quantized import (
     original_class,
     quantized_layers,
 )
-from dybit.models.running import run_batch
+from dybit.models.running import evaluating, run_batch
 
 DOMAIN = "dybit"
 PREFIX = "model."  # of the names of parameters in a captured graph
@@ -184,20 +184,6 @@ def _placeholders(model: nn.Module) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.__class__ = before[name]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, without gradients."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

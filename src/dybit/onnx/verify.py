@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 import onnx
 from dybit.errors import DyBitError
-from dybit.models.running import run_batch
-from dybit.onnx.capture import arguments, evaluating, widened
+from dybit.models.running import evaluating, run_batch
+from dybit.onnx.capture import arguments, widened
 from dybit.onnx.graph import Array
 
 

@@ -13,21 +13,20 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dybit.errors import DyBitError
+from dybit.errors import DyBitError, suggestion
 from dybit.formats import catalogue
 from dybit.models.plan import Plan
-from dybit.models.running import iterate
+from dybit.models.running import Progress, iterate
 from dybit.ptq.corrections.adaround import adaround_
 from dybit.ptq.corrections.brecq import brecq_
 from dybit.ptq.corrections.statistics import correct_bias_, match_statistics_
-from dybit.ptq.rounding.nearest import Progress, rtn_
+from dybit.ptq.rounding.nearest import rtn_
 from dybit.ptq.rounding.sequential import gptq_
 from dybit.ptq.transforms.equalize import equalize_
 from dybit.ptq.transforms.rotate import rotate_
@@ -107,9 +106,7 @@ def resolve(
     names = (algorithm,) if isinstance(algorithm, str) else tuple(algorithm or ())
     for name in names:
         if name not in ALGORITHMS:
-            near = get_close_matches(str(name), ALGORITHMS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are auto, {', '.join(ALGORITHMS)}"
-            raise DyBitError(f"algorithm {name!r} is unknown; {hint}")
+            raise DyBitError(f"algorithm {name!r} is unknown; {suggestion(name, ['auto', *ALGORITHMS])}")
         if names.count(name) > 1:
             raise DyBitError(f"algorithm {name!r} is given {names.count(name)} times in {','.join(names)}")
     roundings = [name for name in names if ALGORITHMS[name].stage == 1]

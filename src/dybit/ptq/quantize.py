@@ -14,8 +14,8 @@ from torch import nn
 from dybit.models.batch_norm import find_pairs, fold_
 from dybit.models.plan import plan_layers
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
+from dybit.models.running import Progress
 from dybit.ptq import chain
-from dybit.ptq.rounding.nearest import Progress
 from dybit.recipe import Recipe
 
 

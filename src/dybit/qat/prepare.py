@@ -16,8 +16,8 @@ from torch.nn import functional
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.kinds import is_embedding, is_experts
 from dybit.layers.quantized import Quantized, quantized_layers, swap_, unswap_
+from dybit.models.running import Progress
 from dybit.ptq.quantize import quantize_
-from dybit.ptq.rounding.nearest import Progress
 from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_
 from dybit.qat.quantizers import InputQuantizer, Schedule, WeightQuantizer
 from dybit.recipe import LayerRecipe, Recipe

@@ -5,12 +5,11 @@ Must not know torch, formats, bits or any machine that runs them.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from functools import cache
 
-from dybit.errors import DyBitError
+from dybit.errors import DyBitError, suggestion
 from dybit.workloads.workload import Conv, Gemm, Layer, Pair, Workload
 
 
@@ -212,7 +211,5 @@ def network(name: str) -> Workload:
         11689512
     """
     if name not in NETWORKS:
-        near = difflib.get_close_matches(str(name), NETWORKS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(NETWORKS)}"
-        raise DyBitError(f"network must be one of the built-in names, not {name!r}{hint}")
+        raise DyBitError(f"network must be one of the built-in names, not {name!r}; {suggestion(name, NETWORKS)}")
     return NETWORKS[name]()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.quantized import Quantized, set_bias_
-from dybit.ptq.corrections.lockstep import Call, Progress, correctable, walk
+from dybit.models.running import Progress
+from dybit.ptq.corrections.lockstep import Call, correctable, walk
 from dybit.ptq.corrections.moments import Moments, measure
 from dybit.ptq.corrections.nearest_two import Candidates, descend
 from dybit.ptq.corrections.statistics import has_row_scales, stretch_

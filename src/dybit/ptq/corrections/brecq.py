@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError
 from dybit.layers.quantized import Quantized, set_bias_
-from dybit.models.running import output_tensor
+from dybit.models.running import Progress, output_tensor
 from dybit.ptq.corrections.adaround import round_layer_, store_
-from dybit.ptq.corrections.lockstep import Call, Progress, correctable, walk
+from dybit.ptq.corrections.lockstep import Call, correctable, walk
 from dybit.ptq.corrections.nearest_two import Candidates
 from dybit.ptq.corrections.statistics import has_row_scales, stretch_
 

@@ -22,7 +22,7 @@ from torch import nn
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.kinds import is_embedding
 from dybit.layers.quantized import Quantized, quantized_layers
-from dybit.models.running import run_batch
+from dybit.models.running import Progress, evaluating, run_batch
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Call:
 
 
 Visit = Callable[[str, list[Call], list[Call]], None]
-Progress = Callable[[int, int, str], None]
 _SHOWN = 8
 
 
@@ -96,23 +95,19 @@ def walk(
     data = list(batches)
     if not data:
         raise DyBitError("calibration yields no batch")
-    training = [module for part in (model, reference) for module in part.modules() if module.training]
     runners = [_Runner(part, batch, i) for i, batch in enumerate(data) for part in (model, reference)]
     handles = []
     try:
         for part in (model, reference):
-            part.eval()
             for name in wanted:
                 handles.append(part.get_submodule(name).register_forward_pre_hook(_stop(name), with_kwargs=True))
-        with torch.no_grad():
+        with evaluating(model, reference):
             missed = _advance(runners, wanted, visit, progress)
     finally:
         for handle in handles:
             handle.remove()
         for runner in runners:
             runner.cancel()
-        for module in training:
-            module.training = True
     if missed:
         warnings.warn(
             f"calibration never reached {len(missed)} layers, which stay as they are: {', '.join(missed[:_SHOWN])}",

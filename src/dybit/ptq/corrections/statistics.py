@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError
 from dybit.layers.kinds import channel_dim
 from dybit.layers.quantized import Quantized, set_bias_
-from dybit.ptq.corrections.lockstep import Call, Progress, correctable, walk
+from dybit.models.running import Progress
+from dybit.ptq.corrections.lockstep import Call, correctable, walk
 
 _LARGEST_GAIN = 2.0  # beyond it, calibration saw too little of a channel
 _LEAST_VARIANCE = 1e-6  # as a share of the mean over the layer's channels: below it, a channel is constant

@@ -19,10 +19,9 @@ from dybit.layers.kinds import channel_groups, channels, is_embedding, is_expert
 from dybit.layers.quantized import swap_
 from dybit.models.calibration import InputStatistics, calibrate, choose_dynamic_input, choose_input
 from dybit.models.plan import Plan, Ties
+from dybit.models.running import Progress
 from dybit.recipe import LayerRecipe
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, quantize
-
-Progress = Callable[[int, int, str], None]
 
 
 def rtn_(

@@ -19,11 +19,11 @@ from dybit.errors import DyBitError
 from dybit.layers.kinds import is_embedding, is_experts, layout, weight_names
 from dybit.models.calibration import InputStatistics
 from dybit.models.plan import Plan, Ties
-from dybit.models.running import observing, run_batch
+from dybit.models.running import Progress, evaluating, observing, run_batch
 from dybit.ptq.rounding import blocks
 from dybit.ptq.rounding.gptq import DEFAULTS, Settings, gptq
 from dybit.ptq.rounding.hessian import Hessians, size
-from dybit.ptq.rounding.nearest import Progress, observe, quantize_layer, weight_spec
+from dybit.ptq.rounding.nearest import observe, quantize_layer, weight_spec
 from dybit.ptq.rounding.store import Store
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
@@ -58,14 +58,8 @@ def gptq_(
     Raises:
         DyBitError: Calibration does not fit, or the Hessians do not fit into memory.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with blocks.without_cache(model):
-            _Run(model, plans, batches, settings, workdir, progress).run()
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), blocks.without_cache(model):
+        _Run(model, plans, batches, settings, workdir, progress).run()
 
 
 class _Run:

@@ -9,17 +9,16 @@ for every channel, of which the activation itself keeps no more than the largest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dybit.models.running import Progress
 from dybit.ptq.transforms.factors import input_range, move_limit_, outputs_first, scale_
 from dybit.ptq.transforms.links import Link, find_links
 from dybit.ptq.transforms.preserve import preserving
-
-Progress = Callable[[int, int, str], None]
 
 _SWEEPS = 50
 _CONVERGED = 1.01  # the largest factor of a sweep that is worth no other

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dybit.layers.kinds import channel_dim, transposed, weight_names
-from dybit.models.running import evaluating, run_batch, tensors_of
+from dybit.models.running import evaluating, run_batch, tensors_of, without_fast_path
 
 _ANY = -1  # the number of an element that is zero, whatever its channel is scaled by
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -126,7 +126,7 @@ def find_links(model: nn.Module, batch: Any) -> list[Link]:  # noqa: ANN401
         DyBitError: The batch does not fit the model.
     """
     tracker = _Tracker(model)
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), tracker.following(), tracker:
+    with evaluating(model), without_fast_path(), sdpa_kernel(SDPBackend.MATH), tracker.following(), tracker:
         output = run_batch(model, batch)
     for tensor in tensors_of(output):
         tracker.spoil(tensor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitWarning
 from dybit.models.attachments import attachments, detach_
-from dybit.models.running import evaluating, run_batch, tensors_of
+from dybit.models.running import evaluating, run_batch, tensors_of, without_fast_path
 
 _TOLERANCE = 1e-3  # of the outputs' norm; moving factors about costs some 1e-6 in FP32
 _ROUNDINGS = 8  # in half precision, of which every weight moved is rounded anew
@@ -55,7 +55,7 @@ def preserving(model: nn.Module, names: Collection[str], batch: Any, transform: 
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:  # noqa: ANN401
-    with evaluating(model):
+    with evaluating(model), without_fast_path():
         return tensors_of(run_batch(model, batch, "calibration batch 0"))
 
 

@@ -11,7 +11,7 @@ of embeddings is also the output layer, which leaves the table as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError
 from dybit.models.attachments import attach_, attachments
+from dybit.models.running import Progress
 from dybit.ptq.transforms.links import is_plain
 from dybit.ptq.transforms.preserve import preserving
 from dybit.tensors.hadamard import orthogonal_factor, rotate
-
-Progress = Callable[[int, int, str], None]
 
 _SEED = 0x0DB17
 _PARTS = {

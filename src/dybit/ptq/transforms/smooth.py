@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from dybit.layers.kinds import channel_dim
 from dybit.models.calibration import InputStatistics, calibrate
 from dybit.models.plan import Plan, Ties
-from dybit.models.running import evaluating, run_batch
+from dybit.models.running import Progress, evaluating, run_batch, without_fast_path
 from dybit.ptq.rounding.nearest import quantize_layer
 from dybit.ptq.transforms.factors import by_input, input_range, inputs_first, move_limit_, scale_
 from dybit.ptq.transforms.links import Link, find_links
 from dybit.ptq.transforms.preserve import preserving
 from dybit.recipe import LayerRecipe
-
-Progress = Callable[[int, int, str], None]
 
 # Exponents of the inputs' root mean square (AWQ), and of their largest magnitude against that of the weights
 # (SmoothQuant).
@@ -112,7 +110,7 @@ def _images(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> di
     handles = [module.register_forward_pre_hook(keeper(name)) for name, module in layers.items()]
     try:
         if layers:
-            with evaluating(model):
+            with evaluating(model), without_fast_path():
                 run_batch(model, batch)
     finally:
         for handle in handles:
