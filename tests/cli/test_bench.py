@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import invoke
+from command_line import invoke
 
 import dybit.measure.timing
 from dybit import Recipe

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import typer
+from command_line import invoke
 from typer.testing import CliRunner
 
-from dybit.cli import app
 from dybit.cli.console import fail, guarded, size
 from dybit.errors import DyBitError
 
@@ -27,10 +27,6 @@ COMMANDS = (
     "info",
     "doctor",
 )
-
-
-def invoke(*words: str):
-    return CliRunner().invoke(app, list(words))
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

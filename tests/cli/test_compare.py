@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from command_line import invoke
 from safetensors.torch import save_file
-from test_cli import invoke
 
 from dybit.formats import catalogue
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_cli import invoke
+from command_line import invoke
 from torch import nn
 
 import dybit.demo

@@ -7,42 +7,11 @@ import sys
 
 import pytest
 import torch
-from test_cli import invoke
+from command_line import MODULE, invoke
 
 from dybit import Recipe, quantize_
 from dybit.cli import sources
 from dybit.measure import fidelity
-
-MODULE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
-
-def data(split="calibration"):
-    torch.manual_seed(split == "evaluation")
-    return [torch.randn(16, 24) for _ in range(4)]
-
-def plain(): return data("evaluation")
-
-class Unit(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = net()
-    def forward(self, x):
-        return nn.functional.normalize(self.inner(x), dim=-1)
-
-def unit(): return Unit().eval()
-def wrong(): return [torch.ones(2, 3)]
-def other(): return nn.Linear(3, 3)
-def overflow():
-    model = net()
-    with torch.no_grad():
-        model[2].bias.fill_(3e38).mul_(2)
-    return model
-"""
 
 
 @pytest.fixture(autouse=True, scope="module")

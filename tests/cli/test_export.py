@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from test_cli import invoke
+from command_line import invoke
 
 import dybit
 

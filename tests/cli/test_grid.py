@@ -7,8 +7,7 @@ import re
 import sys
 
 import pytest
-from test_cli import invoke
-from test_cli_evaluate import MODULE
+from command_line import MODULE, invoke
 
 from dybit.cli import grid
 

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from command_line import invoke
 from helpers import cuts, damaged, flips
 from safetensors.torch import save_file
-from test_cli import invoke
 from torch import nn
 
 import dybit

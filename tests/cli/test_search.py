@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import invoke
+from command_line import invoke
 
 from dybit import DyBitError, Recipe
 from dybit.cli.search import parse_bytes

@@ -17,7 +17,7 @@ needs_kernels = pytest.mark.skipif(len(extension.available()) < 2, reason="no co
 def test_environment_chooses():
     code = """
 import os
-from dybit import extension
+from dybit.kernels import extension
 for isa in ("torch", "nonsense", "scalar"):
     os.environ["DYBIT_ISA"] = isa
     extension.load.cache_clear()
@@ -35,7 +35,7 @@ for isa in ("torch", "nonsense", "scalar"):
 def test_a_missing_extension_is_said_once():
     code = (
         "import sys; sys.modules['dybit.kernels._kernels'] = None\n"
-        "from dybit import extension; print(extension.isa(), extension.isa(), extension.available())"
+        "from dybit.kernels import extension; print(extension.isa(), extension.isa(), extension.available())"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DYBIT_ISA"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

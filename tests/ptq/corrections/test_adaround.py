@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from convolutional import PRODUCTS, error, images, network, pair
 from helpers import build, inputs, numpy_units
-from test_ptq_statistics import PRODUCTS, error, images, network, pair
 from torch import nn
 
 import dybit

@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
+from convolutional import error, pair
 from helpers import build, inputs
-from test_ptq_statistics import error, pair
 from torch import nn
 
 import dybit

@@ -3,52 +3,17 @@ import math
 
 import pytest
 import torch
-from helpers import LAYERS, build, inputs
+from convolutional import PRODUCTS, error, images, network, pair
+from helpers import build, inputs
 from torch import nn
 
 import dybit
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.quantized import Quantized, quantized_layers
-from dybit.models.batch_norm import fold_
-from dybit.models.preparation import folded_pairs
 from dybit.ptq.corrections.statistics import correct_bias_, match_statistics_
 from dybit.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch, of even kernels
-PRODUCTS = [
-    name for name in LAYERS if name.startswith(("linear", "conv", "transposed", "transformers")) and "unbat" not in name
-]
-
-
-def network():
-    """A small convolutional network, grouped, depthwise and plain, without biases."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, stride=2, groups=8, bias=False),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 1, groups=4, bias=False),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, 5),
-    ).eval()
-
-
-def images(batches=3, size=4):
-    torch.manual_seed(1)
-    return [torch.randn(size, 3, 12, 12) + 0.3 for _ in range(batches)]
-
-
-def pair(model, data, **recipe):
-    """A quantized copy, and the floating-point model as it was quantized."""
-    recipe = Recipe(**{"weights": 3, **recipe})
-    quantized = dybit.quantize_(copy.deepcopy(model), recipe, data)
-    reference = copy.deepcopy(model)
-    fold_(reference, folded_pairs(quantized))
-    return quantized, reference
 
 
 def moments(model, name, data):
@@ -63,11 +28,6 @@ def moments(model, name, data):
     dim = seen[0].ndim - (len(layer.kernel_size) if hasattr(layer, "kernel_size") else 0) - 1
     flat = torch.cat([y.movedim(dim, 0).flatten(1) for y in seen], dim=1).double()
     return flat.mean(1), flat.var(1, correction=0)
-
-
-def error(model, reference, data):
-    with torch.no_grad():
-        return sum(float((model(x) - reference(x)).square().mean()) for x in data)
 
 
 @pytest.mark.parametrize("activations", [None, 8])

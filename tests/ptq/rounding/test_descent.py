@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_ptq_gptq import LAYOUTS, correlated, matrix
+from correlated_inputs import LAYOUTS, correlated, matrix
 
 from dybit.ptq.rounding.descent import descend
 from dybit.ptq.rounding.elements import Elements
