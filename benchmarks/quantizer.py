@@ -18,7 +18,8 @@ import torch
 
 from dybit.kernels import extension
 from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
 def measure(run: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:

@@ -143,7 +143,6 @@ def test_import_is_cheap():
 
 
 @pytest.mark.parametrize(
-    "name", ["formats.format", "formats.codebook", "formats.packing", "formats.catalogue", "recipe", "errors"]
 )
 def test_the_ground_floor_loads_no_torch(name):
     assert not loaded(f"import dybit.{name}") & (HEAVY - {"numpy"})
@@ -195,9 +194,6 @@ TESTED_ELSEWHERE = [
     "cli.info",
     "cli.layer_table",
     "cli.sources",
-    "formats.catalogue",
-    "formats.lloyd_max",
-    "formats.tables",
     "interchange.blocks",
     "interchange.compressed",
     "interchange.ggml",

@@ -17,12 +17,11 @@ from typing import Any, Literal, get_args
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
-from dybit.formats.codebook import Family, ScaleType
+from dybit.formats.codebook import Family
+from dybit.formats.scaling import GRANULARITIES, METHODS, SCALE_TYPES, Granularity, Method, ScaleType
 from dybit.safe_files import parse_json
 
-Granularity = Literal["tensor", "channel", "group"]
 Variants = Literal["all", "plain", "spare", "midrise"]
-Method = Literal["mse", "absmax", "percentile"]
 Criterion = Literal["auto", "weight", "activation"]
 Mode = Literal["static", "dynamic"]
 
@@ -78,14 +77,14 @@ class LayerRecipe:
     def __post_init__(self) -> None:
         """Checks the values."""
         choices = {
-            "granularity": (None, *get_args(Granularity)),
-            "scale": (None, *get_args(ScaleType)),
+            "granularity": (None, *GRANULARITIES),
+            "scale": (None, *SCALE_TYPES),
             "variants": (None, *get_args(Variants)),
-            "variant_granularity": (None, *get_args(Granularity)),
-            "method": get_args(Method),
+            "variant_granularity": (None, *GRANULARITIES),
+            "method": METHODS,
             "criterion": get_args(Criterion),
             "activation_mode": get_args(Mode),
-            "activation_method": get_args(Method),
+            "activation_method": METHODS,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -116,7 +115,7 @@ class LayerRecipe:
             raise DyBitError(f"weights={self.weights!r} needs group_size={family.group_size}, not {self.group_size}")
         if family and family.scale and self.scale not in (None, family.scale):
             raise DyBitError(f"weights={self.weights!r} needs scale={family.scale!r}, not {self.scale!r}")
-        order = get_args(Granularity)
+        order = GRANULARITIES
         finer = self.variant_granularity and order.index(self.variant_granularity) > order.index(self.scale_granularity)
         if finer:
             raise DyBitError(

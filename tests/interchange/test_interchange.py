@@ -18,7 +18,8 @@ from dybit import Recipe, quantize_, safe_files
 from dybit.errors import CheckpointError, DyBitError
 from dybit.interchange import read_compressed, read_gguf, save_compressed, write_gguf
 from dybit.interchange.blocks import Blocks, from_blocks, to_blocks
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 RECIPES = {
     "mxfp4": {"weights": "s4r2", "group_size": 32, "scale": "pow2"},

@@ -10,7 +10,7 @@ from dybit.formats import catalogue, packing
 from dybit.formats.codebook import Table
 from dybit.formats.format import variants
 from dybit.kernels import code_operators, codes, extension
-from dybit.tensors import scale_search
+from dybit.tensors import coarse_search, scale_search
 
 ISAS = extension.available()[1:]
 pytestmark = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
@@ -196,13 +196,13 @@ def test_gradients_of_rounded_units(chosen):
 def test_the_coarse_search_finds_the_least_sum(shape, weighted):
     torch.manual_seed(0)
     family = catalogue.family("dybit3")
-    table, _, owners, compiled = scale_search._coarse_table(family.books, torch.device("cpu"), True)
+    table, _, owners, compiled = coarse_search.coarse_table(family.books, torch.device("cpu"), True)
     x = torch.randn(shape)
     x /= x.abs().amax(1, keepdim=True)
     h = torch.rand(shape) if weighted else None
-    sums = scale_search._coarse_errors(x, h, table.double(), False) if h is None else None
+    sums = coarse_search.coarse_errors(x, h, table.double(), False) if h is None else None
     if sums is None:
-        sums = scale_search._coarse_errors(x, h.double(), table.double(), False)
+        sums = coarse_search.coarse_errors(x, h.double(), table.double(), False)
     before, found = extension.isa(), []
     for isa in ISAS:
         extension.use(isa)

@@ -7,7 +7,8 @@ import torch
 
 from dybit.formats import catalogue
 from dybit.measure.format_ranking import Setting, measure
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
 def test_sqnr_and_bits_of_a_format():

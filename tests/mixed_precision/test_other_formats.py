@@ -7,7 +7,8 @@ import torch
 from dybit.formats import catalogue
 from dybit.mixed_precision.other_formats import compare
 from dybit.recipe import LayerRecipe
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
 def weight(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ from torch import nn
 from dybit.errors import DyBitError
 from dybit.models.plan import Plan, Ties, plan_layers
 from dybit.recipe import LayerRecipe, Recipe
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
 def test_layers_in_the_order_of_the_model_with_their_recipes():

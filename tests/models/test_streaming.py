@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import dybit
 from dybit.models import streaming
 from dybit.models.streaming import Job, quantize_files, read_source
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from dybit.layers.input_spec import InputSpec
 from dybit.layers.quantized import swap_
 from dybit.onnx.graph import Builder
 from dybit.onnx.rounding import integer_round, is_integer, table_round
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 COLUMNS = 12
 

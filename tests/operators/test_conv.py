@@ -15,7 +15,8 @@ from dybit.errors import DyBitError
 from dybit.formats.format import Format, variants
 from dybit.kernels import extension
 from dybit.operators.conv import conv
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 ISAS = extension.available()[1:]
 exact = settings(derandomize=True, deadline=None, max_examples=12)

@@ -13,7 +13,8 @@ from dybit.formats import catalogue
 from dybit.kernels import extension
 from dybit.operators.conv import conv
 from dybit.operators.integer_conv import ImageFormat, conv_image, round_image
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 ISAS = extension.available()[1:]
 FUNCTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}

@@ -5,7 +5,8 @@ import torch
 
 from dybit.kernels import extension
 from dybit.operators.embedding import embedding
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -16,7 +16,8 @@ from dybit.operators import experts as module
 from dybit.operators.experts import experts, matrices, multiply_by_torch
 from dybit.operators.linear import linear
 from dybit.operators.packed_weight import input_format
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 SHAPE = (5, 7, 48)  # 35 choices of some bits each do not begin on bytes
 SPECS = {

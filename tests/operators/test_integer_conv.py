@@ -11,7 +11,8 @@ from dybit.formats.format import Format
 from dybit.kernels import extension
 from dybit.operators.conv import conv
 from dybit.operators.integer_conv import ImageFormat, UnknownError, conv_image, round_image
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 ISAS = extension.available()[1:]
 INFINITY = float("inf")

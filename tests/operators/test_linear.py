@@ -13,7 +13,8 @@ from dybit import Recipe, quantize_
 from dybit.errors import DyBitError
 from dybit.operators import packed_weight
 from dybit.operators.linear import linear
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 INPUTS = [
     {},

@@ -11,7 +11,8 @@ import dybit
 from dybit.operators import packed_weight
 from dybit.operators.linear import linear
 from dybit.operators.prepared_linear import Ready
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 FIELDS = {
     "weights": {},

@@ -13,7 +13,8 @@ from dybit import DyBitError, Recipe, convert_, prepare_qat_
 from dybit.formats import catalogue
 from dybit.models.calibration import InputStatistics, choose_input
 from dybit.qat.quantizers import InputQuantizer, Schedule, WeightQuantizer
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
 

@@ -1,7 +1,5 @@
 """The search for scales and codebooks against definitions, brute force, and each codebook alone."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.formats.codebook import Family
-from dybit.tensors.scale_search import choose_reach, choose_scales, nearest_scale
+from dybit.tensors.scale_search import choose_reach, choose_scales
 
 TYPES = ["fp32", "bf16", "pow2", "e4m3"]
 E2M = {bits: f"e2m{bits - 3}" for bits in range(3, 9)}
@@ -427,16 +425,3 @@ def test_choose_reach():
         for other in family.books:
             assert best <= error(other, float(other.levels[-1])) * (1 + 1e-6)
     assert choose_reach(torch.zeros(3, 4), catalogue.dybit(4))[1] > 0
-
-
-def test_nearest_scales():
-    scale = torch.tensor([1.0, 1.4, 1.42, -0.3, 3e-40, math.nan])
-    assert nearest_scale(scale, "pow2")[:4].tolist() == [1, 1, 2, -0.25]
-    assert torch.equal(nearest_scale(scale, "bf16")[:4], scale[:4].bfloat16().float())
-    factor = torch.tensor([0.01])
-    assert torch.equal(
-        nearest_scale(scale[:4], "e4m3", factor), (scale[:4] / 0.01).to(torch.float8_e4m3fn).float() * 0.01
-    )
-    assert torch.equal(nearest_scale(scale, "fp32")[:4], scale[:4]) and nearest_scale(scale, "fp32")[4] == 2.0**-126
-    for kind in ("fp32", "bf16", "pow2", "e4m3"):
-        assert nearest_scale(scale, kind).isnan().tolist() == [False] * 5 + [True]

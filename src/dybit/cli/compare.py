@@ -18,7 +18,8 @@ from dybit.cli import options, sources
 from dybit.cli.console import grid, guarded, note, out, progress
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
-from dybit.formats.codebook import SCALE_BITS, Family
+from dybit.formats.codebook import Family
+from dybit.formats.scaling import SCALE_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,7 +208,8 @@ def _weights(weights: str | None, gaussian: bool, laplace: bool, pattern: str) -
         uniform = torch.rand(_SYNTHETIC_SHAPE, generator=generator, dtype=torch.float64) - 0.5
         return [(-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()], "Laplacian samples"
     from dybit.layers.kinds import Layout, layout, weight_names
-    from dybit.tensors.quantized_tensor import TensorSpec, check_weight
+    from dybit.tensors.encoding import check_weight
+    from dybit.tensors.quantized_tensor import TensorSpec
 
     found: dict[str, tuple[Tensor, Layout]] = {}
     if sources.is_reference(weights):

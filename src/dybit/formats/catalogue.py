@@ -12,8 +12,9 @@ from typing import Literal
 
 from dybit.errors import DyBitError
 from dybit.formats import tables
-from dybit.formats.codebook import Codebook, Family, ScaleType
+from dybit.formats.codebook import Codebook, Family
 from dybit.formats.format import MAX_BITS, MIN_BITS, Format, variants
+from dybit.formats.scaling import ScaleType
 
 Kind = Literal["all", "plain", "midrise", "spare"]
 _KIND_SUFFIX: dict[str, str] = {"all": "", "plain": "plain", "midrise": "mid", "spare": "spare"}

@@ -8,15 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dybit.errors import DyBitError
-
-ScaleType = Literal["fp32", "bf16", "pow2", "e4m3"]
-SCALE_BITS: dict[str, int] = {"fp32": 32, "bf16": 16, "pow2": 8, "e4m3": 8}
+from dybit.formats.scaling import ScaleType
 
 
 class Codebook(ABC):

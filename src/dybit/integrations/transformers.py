@@ -28,7 +28,8 @@ from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pair
 from dybit.ptq.rounding.nearest import layer_input, weight_spec
 from dybit.recipe import LayerRecipe, Recipe
 from dybit.safe_files import crc32, label, read_json
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, first_members, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, first_members
 
 try:
     import transformers

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.formats import lloyd_max
-from dybit.formats.codebook import SCALE_BITS, Codebook, Family, ScaleType, Table
+from dybit.formats.codebook import Codebook, Family, Table
+from dybit.formats.scaling import SCALE_BITS, ScaleType
 from dybit.kernels.code_operators import lookup
 from dybit.tensors.scale_search import Scales, choose_scales
 

@@ -16,7 +16,7 @@ from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.ptq.rounding.nearest import weight_spec
 from dybit.recipe import LayerRecipe
-from dybit.tensors.quantized_tensor import quantize
+from dybit.tensors.encoding import quantize
 
 # Formats that have one name for every width, shown where they have the widths of the recipe.
 _RIVALS = {

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError
 from dybit.formats.codebook import Family
+from dybit.formats.scaling import Method
 from dybit.layers.input_spec import InputSpec
 from dybit.models.running import evaluating, iterate, observing, positions, run_batch
-from dybit.tensors.scale_search import Method, choose_reach, choose_scales
+from dybit.tensors.scale_search import choose_reach, choose_scales
 
 _SAMPLES_PER_BATCH = 1 << 15
 _LEAST_POSITIONS = 16

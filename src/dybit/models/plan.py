@@ -17,7 +17,8 @@ from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.kinds import is_embedding, is_experts, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.recipe import LayerRecipe, Recipe
-from dybit.tensors.quantized_tensor import QuantizedTensor, check_weight
+from dybit.tensors.encoding import check_weight
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)

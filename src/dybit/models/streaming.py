@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dybit.errors import CheckpointError, DyBitError
+from dybit.formats.scaling import Method
 from dybit.models.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
 from dybit.models.running import Progress
 from dybit.recipe import Recipe
 from dybit.safe_files import check_regular, crc32, label, parse_json, read_json
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, quantize_judged
-from dybit.tensors.scale_search import Method
+from dybit.tensors.encoding import quantize_judged
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 _PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin on a byte
 _SYNC = 64  # pieces between two notes in the journal

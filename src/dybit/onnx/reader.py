@@ -17,13 +17,13 @@ import onnx
 from dybit.errors import CheckpointError, DyBitError
 from dybit.formats import catalogue
 from dybit.formats.codebook import Family
+from dybit.formats.scaling import Granularity
 from dybit.interchange.imported import Imported
 from dybit.kernels.code_operators import pack
 from dybit.onnx.graph import Array
 from dybit.onnx.weights import MICROSOFT
 from dybit.safe_files import check_regular
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
-from dybit.tensors.scale_search import Granularity
 
 _SIGNED = {"int2": 2, "int4": 4, "int8": 8}
 _UNSIGNED = {"uint2": 2, "uint4": 4, "uint8": 8}

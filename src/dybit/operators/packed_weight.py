@@ -18,11 +18,11 @@ from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.formats.codebook import Codebook
 from dybit.formats.format import Format, variants
+from dybit.formats.scaling import Granularity
 from dybit.kernels import extension
 from dybit.kernels.code_operators import pack
 from dybit.kernels.extension import FALLBACK, available, isa, use
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
-from dybit.tensors.scale_search import Granularity
 
 __all__ = [
     "ACTIVATIONS",

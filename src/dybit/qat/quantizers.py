@@ -23,8 +23,10 @@ from dybit.layers.input_spec import InputSpec
 from dybit.models.calibration import InputStatistics, choose_input
 from dybit.qat.gradients import Layout, round_input, round_weight, spacing
 from dybit.recipe import LayerRecipe
-from dybit.tensors.quantized_tensor import QuantizedTensor, check_weight, encode_matrix
-from dybit.tensors.scale_search import Scales, choose_scales, nearest_scale
+from dybit.tensors.encoding import check_weight, encode_matrix
+from dybit.tensors.quantized_tensor import QuantizedTensor
+from dybit.tensors.scale_search import Scales, choose_scales
+from dybit.tensors.scale_types import nearest_scale
 
 _SAMPLE = 1 << 14  # elements of an input that are kept to choose from
 _SEED = 0x0DB17

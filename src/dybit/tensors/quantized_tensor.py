@@ -9,22 +9,19 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
-from dybit.formats.codebook import Family, ScaleType
+from dybit.formats.codebook import Family
 from dybit.formats.packing import packed_size
-from dybit.kernels import codes
-from dybit.kernels.code_operators import dequantize, lookup, pack, spans, unpack
-from dybit.tensors.scale_search import GRANULARITIES, Granularity, Method, Scales, choose_scales
+from dybit.formats.scaling import GRANULARITIES, SCALE_TYPES, Granularity, ScaleType
+from dybit.kernels.code_operators import dequantize, unpack
+from dybit.tensors.scale_types import SCALE_DTYPES, read_scales
 
-_SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pow2": torch.uint8, "e4m3": torch.float8_e4m3fn}
-_POW2_BIAS = 64
-_ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_ELEMENTS = 1 << 40
 # Families that have grown, and how many members they had when what is stored did not say it.
 _FIRST_MEMBERS = {"dybit2": 2}
@@ -90,8 +87,8 @@ class TensorSpec:
             raise DyBitError(f"shape must be 2 to 5 positive integers, not {self.shape!r}")
         if math.prod(self.shape) > _MAX_ELEMENTS:
             raise DyBitError(f"shape {self.shape} has more than {_MAX_ELEMENTS} elements")
-        if self.scale not in get_args(ScaleType):
-            raise DyBitError(f"scale must be one of {', '.join(get_args(ScaleType))}, not {self.scale!r}")
+        if self.scale not in SCALE_TYPES:
+            raise DyBitError(f"scale must be one of {', '.join(SCALE_TYPES)}, not {self.scale!r}")
         if self.granularity not in GRANULARITIES or self.choice not in GRANULARITIES:
             raise DyBitError(
                 f"granularity and choice must be one of {', '.join(GRANULARITIES)}, "
@@ -160,7 +157,7 @@ class TensorSpec:
     @property
     def scale_dtype(self) -> torch.dtype:
         """Storage type of the scales; powers of two are a sign and seven bits of exponent, biased by 64."""
-        return _SCALE_DTYPES[self.scale]
+        return SCALE_DTYPES[self.scale]
 
     @property
     def nbytes(self) -> int:
@@ -266,12 +263,7 @@ class QuantizedTensor:
     def scales(self, index: Tensor | None = None) -> Tensor:
         """The scales as numbers: float32 of shape ``spec.scale_shape``, or those of some rows."""
         stored = self.scale if index is None or self.scale.shape[0] == 1 else self.scale.index_select(0, index)
-        if self.spec.scale == "pow2":
-            exponent = (stored & 127).to(torch.int32) - _POW2_BIAS
-            sign = 1.0 - 2.0 * (stored >> 7).float()
-            return torch.ldexp(sign, exponent)
-        scale = stored.float()
-        return scale if self.tensor_scale is None else scale * self.tensor_scale
+        return read_scales(stored, self.spec.scale, self.tensor_scale)
 
     def choices(self, index: Tensor | None = None) -> Tensor | None:
         """The index of the codebook of every unit: uint8 of shape (1, 1), (rows, 1) or (rows, groups), or None.
@@ -312,148 +304,3 @@ class QuantizedTensor:
             spec.group_size or 0,
         )
         return spec.from_matrix(matrix).to(dtype)
-
-
-def quantize(
-    weight: Tensor,
-    spec: TensorSpec,
-    *,
-    method: Method = "mse",
-    percentile: float = 99.99,
-    importance: Tensor | None = None,
-) -> QuantizedTensor:
-    """Quantizes a weight: chooses scales and codebooks and rounds to the nearest.
-
-    Args:
-        weight: Finite floating point of shape ``spec.shape``.
-        spec: How it is stored.
-        method: How scales are chosen (see :func:`dybit.tensors.scale_search.choose_scales`).
-        percentile: For ``method="percentile"``.
-        importance: Importance of every column, of shape (columns,) or (rows, columns), or None.
-
-    Raises:
-        DyBitError: ``weight`` has another shape, is not floating point, or holds NaN or infinity.
-    """
-    return quantize_judged(weight, spec, method=method, percentile=percentile, importance=importance)[0]
-
-
-def quantize_judged(
-    weight: Tensor,
-    spec: TensorSpec,
-    *,
-    method: Method = "mse",
-    percentile: float = 99.99,
-    importance: Tensor | None = None,
-) -> tuple[QuantizedTensor, float]:
-    """As :func:`quantize`, with the squared error over all elements, which the search for the scales knows."""
-    check_weight(weight, spec.shape)
-    matrix = spec.to_matrix(weight.detach())
-    scales = choose_scales(
-        matrix,
-        spec.formats,
-        granularity=spec.granularity,
-        group_size=spec.group_size,
-        scale_type=spec.scale,
-        choice_granularity=spec.choice,
-        method=method,
-        percentile=percentile,
-        importance=importance,
-    )
-    return encode_matrix(matrix, spec, scales), scales.error
-
-
-def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
-    """Rounds a matrix (rows, columns) to the nearest codes at given scales and packs it."""
-    packed = codes.encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
-    if packed is None:
-        step = max(1, (1 << 20) // spec.columns)
-        packed = torch.cat(
-            [
-                pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
-                for start in range(0, spec.rows, step)
-            ]
-        )
-    return _assemble(packed, spec, scales)
-
-
-def pack_codes(chosen: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
-    """Packs codes that were chosen for given scales: uint8 of shape (rows, columns)."""
-    return _assemble(pack(chosen, spec.bits, spec.group_size), spec, scales)
-
-
-def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
-    choice = None
-    if scales.choice is not None:
-        rows, units = spec.unit_shape(spec.choice)
-        choices = scales.choice[:rows, :units]  # one a scale there, of which choices that are coarser are repetitions
-        choice = pack(choices.reshape(1, -1) if units == 1 else choices, spec.choice_bits)
-    tensor_scale = torch.tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
-    return QuantizedTensor(spec, packed.view(spec.packed_shape), _store_scale(scales, spec.scale), choice, tensor_scale)
-
-
-def _encode_rows(matrix: Tensor, spec: TensorSpec, scales: Scales, start: int, stop: int) -> Tensor:
-    """The codes of some rows: uint8 of shape (rows, columns)."""
-    x = matrix[start:stop].float()
-    scale = unit_rows(_some(scales.scale, start, stop), spec)
-    ratio = x / scale
-    books = spec.formats.books
-    if scales.choice is None:
-        return lookup(books[0], x.device).encode(ratio)
-    choice = unit_rows(_some(scales.choice, start, stop), spec).expand(x.shape)
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    for index in torch.unique(choice).tolist():
-        chosen = choice == index
-        codes[chosen] = lookup(books[index], x.device).encode(ratio[chosen])
-    return codes
-
-
-def _some(units: Tensor, start: int, stop: int) -> Tensor:
-    """The entries of some rows; a single row serves all."""
-    return units if units.shape[0] == 1 else units[start:stop]
-
-
-def unit_rows(units: Tensor, spec: TensorSpec) -> Tensor:
-    """The scale or choice of every element: (1, 1), (rows, 1) or (rows, columns) from a table of units."""
-    if units.shape[1] == 1:
-        return units
-    parts, column = [], 0
-    for _, groups, length in spans(spec.columns, spec.group_size):
-        parts.append(units[:, column : column + groups].repeat_interleave(length, dim=1))
-        column += groups
-    return torch.cat(parts, dim=1)
-
-
-def _store_scale(scales: Scales, scale_type: ScaleType) -> Tensor:
-    """The scales in their stored type; exact, since the search only proposes scales that the type can hold."""
-    scale = scales.scale
-    if scale_type == "pow2":
-        exponent = scale.abs().log2().round().to(torch.int32) + _POW2_BIAS
-        return (exponent + 128 * (scale < 0)).to(torch.uint8)
-    if scale_type == "e4m3":
-        return (scale / scales.tensor_scale).to(torch.float8_e4m3fn)
-    return scale.to(_SCALE_DTYPES[scale_type])
-
-
-def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Checks that a weight can be quantized.
-
-    Raises:
-        DyBitError: It is empty, not floating point, of another shape, or holds NaN or infinity.
-    """
-    if not weight.is_floating_point():
-        raise DyBitError(f"weight must be floating point, not {weight.dtype}")
-    if weight.numel() == 0:
-        raise DyBitError(f"weight must not be empty, but has shape {tuple(weight.shape)}")
-    if shape is not None and tuple(weight.shape) != shape:
-        raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
-    if weight.is_meta:
-        raise DyBitError("weight is on the meta device and has no values")
-    if weight.dtype in _ORDERED and all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
-        return  # either is NaN where any element is
-    step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
-    for start in range(0, weight.shape[0], step):
-        bad = ~torch.isfinite(weight.detach()[start : start + step])
-        if bool(bad.any()):
-            first = [int(i) for i in bad.nonzero()[0]]
-            first[0] += start
-            raise DyBitError(f"weight holds {float(weight[tuple(first)])} at position {tuple(first)}")

@@ -1,51 +1,31 @@
 """Chooses the scale, and the codebook where there is a choice, of every tensor, channel or group of a weight.
 
-Must not know how codes are stored, nor layers or models.
-
-The search by error has two steps. A coarse one tries some 700 pairs of codebook and scale at once: the squared error
-of a pair depends on an element only through the cell of a fine grid in which the element lies, so the errors of all
-pairs are sums of rows of one precomputed table: the kernels multiply it by a unit's histogram, plain torch sums rows by
-``embedding_bag``. Then, for every codebook, the best scale is refined by one least-squares step and both are judged by
-their exact error. (Kernels and plain torch add up in different orders, so that where two scales are as good as equal
-they may choose differently; the kernels of all instruction sets choose alike.) The steps for one codebook do not depend
-on which others take part: so a choice among several never has a larger error than any of them alone. (E4M3 scales are
-the exception: the factor that they share follows from all codebooks of the family.)
+The search by error has two steps. The coarse one (:mod:`dybit.tensors.coarse_search`) tries many scales of every
+codebook at once. Then the best scale of every codebook is refined by one least-squares step, and both are judged by
+their exact error. The steps for one codebook do not depend on the others, so a choice among several never has a larger
+error than any of them alone. E4M3 scales are the exception: the factor that they share follows from all codebooks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
-from dybit.formats.codebook import Codebook, Family, ScaleType
-from dybit.kernels import codes, extension
+from dybit.formats.codebook import Codebook, Family
+from dybit.formats.scaling import GRANULARITIES, METHODS, Granularity, Method, ScaleType
+from dybit.kernels import codes
 from dybit.kernels.code_operators import lookup, spans
-from dybit.kernels.extension import FALLBACK
-
-Granularity = Literal["tensor", "channel", "group"]
-Method = Literal["mse", "absmax", "percentile"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
-METHODS: tuple[str, ...] = get_args(Method)
+from dybit.tensors.coarse_search import Chunks, coarse_starts, reaches, scale_has_sign
+from dybit.tensors.scale_types import TINIEST, e4m3_factor, scale_candidates
 
 _BLOCK = 1 << 19  # elements worked on at once: the temporaries stay in the cache
-_CELLS = 512  # cells of the coarse grid on either side of zero, spaced as squares: finest near zero
-_SCALE_STEP = 1.035  # ratio of neighbouring coarse scales
-_LOWEST_SCALE = 0.04  # the smallest coarse scale, as a share of the one that clips nothing
-# In short units of many levels the error is a jagged function of the scale: the neighbourhoods of the two best coarse
-# scales are looked at closely.
-_MANY_LEVELS, _SHORT = 32, 256
-_FINE_FACTORS = tuple(1.07 ** (i / 7) for i in range(-7, 8))
-_TINIEST = 2.0**-126  # smallest normal float: a scale below it would lose precision, or be zero
-_POW2_EXPONENTS = (-64, 63)
-_E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -108,8 +88,8 @@ def choose_scales(
     choice_granularity = choice_granularity or granularity
     _check(matrix, granularity, group_size, choice_granularity, method, percentile)
     importance = None if importance is None else _normalized(importance, *matrix.shape)
-    tensor_scale = _tensor_scale(matrix, family) if scale_type == "e4m3" else 1.0
-    search = _Search(family, rounder(scale_type, tensor_scale), method, percentile)
+    tensor_scale = _e4m3_factor(matrix, family) if scale_type == "e4m3" else 1.0
+    search = _Search(family, scale_type, tensor_scale, method, percentile)
     if granularity == "tensor":
         chunks = [(block.float(), weights) for block, weights in _row_blocks(matrix, importance)]
         error, scale = search.run(chunks, pooled=True)
@@ -181,14 +161,14 @@ class _Search:
     """The search for one family, scale type and method; see the module's docstring."""
 
     def __init__(
-        self, family: Family, rounder: Callable[[Tensor], list[Tensor]], method: Method, percentile: float
+        self, family: Family, scale_type: ScaleType, tensor_scale: float, method: Method, percentile: float
     ) -> None:
         self.books = family.books
-        self.rounder = rounder
+        self.scale_type, self.tensor_scale = scale_type, tensor_scale
         self.method = method
         self.percentile = percentile
 
-    def run(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> tuple[Tensor, Tensor]:
+    def run(self, chunks: Chunks, pooled: bool) -> tuple[Tensor, Tensor]:
         """Returns (error, scale), float64 and float32 of shape (units, books).
 
         Args:
@@ -201,15 +181,13 @@ class _Search:
         empty = top == 0
         unit = torch.where(empty, 1.0, top)
         normal = [(x / unit, h) for x, h in chunks]
-        starts = self._coarse(normal, pooled) if self.method == "mse" else self._bounds(normal, pooled)
+        starts = coarse_starts(self.books, normal, pooled) if self.method == "mse" else self._bounds(normal, pooled)
         error, scale = self._refine(normal, unit[:, 0], starts, pooled)
         has_zero = torch.tensor([bool((book.levels == 0).any()) for book in self.books], device=scale.device)
-        nothing = self.rounder(has_zero.float())[0]
+        nothing = scale_candidates(has_zero.float(), self.scale_type, self.tensor_scale)[0]
         return error.T * unit.double() ** 2, torch.where(empty, nothing, scale.T)
 
-    def _refine(
-        self, chunks: list[tuple[Tensor, Tensor | None]], unit: Tensor, starts: list[Tensor], pooled: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _refine(self, chunks: Chunks, unit: Tensor, starts: list[Tensor], pooled: bool) -> tuple[Tensor, Tensor]:
         """Judges the starting scales exactly and improves every codebook's best: (error, scale) of (books, units)."""
         most = max(start.shape[1] for start in starts)
         tried = torch.stack([start[:, [*range(start.shape[1])] + [0] * (most - start.shape[1])] for start in starts])
@@ -218,7 +196,7 @@ class _Search:
         limit = torch.finfo(torch.float32).max / 1.07 / reach
 
         def better(best: _Trial | None, scales: Tensor) -> _Trial:
-            for scale in self.rounder(scales.clamp(-limit, limit)):
+            for scale in scale_candidates(scales.clamp(-limit, limit), self.scale_type, self.tensor_scale):
                 each = zip(self.books, (scale / unit)[:, :, None], strict=True)
                 sums = torch.stack([_sums(chunks, book, relative, pooled) for book, relative in each], dim=1)
                 best = _better(best, _Trial(scale, sums[0], (sums[1] / sums[2]).float()))
@@ -235,27 +213,7 @@ class _Search:
             best = better(best, torch.where(usable, fitted, best.scale))
         return best.error, best.scale
 
-    def _coarse(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
-        """Starting scales of every codebook, relative to the largest magnitude: each of shape (units, starts)."""
-        table, scales, owners, compiled = _coarse_table(self.books, chunks[0][0].device, extension.isa() != FALLBACK)
-        short = not pooled and chunks[0][0].shape[1] <= _SHORT
-        best = 2 if short else 1
-        if compiled is not None:
-            pairs = compiled.search_all(chunks, best) if pooled else compiled.search(*chunks[0], best)
-            chosen = list(scales[pairs.long()].unbind(1))
-        else:
-            errors = torch.stack([_coarse_errors(x, h, table, pooled) for x, h in chunks]).sum(0)
-            chosen = [
-                scales[first:last][errors[:, first:last].topk(min(best, last - first), dim=1, largest=False).indices]
-                for first, last in owners
-            ]
-        factors = torch.tensor(_FINE_FACTORS, device=scales.device)
-        return [
-            (start[:, :, None] * factors).flatten(1) if short and len(book.levels) > _MANY_LEVELS else start[:, :1]
-            for book, start in zip(self.books, chosen, strict=True)
-        ]
-
-    def _bounds(self, chunks: list[tuple[Tensor, Tensor | None]], pooled: bool) -> list[Tensor]:
+    def _bounds(self, chunks: Chunks, pooled: bool) -> list[Tensor]:
         """The scales of every codebook at which nothing, or nothing but the percentile, is clipped: (units, 1 or 2)."""
         if self.method == "percentile":
             share = self.percentile / 100
@@ -274,13 +232,6 @@ class _Search:
 def _largest(rows: Tensor) -> Tensor:
     """The largest magnitude of every row, (rows, 1)."""
     return torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # without a copy of the magnitudes
-
-
-def _coarse_errors(x: Tensor, h: Tensor | None, table: Tensor, pooled: bool) -> Tensor:
-    """The errors of all pairs of codebook and scale: (units, pairs), or (1, pairs) where all is one unit."""
-    cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
-    sums = torch.nn.functional.embedding_bag(cell.to(torch.int32), table, mode="sum", per_sample_weights=h)
-    return sums.sum(0, keepdim=True, dtype=torch.float64) if pooled else sums
 
 
 class _Trial(NamedTuple):
@@ -306,14 +257,10 @@ def _bound(book: Codebook, high: Tensor, low: Tensor) -> list[Tensor]:
         scale = positive / top
         return torch.maximum(scale, negative / bottom) if bottom > 0 else scale
 
-    return [fit(high, low), -fit(low, high)] if _signed_scale(book) else [fit(high, low)]
+    return [fit(high, low), -fit(low, high)] if scale_has_sign(book) else [fit(high, low)]
 
 
-def _signed_scale(book: Codebook) -> bool:
-    return not book.symmetric and bool(book.levels[0] < 0)
-
-
-def _sums(chunks: list[tuple[Tensor, Tensor | None]], book: Codebook, scale: Tensor, pooled: bool) -> Tensor:
+def _sums(chunks: Chunks, book: Codebook, scale: Tensor, pooled: bool) -> Tensor:
     """Of every unit, or of all, at its scale (units, 1): the exact error, and what a least-squares step needs.
 
     Returns:
@@ -334,56 +281,6 @@ def _sums(chunks: list[tuple[Tensor, Tensor | None]], book: Codebook, scale: Ten
     return torch.stack(totals).sum(0) if pooled else totals[0]
 
 
-@lru_cache(maxsize=64)
-def _coarse_table(
-    books: tuple[Codebook, ...], device: torch.device, compiled: bool
-) -> tuple[Tensor, Tensor, list[tuple[int, int]], codes.Coarse | None]:
-    """Mean squared error by cell and by pair of codebook and scale.
-
-    Returns:
-        The table, float32 of shape (2·_CELLS, pairs); the scale of every pair; the range of pairs of every book; and
-        the table for the kernels, where they are (``compiled``).
-    """
-    edge = torch.arange(2 * _CELLS, dtype=torch.float64) - _CELLS
-    inside = (edge[:, None] + (torch.arange(6, dtype=torch.float64) + 0.5) / 6) / _CELLS
-    x = (inside.sign() * inside**2).float().to(device)
-    columns: list[Tensor] = []
-    scales: list[float] = []
-    owners = []
-    for book in books:
-        first = len(scales)
-        scales += _coarse_scales(book)
-        owners.append((first, len(scales)))
-        tried = torch.tensor(scales[first:], device=device)[:, None, None]
-        many = x.expand(len(tried), *x.shape)
-        rounded = codes.fake_quantize(many, tried, None, book)
-        if rounded is None:
-            rounded = lookup(book, device).round(many / tried) * tried
-        columns.append((x - rounded).square_().mean(2).T)
-    whole = torch.cat(columns, dim=1).contiguous()
-    return whole, torch.tensor(scales, device=device), owners, codes.coarse(whole, owners) if compiled else None
-
-
-def _coarse_scales(book: Codebook) -> list[float]:
-    """Scales to try for data whose largest magnitude is 1."""
-    reaches = _reaches(book, _LOWEST_SCALE)
-    scales = [1 / reach for reach in reaches]
-    return scales + [-scale for scale in scales] if _signed_scale(book) else scales
-
-
-def _reaches(book: Codebook, lowest_scale: float) -> list[float]:
-    """Values that the largest magnitude may be scaled to, finely spaced, first the largest level.
-
-    They end at the middle one of the levels' magnitudes: a tapered format has its resolution down there, and at 8 bits
-    full DyBit is best used up to about a twentieth of its largest value. With less than half of the levels in use, a
-    format is better replaced by one of fewer bits.
-    """
-    magnitudes = np.unique(np.abs(book.levels))
-    top, middle = float(magnitudes[-1]), float(magnitudes[len(magnitudes) // 2])
-    count = math.ceil(math.log(top / lowest_scale / middle) / math.log(_SCALE_STEP))
-    return [top, *(middle * _SCALE_STEP**i for i in range(count + 1))]
-
-
 def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
     """Chooses the codebook and the reach of dynamically scaled rows: those with the least squared error.
 
@@ -398,7 +295,7 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
     normal = rows / torch.where(largest > 0, largest, 1.0)
     best: tuple[float, Codebook, float] | None = None
     for book in family.books:
-        for reach in _reaches(book, 0.5):
+        for reach in reaches(book, 0.5):
             unit = torch.full((1, 1), 1 / reach)
             error = float(_sums([(normal, largest.square().expand_as(normal))], book, unit, pooled=True)[0])
             if best is None or error < best[0]:
@@ -407,59 +304,10 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
     return best[1:]
 
 
-def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None = None) -> Tensor:
-    """The numbers nearest to scales that their type can hold; of powers of two, the nearest in proportion.
-
-    Args:
-        scale: float32 of any shape. NaN stays NaN.
-        scale_type: The type.
-        tensor_scale: The factor of E4M3 scales, float32 of shape (1,), or None.
-    """
-    candidates = rounder(scale_type, 1.0 if tensor_scale is None else float(tensor_scale))(scale)
-    if len(candidates) == 1:
-        return candidates[0]
-    lower, upper = candidates
-    return torch.where(scale.abs() > lower.abs() * math.sqrt(2), upper, lower)
-
-
-def rounder(scale_type: ScaleType, tensor_scale: float) -> Callable[[Tensor], list[Tensor]]:
-    """Returns a function from ideal scales (float32) to the candidates that a type can hold.
-
-    Args:
-        scale_type: The type.
-        tensor_scale: The factor that E4M3 scales share.
-    """
-
-    def nonzero(scale: Tensor) -> Tensor:
-        return torch.where(scale < 0, scale.clamp(max=-_TINIEST), scale.clamp(min=_TINIEST))
-
-    def fp32(scale: Tensor) -> list[Tensor]:
-        return [nonzero(scale)]
-
-    def bf16(scale: Tensor) -> list[Tensor]:
-        largest = torch.finfo(torch.bfloat16).max
-        return [nonzero(scale).to(torch.bfloat16).float().clamp(-largest, largest)]
-
-    def pow2(scale: Tensor) -> list[Tensor]:
-        exponent = nonzero(scale).abs().log2().clamp(*_POW2_EXPONENTS)
-        sign = torch.where(scale < 0, -1.0, 1.0)
-        return [torch.ldexp(sign, exponent.floor()), torch.ldexp(sign, exponent.ceil())]
-
-    def e4m3(scale: Tensor) -> list[Tensor]:
-        ratio = (scale / tensor_scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
-        smallest = 2.0**-9
-        ratio = torch.where(ratio == 0, torch.where(scale < 0, -smallest, smallest), ratio)
-        return [ratio * tensor_scale]
-
-    return {"fp32": fp32, "bf16": bf16, "pow2": pow2, "e4m3": e4m3}[scale_type]
-
-
-def _tensor_scale(matrix: Tensor, family: Family) -> float:
-    """The factor of E4M3 scales: the largest scale that the tensor can need becomes 448, as in NVFP4."""
+def _e4m3_factor(matrix: Tensor, family: Family) -> float:
+    """The factor of E4M3 scales, for the largest scale that the tensor can need."""
     top = max((float(block.abs().max()) for block, _ in _row_blocks(matrix, None)), default=0.0)
-    smallest_range = min(float(np.abs(book.levels).max()) for book in family.books)
-    ratio = float(torch.tensor(top / smallest_range / _E4M3_MAX, dtype=torch.float32))
-    return ratio if ratio >= _TINIEST else 1.0
+    return e4m3_factor(top / min(float(np.abs(book.levels).max()) for book in family.books))
 
 
 def _normalized(importance: Tensor, rows: int, columns: int) -> Tensor:
@@ -473,8 +321,8 @@ def _normalized(importance: Tensor, rows: int, columns: int) -> Tensor:
     if not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
         raise DyBitError(f"importance must be finite and at least 0, but is {float(h.min())} to {float(h.max())}")
     h = h if h.ndim == 2 else h[None]
-    h = h / h.max().clamp(min=_TINIEST)  # or the mean of large numbers would be infinite
-    return h / h.mean().clamp(min=_TINIEST) + 1e-6
+    h = h / h.max().clamp(min=TINIEST)  # or the mean of large numbers would be infinite
+    return h / h.mean().clamp(min=TINIEST) + 1e-6
 
 
 def _row_blocks(matrix: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

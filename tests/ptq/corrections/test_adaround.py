@@ -18,7 +18,8 @@ from dybit.ptq.corrections.adaround import adaround_
 from dybit.ptq.corrections.lockstep import Call
 from dybit.ptq.corrections.moments import measure
 from dybit.ptq.corrections.nearest_two import Candidates, descend
-from dybit.tensors.quantized_tensor import TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch, of even kernels
 FORMATS = [

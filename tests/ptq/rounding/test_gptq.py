@@ -10,7 +10,8 @@ from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.kernels.code_operators import pack
 from dybit.ptq.rounding.gptq import Settings, factorize, gptq
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 ONCE = Settings(passes=0)
 

@@ -20,7 +20,7 @@ from dybit.ptq.corrections.lockstep import Call, correctable, walk
 from dybit.ptq.corrections.moments import Moments, measure
 from dybit.ptq.corrections.nearest_two import Candidates, descend
 from dybit.ptq.corrections.statistics import has_row_scales, stretch_
-from dybit.tensors.quantized_tensor import encode_matrix, unit_rows
+from dybit.tensors.encoding import encode_matrix, unit_rows
 from dybit.tensors.scale_search import Scales
 
 _SWEEPS = 20

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dybit.kernels.code_operators import lookup
-from dybit.tensors.quantized_tensor import QuantizedTensor, unit_rows
+from dybit.tensors.encoding import unit_rows
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _BLOCK = 64  # columns between two updates of all gradients
 

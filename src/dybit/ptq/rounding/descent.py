@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dybit.kernels.code_operators import spans
 from dybit.ptq.rounding.elements import Elements
-from dybit.tensors.scale_search import rounder
+from dybit.tensors.scale_types import scale_candidates
 
 _BLOCK = 64  # columns brought up to date one by one; later ones by a matrix product a block
 
@@ -71,7 +71,7 @@ def _refit(elements: Elements, hessian: Tensor, gradient: Tensor, unit: int, sta
     best = torch.where(weight > 0, old + pull / weight, old)
     best = torch.where(torch.isfinite(best) & (best * old > 0), best, old)
     new = old
-    for candidate in rounder(spec.scale, scales.tensor_scale)(best):
+    for candidate in scale_candidates(best, spec.scale, scales.tensor_scale):
         new = torch.where((candidate - best).abs() < (new - best).abs(), candidate, new)
     table[:, unit] = new.reshape(-1)
     change = (old - new)[:, None] * level

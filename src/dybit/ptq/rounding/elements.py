@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dybit.formats.codebook import Family
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, pack_codes, unit_rows
+from dybit.tensors.encoding import pack_codes, unit_rows
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 from dybit.tensors.scale_search import Scales
 
 

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
+from dybit.formats.scaling import Method
 from dybit.ptq.rounding.descent import descend
 from dybit.ptq.rounding.elements import Elements
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, check_weight
-from dybit.tensors.scale_search import Method, choose_scales
+from dybit.tensors.encoding import check_weight
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
+from dybit.tensors.scale_search import choose_scales
 
 _BLOCK = 64  # columns brought up to date one by one; later ones by a matrix product a block
 _MAX_DAMPING = 100.0  # a share of the mean of the diagonal with which any second moments are positive definite

@@ -21,7 +21,8 @@ from dybit.models.calibration import InputStatistics, calibrate, choose_dynamic_
 from dybit.models.plan import Plan, Ties
 from dybit.models.running import Progress
 from dybit.recipe import LayerRecipe
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, quantize
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 
 def rtn_(

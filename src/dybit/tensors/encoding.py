@@ -1,0 +1,158 @@
+"""Rounds floating-point weights to codes and packs them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dybit.errors import DyBitError
+from dybit.formats.scaling import Method
+from dybit.kernels import codes
+from dybit.kernels.code_operators import lookup, pack, spans
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
+from dybit.tensors.scale_search import Scales, choose_scales
+from dybit.tensors.scale_types import store_scales
+
+_ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantize(
+    weight: Tensor,
+    spec: TensorSpec,
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+) -> QuantizedTensor:
+    """Quantizes a weight: chooses scales and codebooks and rounds to the nearest.
+
+    Args:
+        weight: Finite floating point of shape ``spec.shape``.
+        spec: How it is stored.
+        method: How scales are chosen (see :func:`dybit.tensors.scale_search.choose_scales`).
+        percentile: For ``method="percentile"``.
+        importance: Importance of every column, of shape (columns,) or (rows, columns), or None.
+
+    Raises:
+        DyBitError: ``weight`` has another shape, is not floating point, or holds NaN or infinity.
+    """
+    return quantize_judged(weight, spec, method=method, percentile=percentile, importance=importance)[0]
+
+
+def quantize_judged(
+    weight: Tensor,
+    spec: TensorSpec,
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    importance: Tensor | None = None,
+) -> tuple[QuantizedTensor, float]:
+    """As :func:`quantize`, with the squared error over all elements, which the search for the scales knows."""
+    check_weight(weight, spec.shape)
+    matrix = spec.to_matrix(weight.detach())
+    scales = choose_scales(
+        matrix,
+        spec.formats,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+        scale_type=spec.scale,
+        choice_granularity=spec.choice,
+        method=method,
+        percentile=percentile,
+        importance=importance,
+    )
+    return encode_matrix(matrix, spec, scales), scales.error
+
+
+def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    """Rounds a matrix (rows, columns) to the nearest codes at given scales and packs it."""
+    packed = codes.encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
+    if packed is None:
+        step = max(1, (1 << 20) // spec.columns)
+        packed = torch.cat(
+            [
+                pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
+                for start in range(0, spec.rows, step)
+            ]
+        )
+    return _assemble(packed, spec, scales)
+
+
+def pack_codes(chosen: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    """Packs codes that were chosen for given scales: uint8 of shape (rows, columns)."""
+    return _assemble(pack(chosen, spec.bits, spec.group_size), spec, scales)
+
+
+def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
+    choice = None
+    if scales.choice is not None:
+        rows, units = spec.unit_shape(spec.choice)
+        choices = scales.choice[:rows, :units]  # one a scale there, of which choices that are coarser are repetitions
+        choice = pack(choices.reshape(1, -1) if units == 1 else choices, spec.choice_bits)
+    tensor_scale = torch.tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
+    return QuantizedTensor(
+        spec,
+        packed.view(spec.packed_shape),
+        store_scales(scales.scale, spec.scale, scales.tensor_scale),
+        choice,
+        tensor_scale,
+    )
+
+
+def _encode_rows(matrix: Tensor, spec: TensorSpec, scales: Scales, start: int, stop: int) -> Tensor:
+    """The codes of some rows: uint8 of shape (rows, columns)."""
+    x = matrix[start:stop].float()
+    scale = unit_rows(_some(scales.scale, start, stop), spec)
+    ratio = x / scale
+    books = spec.formats.books
+    if scales.choice is None:
+        return lookup(books[0], x.device).encode(ratio)
+    choice = unit_rows(_some(scales.choice, start, stop), spec).expand(x.shape)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    for index in torch.unique(choice).tolist():
+        chosen = choice == index
+        codes[chosen] = lookup(books[index], x.device).encode(ratio[chosen])
+    return codes
+
+
+def _some(units: Tensor, start: int, stop: int) -> Tensor:
+    """The entries of some rows; a single row serves all."""
+    return units if units.shape[0] == 1 else units[start:stop]
+
+
+def unit_rows(units: Tensor, spec: TensorSpec) -> Tensor:
+    """The scale or choice of every element: (1, 1), (rows, 1) or (rows, columns) from a table of units."""
+    if units.shape[1] == 1:
+        return units
+    parts, column = [], 0
+    for _, groups, length in spans(spec.columns, spec.group_size):
+        parts.append(units[:, column : column + groups].repeat_interleave(length, dim=1))
+        column += groups
+    return torch.cat(parts, dim=1)
+
+
+def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Checks that a weight can be quantized.
+
+    Raises:
+        DyBitError: It is empty, not floating point, of another shape, or holds NaN or infinity.
+    """
+    if not weight.is_floating_point():
+        raise DyBitError(f"weight must be floating point, not {weight.dtype}")
+    if weight.numel() == 0:
+        raise DyBitError(f"weight must not be empty, but has shape {tuple(weight.shape)}")
+    if shape is not None and tuple(weight.shape) != shape:
+        raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise DyBitError("weight is on the meta device and has no values")
+    if weight.dtype in _ORDERED and all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
+        return  # either is NaN where any element is
+    step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
+    for start in range(0, weight.shape[0], step):
+        bad = ~torch.isfinite(weight.detach()[start : start + step])
+        if bool(bad.any()):
+            first = [int(i) for i in bad.nonzero()[0]]
+            first[0] += start
+            raise DyBitError(f"weight holds {float(weight[tuple(first)])} at position {tuple(first)}")

@@ -1,0 +1,151 @@
+"""Rounding of weights to packed codes against the NumPy oracle."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import numpy_codes, numpy_units, numpy_weight
+
+from dybit.errors import DyBitError
+from dybit.tensors.encoding import check_weight, encode_matrix, quantize, quantize_judged
+from dybit.tensors.quantized_tensor import TensorSpec
+from dybit.tensors.scale_search import Scales
+
+FAMILIES = [f"dybit{bits}" for bits in range(2, 9)] + [
+    "s3",
+    "u4",
+    "s4r2spare",
+    "s2mid",
+    "nf4",
+    "int5asym",
+    "int8",
+    "ant6",
+]
+
+
+GRANULARITIES = [("tensor", None), ("channel", None), ("group", 5), ("group", 8), ("group", 100)]
+GROUPED = TensorSpec("dybit3", (6, 10), "group", 4, "bf16", "group")
+CONVOLUTION = TensorSpec("dybit5", (6, 2, 3, 3), scale="pow2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("granularity", "size"), GRANULARITIES, ids=str)
+@pytest.mark.parametrize("scale", ["fp32", "bf16", "pow2", "e4m3"])
+def test_equals_the_oracle(family, granularity, size, scale):
+    weight = torch.randn(5, 21)
+    spec = TensorSpec(family, (5, 21), granularity, size, scale, granularity)
+    made = quantize(weight, spec)
+    assert {suffix: (tuple(t.shape), t.dtype) for suffix, t in made.buffers().items()} == spec.buffers()
+    # The codes are those of the nearest values, by the exact encoder.
+    books = spec.formats.books
+    scales = numpy_units(made.scales().numpy(), spec)
+    choice = numpy_units(np.zeros((1, 1), int) if made.choice is None else made.choices().numpy(), spec)
+    ratio = weight.numpy() / scales
+    expected = np.stack([book.encode(ratio) for book in books])
+    codes = np.take_along_axis(expected, choice[None], 0)[0]
+    assert np.array_equal(numpy_codes(made), codes)
+    assert np.array_equal(made.codes().numpy(), codes)
+    assert np.array_equal(made.dequantize().numpy(), numpy_weight(made))
+    assert made.dequantize(torch.bfloat16).dtype == torch.bfloat16
+    # Quantizing is a projection: what is there already stays.
+    again = encode_matrix(
+        spec.to_matrix(made.dequantize()),
+        spec,
+        Scales(made.scales(), made.choices(), 1.0 if made.tensor_scale is None else made.tensor_scale.item(), 0.0),
+    )
+    assert torch.equal(again.dequantize(), made.dequantize())
+    for name, buffer in again.buffers().items():
+        if name:
+            assert torch.equal(buffer.float(), made.buffers()[name].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_floating_types(dtype):
+    weight = torch.randn(6, 10).to(dtype)
+    made, same = quantize(weight, GROUPED), quantize(weight.float(), GROUPED)
+    assert torch.equal(made.packed, same.packed) and torch.equal(made.scale, same.scale)
+    assert made.dequantize(dtype).dtype == dtype
+
+
+def test_layout_of_the_weight_does_not_matter():
+    weight = torch.randn(6, 2, 3, 3)
+    made = quantize(weight.to(memory_format=torch.channels_last), CONVOLUTION)
+    assert torch.equal(made.packed, quantize(weight, CONVOLUTION).packed)
+    flipped, spec = torch.randn(10, 6).t(), TensorSpec("dybit4", (6, 10))
+    assert torch.equal(quantize(flipped, spec).packed, quantize(flipped.contiguous(), spec).packed)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_named(value):
+    weight = torch.zeros(4, 3, 2)
+    weight[2, 1, 0] = value
+    weight[3, 0, 0] = math.nan
+    with pytest.raises(DyBitError, match=rf"weight holds {value} at position \(2, 1, 0\)"):
+        quantize(weight, TensorSpec("s4", (4, 3, 2)))
+    large = torch.zeros(3, 1 << 20)
+    large[2, 12345] = value
+    with pytest.raises(DyBitError, match=rf"weight holds {value} at position \(2, 12345\)"):
+        check_weight(large)
+    rows = torch.zeros(1 << 21, 1)
+    rows[(1 << 21) - 1] = value
+    with pytest.raises(DyBitError, match=r"at position \(2097151, 0\)"):
+        check_weight(rows)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int8), "weight must be floating point, not torch.int8"),
+        (torch.zeros(2, 2, dtype=torch.complex64), "weight must be floating point, not torch.complex64"),
+        (torch.zeros(0, 2), "weight must not be empty, but has shape (0, 2)"),
+        (torch.zeros(2, 3), "weight must have shape (2, 2), not (2, 3)"),
+        (torch.zeros(2, 2, device="meta"), "weight is on the meta device and has no values"),
+    ],
+)
+def test_bad_weights(weight, message):
+    with pytest.raises(DyBitError) as error:
+        quantize(weight, TensorSpec("s4", (2, 2)))
+    assert message in str(error.value)
+
+
+def test_peak_memory_is_under_twice_the_tensor():
+    # The largest tensor of SmolLM2 has 28 M elements; 4 M here.
+    script = """
+import resource, threading, torch
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
+torch.set_num_threads(1)
+weight = torch.randn(4096, 1024)
+quantize(weight[:64], TensorSpec("dybit4spare", (64, 1024), "group", 64, "bf16", "group"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize(weight, TensorSpec("dybit4spare", (4096, 1024), "group", 64, "bf16", "group"))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / weight.nbytes)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_value_that_is_not_finite_is_found(dtype, value):
+    for place in ((0, 0), (3, 6), (6, 10)):
+        weight = torch.randn(7, 11).to(dtype)
+        check_weight(weight)
+        weight[place] = value
+        with pytest.raises(DyBitError, match=rf"weight holds {value} at position \({place[0]}, {place[1]}\)"):
+            check_weight(weight)
+
+
+def test_the_error_comes_with_the_codes():
+    weight = torch.randn(13, 40)
+    for spec in (
+        TensorSpec("dybit4", (13, 40), "group", 16, choice="group"),
+        TensorSpec("dybit3spare", (13, 40), scale="pow2", choice="tensor"),
+        TensorSpec("nvfp4", (13, 40), "group", 16, "e4m3"),
+    ):
+        found, error = quantize_judged(weight, spec)
+        assert torch.equal(found.packed, quantize(weight, spec).packed)
+        assert error == pytest.approx((found.dequantize() - weight).square().sum().item(), rel=1e-4)
