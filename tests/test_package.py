@@ -143,6 +143,7 @@ def test_import_is_cheap():
 
 
 @pytest.mark.parametrize(
+    "name", ["formats.format", "formats.codebook", "formats.packing", "formats.catalogue", "recipe", "errors"]
 )
 def test_the_ground_floor_loads_no_torch(name):
     assert not loaded(f"import dybit.{name}") & (HEAVY - {"numpy"})
