@@ -1,34 +1,13 @@
 """What the command line prints and writes."""
 
-import csv
-
 import pytest
-from rich.console import Console
 
 from dybit.accelerator import Config, EnergyTable, simulate
 from dybit.accelerator.energy import EVENTS
-from dybit.accelerator.report import find_workload, simulate_command, summary, write_csv
+from dybit.accelerator.report import summary, write_csv
 from dybit.errors import DyBitError
-from dybit.workloads.networks import network
+from dybit.workloads.networks import find_workload
 from dybit.workloads.workload import Gemm, Workload
-
-
-def test_the_table_and_the_totals(tmp_path):
-    (tmp_path / "accel.toml").write_text("rows = 16\ncolumns = 16\n", encoding="utf-8")
-    table, totals = simulate_command("resnet18", 2, 2, config=tmp_path / "accel.toml", csv=tmp_path / "out.csv")
-    config = Config(rows=16, columns=16)
-    cost, base = (simulate(network("resnet18"), bits, config) for bits in ((2, 2), (8, 8)))
-    assert f"{cost.cycles:,} cycles" in totals
-    assert f"speedup {base.cycles / cost.cycles:.2f} over 8/8 bits on the same array" in totals
-    assert "first layer at 2/2, last at 2/2" in totals
-    console = Console(width=200)
-    with console.capture() as captured:
-        console.print(table)
-    assert "layer4.0.downsample" in captured.get() and "resnet18 on 16 x 16" in captured.get()
-    rows = list(csv.DictReader((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()))
-    assert [row["layer"] for row in rows] == [layer.name for layer in network("resnet18")]
-    assert sum(int(row["cycles"]) for row in rows) == cost.cycles
-    assert {row["bound"] for row in rows} == {"compute", "memory"}
 
 
 def test_energy_is_told_where_a_table_is_given():

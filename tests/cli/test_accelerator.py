@@ -4,11 +4,15 @@ import csv
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from dybit.accelerator import Config
+from dybit.accelerator import Config, simulate
 from dybit.cli import app
+from dybit.cli.accelerator import rtl_command, simulate_command
+from dybit.errors import DyBitError
+from dybit.workloads.networks import network
 
 
 def mlp() -> nn.Module:
@@ -23,7 +27,7 @@ def named_batches(split: str, limit: int | None = None) -> list[dict[str, torch.
     return [{"input": torch.zeros(4, 16)}]
 
 
-HERE = "test_cli_accelerator"
+HERE = "test_accelerator"
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +85,32 @@ def test_bad_arrays_write_nothing(tmp_path, words):
     path = tmp_path / "array.v"
     result = invoke("rtl", "-o", str(path), *words)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and not path.exists()
+
+
+def test_the_command_writes_a_file_and_says_what(tmp_path):
+    small = Config(rows=2, columns=1, activation_sram=64, weight_sram=64, sum_sram=64)
+    (tmp_path / "small.toml").write_text(small.to_toml(), encoding="utf-8")
+    told = rtl_command(tmp_path / "a.v", rows=1, config=tmp_path / "small.toml")
+    assert "1 x 1 array" in told and "module accelerator(" in (tmp_path / "a.v").read_text(encoding="utf-8")
+    with pytest.raises(DyBitError, match="rows must be a positive integer, not 0"):
+        rtl_command(tmp_path / "a.v", rows=0)
+    with pytest.raises(DyBitError, match="output must be a file that can be written"):
+        rtl_command(tmp_path, rows=1, config=tmp_path / "small.toml")
+
+
+def test_the_table_and_the_totals(tmp_path):
+    (tmp_path / "accel.toml").write_text("rows = 16\ncolumns = 16\n", encoding="utf-8")
+    table, totals = simulate_command("resnet18", 2, 2, config=tmp_path / "accel.toml", csv=tmp_path / "out.csv")
+    config = Config(rows=16, columns=16)
+    cost, base = (simulate(network("resnet18"), bits, config) for bits in ((2, 2), (8, 8)))
+    assert f"{cost.cycles:,} cycles" in totals
+    assert f"speedup {base.cycles / cost.cycles:.2f} over 8/8 bits on the same array" in totals
+    assert "first layer at 2/2, last at 2/2" in totals
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table)
+    assert "layer4.0.downsample" in captured.get() and "resnet18 on 16 x 16" in captured.get()
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["layer"] for row in rows] == [layer.name for layer in network("resnet18")]
+    assert sum(int(row["cycles"]) for row in rows) == cost.cycles
+    assert {row["bound"] for row in rows} == {"compute", "memory"}

@@ -1,10 +1,12 @@
 """Layers in training against the packed ones bit for bit, and with what else wraps layers."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,7 +140,8 @@ def work(folder):
 
 def test_two_processes_of_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    support = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240, env=support)
     assert done.returncode == 0, done.stderr
     for observe in (False, True):
         first, second = (torch.load(tmp_path / f"{observe}{rank}.pt") for rank in range(2))

@@ -7,7 +7,7 @@ import pytest
 
 from dybit.accelerator import Config
 from dybit.errors import DyBitError
-from dybit.rtl import rtl_command, verilog
+from dybit.rtl import verilog
 
 
 def test_verilog_has_the_modules_and_the_ports():
@@ -34,17 +34,6 @@ def test_without_amaranth_the_error_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'dybit[rtl]'" in done.stdout
-
-
-def test_the_command_writes_a_file_and_says_what(tmp_path):
-    small = Config(rows=2, columns=1, activation_sram=64, weight_sram=64, sum_sram=64)
-    (tmp_path / "small.toml").write_text(small.to_toml(), encoding="utf-8")
-    told = rtl_command(tmp_path / "a.v", rows=1, config=tmp_path / "small.toml")
-    assert "1 x 1 array" in told and "module accelerator(" in (tmp_path / "a.v").read_text(encoding="utf-8")
-    with pytest.raises(DyBitError, match="rows must be a positive integer, not 0"):
-        rtl_command(tmp_path / "a.v", rows=0)
-    with pytest.raises(DyBitError, match="output must be a file that can be written"):
-        rtl_command(tmp_path, rows=1, config=tmp_path / "small.toml")
 
 
 def test_no_torch_is_imported():

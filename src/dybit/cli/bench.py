@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -68,46 +70,53 @@ def bench(
         raise DyBitError("give MODEL or --shapes, one of them")
     if only_if_faster != (output is not None) or (only_if_faster and model is None):
         raise DyBitError("--only-if-faster needs MODEL and -o FILE for the recipe, and -o is for it alone")
-    plan = options.make_recipe(
-        recipe, weights=weights, activations=activations, embeddings=embeddings, group_size=group_size,
-        activation_mode=activation_mode, variants=variants,
-    )  # fmt: skip
-    import torch
-
+    plan = options.make_recipe(recipe, **options.recipe_fields(locals()))
     from dybit.measure.timing import machine
+    from dybit.mixed_precision.sensitivity import write_json
 
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         if shapes is not None:
             network, batch = _linears(shapes)
             names = {str(i): word for i, word in enumerate(shapes.split(","))}
         else:
-            assert model is not None
-            if data is None:
-                raise DyBitError("--data DATA is needed to run MODEL")
-            network, names = sources.load_model(model), {}
-            batch = sources.load_batches(data, "--data", split="evaluation", limit=1, model=model,
-                                         tokenizer=tokenizer, batch_size=batch_size)[0]  # fmt: skip
+            network, batch = _network(str(model), data, tokenizer, batch_size)
+            names = {}
         layers, whole, faster = _time(network, batch, plan, seconds, shapes is None, only_if_faster)
         out().print(f"{model or 'linear layers'} on {machine()}", style="bold", soft_wrap=True)
         _print(layers, whole, names)
         if json is not None:
-            from dybit.mixed_precision.sensitivity import write_json
-
             figures = {name: {k: asdict(t) for k, t in times.items()} for name, times in (layers | whole).items()}
             write_json(json, {"machine": asdict(machine()), "recipe": plan.to_dict(), "timings": figures})
-    finally:
-        torch.set_num_threads(before)
     if output is not None:
-        from dybit.mixed_precision.sensitivity import write_json
-
         write_json(output, faster.to_dict())
         out().print(f"wrote {output}", soft_wrap=True)
 
 
 Times = dict[str, dict[str, "Timing"]]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Runs torch on so many threads; None leaves their number alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _network(model: str, data: str | None, tokenizer: str | None, batch_size: int) -> tuple[nn.Module, Any]:
+    """The model and its first batch."""
+    if data is None:
+        raise DyBitError("--data DATA is needed to run MODEL")
+    network = sources.load_model(model)
+    batches = sources.load_batches(
+        data, "--data", split="evaluation", limit=1, model=model, tokenizer=tokenizer, batch_size=batch_size
+    )
+    return network, batches[0]
 
 
 def _time(

@@ -84,12 +84,7 @@ def compare(
 
     Example: dybit compare dybit.demo:minilm --tensors "*.dense.weight" --group-size 128 -o levels.png
     """
-    if method not in ("mse", "absmax", "percentile"):
-        raise DyBitError(f"--method must be mse, absmax or percentile, not {method!r}")
-    if scale not in SCALE_BITS:
-        raise DyBitError(f"--scale must be one of {', '.join(SCALE_BITS)}, not {scale!r}")
-    if group_size is not None and (per_tensor or group_size < 1):
-        raise DyBitError(f"--group-size {group_size} must be at least 1 and without --per-tensor")
+    _check(method, scale, group_size, per_tensor)
     for path in (output, csv_file):
         _check_output(path, page=path is output)
     if data is not None:
@@ -106,19 +101,46 @@ def compare(
     width = grids.widths(bits)
     if len(width) > 1:
         raise DyBitError(f"--bits {bits} needs --data; one width without")
+    from dybit.measure.format_ranking import Setting
+
     families = _families(width[0], formats)
     granularity: Any = "group" if group_size else "tensor" if per_tensor else "channel"
-    from dybit.measure.format_ranking import Setting, measure
-
     setting = Setting(granularity, group_size, scale, method)  # type: ignore[arg-type]
     matrices, name = _weights(weights, gaussian, laplace, tensors)
+    _rank(matrices, name, width[0], families, setting, output, csv_file)
+
+
+def _check(method: str, scale: str, group_size: int | None, per_tensor: bool) -> None:
+    if method not in ("mse", "absmax", "percentile"):
+        raise DyBitError(f"--method must be mse, absmax or percentile, not {method!r}")
+    if scale not in SCALE_BITS:
+        raise DyBitError(f"--scale must be one of {', '.join(SCALE_BITS)}, not {scale!r}")
+    if group_size is not None and (per_tensor or group_size < 1):
+        raise DyBitError(f"--group-size {group_size} must be at least 1 and without --per-tensor")
+
+
+def _rank(
+    matrices: list[Tensor],
+    name: str,
+    bits: int,
+    families: Sequence[Family],
+    setting: Setting,
+    output: Path | None,
+    csv_file: Path | None,
+) -> None:
+    """Ranks formats on weights, prints the table, and writes the files."""
+    from dybit.measure.format_ranking import measure
+
     with progress("comparing") as bar:
-        ranked = measure(matrices, families, setting, width[0], bar.update)
+        ranked = measure(matrices, families, setting, bits, bar.update)
     count = sum(matrix.numel() for matrix in matrices)
-    unit = f"group of {group_size}" if group_size else "output channel" if granularity == "channel" else "tensor"
-    tensors_word = "tensor" if len(matrices) == 1 else "tensors"
-    title = f"{width[0]}-bit formats on {name}"
-    subtitle = f"{len(matrices)} {tensors_word}, {count:,} weights; one {scale} scale per {unit}, chosen by {method}"
+    unit = {"group": f"group of {setting.group_size}", "channel": "output channel", "tensor": "tensor"}
+    tensors = "tensor" if len(matrices) == 1 else "tensors"
+    title = f"{bits}-bit formats on {name}"
+    subtitle = (
+        f"{len(matrices)} {tensors}, {count:,} weights; one {setting.scale} scale per {unit[setting.granularity]}, "
+        f"chosen by {setting.method}"
+    )
     _print(ranked, title, subtitle)
     if csv_file:
         _write_csv(csv_file, ranked)

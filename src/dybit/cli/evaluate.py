@@ -123,28 +123,12 @@ def evaluate(
     if (data is None) == (text is None):
         raise DyBitError("give the inputs by --data or by --text, one of them")
     kind = _kind(outputs)
-    fields = {
-        "weights": weights,
-        "activations": activations,
-        "embeddings": "none" if keep_embeddings else embeddings,
-        "group_size": group_size,
-        "granularity": granularity,
-        "scale": scale,
-        "variants": variants,
-        "method": method,
-        "criterion": criterion,
-        "activation_mode": activation_mode,
-    }
+    fields = options.recipe_fields(locals())
     checkpoint = (Path(target) / "dybit.json").is_file()
     chains = options.alternatives(algorithm or [])
     plans: list[Row] = []
     if checkpoint:
-        others = {"formats": formats, "recipe": recipe, "algorithm": algorithm}
-        given = [name for name, value in {**fields, **others}.items() if value is not None]
-        if given:
-            raise DyBitError(f"--{given[0].replace('_', '-')} does not go with {target!r}, which is quantized already")
-        if model is None:
-            raise DyBitError(f"{target!r} is a checkpoint: give its floating-point original by --model")
+        _check_checkpoint(target, model, {**fields, "formats": formats, "recipe": recipe, "algorithm": algorithm})
     else:
         if model is not None:
             raise DyBitError(f"--model {model!r} goes with a checkpoint, and {target!r} is none")
@@ -168,6 +152,15 @@ def evaluate(
     else:
         lines, kind = _judge_plans(original, inputs, plans, prepared, kind)
     _print(lines, kind, float_bytes(original.state_dict()), f"{source} on {spec}, {len(inputs)} batches")
+
+
+def _check_checkpoint(target: str, model: str | None, others: dict[str, Any]) -> None:
+    """Refuses the options that do not go with a checkpoint."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise DyBitError(f"--{given[0].replace('_', '-')} does not go with {target!r}, which is quantized already")
+    if model is None:
+        raise DyBitError(f"{target!r} is a checkpoint: give its floating-point original by --model")
 
 
 def _kind(word: str) -> Kind | None:

@@ -5,6 +5,7 @@ Must not know how anything is expressed in those files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dybit.interchange import Imported
+    from dybit.onnx import Exported
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dybit.interchange import Imported
+    from dybit.onnx import Exported
 
 
 @guarded
@@ -70,25 +73,10 @@ def export(
 
     Example: dybit export dybit.demo:minilm -o minilm.onnx --weights 4 --calibration dybit.demo:minilm_batches
     """
-    fields = {
-        "weights": weights,
-        "activations": activations,
-        "embeddings": embeddings,
-        "group_size": group_size,
-        "granularity": granularity,
-        "scale": scale,
-        "variants": variants,
-        "method": method,
-        "criterion": criterion,
-        "activation_mode": activation_mode,
-    }
+    fields = options.recipe_fields(locals())
     import dybit.onnx
 
-    presets = (*dybit.onnx.PRESETS, *_WRITERS)
-    if preset not in presets:
-        raise DyBitError(f"--preset must be one of {', '.join(presets)}, not {preset!r}")
-    if preset in dybit.onnx.PRESETS and calibration is None:
-        raise DyBitError(f"--preset {preset} needs --calibration, inputs to trace the model and to check the file with")
+    _check_preset(preset, dybit.onnx.PRESETS, calibration)
     checkpoint = (Path(target) / "dybit.json").is_file()
     source = _source(target, model, {**fields, "recipe": recipe}) if checkpoint else target
     if not checkpoint and model is not None:
@@ -97,11 +85,11 @@ def export(
     if plan is not None:
         needs_calibration(plan, calibration)
     network = sources.load_model(source, "--model" if checkpoint else "MODEL")
+    float_size = float_bytes(network.state_dict())
     data = None
     if calibration is not None:
         data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=source,
                                     tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
-    fp32 = float_bytes(network.state_dict())
     with progress("quantizing") as bar:
         if plan is None:
             dybit.load(target, network)
@@ -113,8 +101,21 @@ def export(
             return
         bar.start("exporting and checking")
         done = dybit.onnx.export(network.eval(), output, data, preset=preset, bound=bound)
+    _print(done, output, float_size)
+
+
+def _check_preset(preset: str, onnx: Sequence[str], calibration: str | None) -> None:
+    presets = (*onnx, *_WRITERS)
+    if preset not in presets:
+        raise DyBitError(f"--preset must be one of {', '.join(presets)}, not {preset!r}")
+    if preset in onnx and calibration is None:
+        raise DyBitError(f"--preset {preset} needs --calibration, inputs to trace the model and to check the file with")
+
+
+def _print(done: Exported, output: Path, float_size: int) -> None:
+    """Says what was written and how far the runtime's outputs are from the model's."""
     console = out()
-    console.print(f"saved to {output}: {size(done.nbytes)}, {done.nbytes / fp32:.3f} of FP32", soft_wrap=True)
+    console.print(f"saved to {output}: {size(done.nbytes)}, {done.nbytes / float_size:.3f} of FP32", soft_wrap=True)
     console.print(f"inputs {', '.join(done.inputs)}", soft_wrap=True)
     console.print("weights " + ", ".join(f"{n} × {kind}" for kind, n in done.stored.items()), soft_wrap=True)
     check = done.check

@@ -5,7 +5,7 @@ Must not know torch or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,6 +111,28 @@ def read_recipe(path: Path) -> Recipe:
         raise DyBitError(f"--recipe {str(path)!r} cannot be read: {error.strerror}") from None
     except (DyBitError, UnicodeDecodeError) as error:
         raise DyBitError(f"--recipe {str(path)!r}: {error}") from None
+
+
+FIELDS = (
+    "weights",
+    "activations",
+    "embeddings",
+    "group_size",
+    "granularity",
+    "scale",
+    "variants",
+    "method",
+    "criterion",
+    "activation_mode",
+)
+
+
+def recipe_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a recipe among the arguments of a command; None where they were not given."""
+    fields = {name: arguments[name] for name in FIELDS if name in arguments}
+    if arguments.get("keep_embeddings"):
+        fields["embeddings"] = "none"
+    return fields
 
 
 def make_recipe(recipe: Path | None, **values: Any) -> Recipe:  # noqa: ANN401

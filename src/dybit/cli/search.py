@@ -90,13 +90,7 @@ def search(
 
     if (model is None) == (workload is None):
         raise DyBitError("give MODEL or --workload, one of them")
-    fields = {
-        "embeddings": embeddings,
-        "group_size": group_size,
-        "activation_mode": activation_mode,
-        "variants": variants,
-    }
-    base = options.make_recipe(recipe, **fields)
+    base = options.make_recipe(recipe, **options.recipe_fields(locals()))
     limits = _constraints(speedup, max_error, max_drop, max_size, evaluate)
     every = None if candidates is None else as_candidates(word for word in candidates.split(",") if word.strip())
     cost = _cost(on, config)
@@ -104,43 +98,61 @@ def search(
         check_target(output)
     front = points if pareto else 0
     if workload is not None:
-        from dybit.accelerator.report import find_workload
-        from dybit.mixed_precision.shape_search import search_shapes
-
         given = {"calibration": calibration, "evaluation": evaluation, "evaluate": evaluate}
-        for name, value in given.items():
-            if value is not None:
-                raise DyBitError(f"--{name} {value!r} needs a model, and --workload {workload!r} has shapes only")
-        result = search_shapes(
-            find_workload(workload), constraint=limits, cost=cost[0], candidates=every, recipe=base, pareto=front
-        )
+        result = _search_shapes(workload, given, constraint=limits, cost=cost[0], candidates=every, recipe=base,
+                                pareto=front)  # fmt: skip
     else:
-        assert model is not None
-        if calibration is None:
-            raise DyBitError("--calibration DATA is needed to measure errors; for shapes only give --workload")
-        import dybit
-
-        loading: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "batch_size": batch_size, "limit": batches}
-        if evaluation is None and sources.takes_split(calibration):
-            evaluation = calibration
-        loaded = sources.load_model(model)
-        data = sources.load_batches(calibration, "--calibration", split="calibration", **loading)
-        held = None
-        if evaluation is not None:
-            held = sources.load_batches(evaluation, "--evaluation", split="evaluation", **loading)
-        with progress("searching") as bar:
-            result = dybit.search(
-                loaded, data, constraint=limits, cost=cost, candidates=every, recipe=base,
-                sensitivity=sensitivity, groups=group or (), evaluation=held, pareto=front,  # type: ignore[arg-type]
-                baselines=baselines, workers=workers,
-                progress=lambda done, total, text: bar.update(done, total or None, text),
-            )  # fmt: skip
+        loading = {"model": model, "tokenizer": tokenizer, "batch_size": batch_size, "limit": batches}
+        result = _search_model(
+            str(model), calibration, evaluation, loading, constraint=limits, cost=cost, candidates=every, recipe=base,
+            sensitivity=sensitivity, groups=group or (), pareto=front, baselines=baselines, workers=workers,
+        )  # fmt: skip
     _print(result, model or str(workload))
     if output is not None:
         write_run(result, output, model=model or str(workload), command=["dybit", *sys.argv[1:]])
         out().print(f"saved to {output}", soft_wrap=True)
         if model is not None:
             note(f"next: dybit quantize {model} --recipe {output}/recipe.json --calibration {calibration} -o DIR")
+
+
+def _search_shapes(workload: str, given: dict[str, str | None], **options: Any) -> Result:  # noqa: ANN401
+    """Searches by shapes alone; refuses the options that need a model."""
+    from dybit.mixed_precision.shape_search import search_shapes
+    from dybit.workloads.networks import find_workload
+
+    for name, value in given.items():
+        if value is not None:
+            raise DyBitError(f"--{name} {value!r} needs a model, and --workload {workload!r} has shapes only")
+    return search_shapes(find_workload(workload), **options)
+
+
+def _search_model(
+    model: str,
+    calibration: str | None,
+    evaluation: str | None,
+    loading: dict[str, Any],
+    **options: Any,  # noqa: ANN401
+) -> Result:
+    """Loads a model and its data, and searches with a progress bar."""
+    import dybit
+
+    if calibration is None:
+        raise DyBitError("--calibration DATA is needed to measure errors; for shapes only give --workload")
+    if evaluation is None and sources.takes_split(calibration):
+        evaluation = calibration
+    loaded = sources.load_model(model)
+    data = sources.load_batches(calibration, "--calibration", split="calibration", **loading)
+    held = None
+    if evaluation is not None:
+        held = sources.load_batches(evaluation, "--evaluation", split="evaluation", **loading)
+    with progress("searching") as bar:
+        return dybit.search(
+            loaded,
+            data,
+            evaluation=held,
+            progress=lambda done, total, text: bar.update(done, total or None, text),
+            **options,
+        )
 
 
 def _constraints(

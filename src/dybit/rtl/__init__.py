@@ -41,32 +41,3 @@ def verilog(config: Config | None = None, *, name: str = "accelerator") -> str:
     texts = [rtlil.convert(Accelerator(config, shared), name=name, emit_src=False)]
     texts += [rtlil.convert(part, name=f"{name}_{kind}", emit_src=False) for kind, part in shared.parts.items()]
     return "\n".join(convert(_ZEROED.sub("", text)) for text in texts)
-
-
-def rtl_command(
-    output: str | Path, rows: int | None = None, columns: int | None = None, config: str | Path | None = None
-) -> str:
-    """Does the work of ``dybit rtl``: writes the Verilog and returns a sentence that says what was written.
-
-    Args:
-        output: Path of the Verilog file.
-        rows: Rows of the array, in place of the config's.
-        columns: Columns of the array, in place of the config's.
-        config: Path of a TOML file; the defaults if None.
-
-    Raises:
-        DyBitError: The parameters are wrong or a file cannot be read or written.
-        MissingExtraError: Amaranth is not installed.
-    """
-    machine = Config() if config is None else Config.load(config)
-    machine = replace(
-        machine,
-        rows=machine.rows if rows is None else rows,
-        columns=machine.columns if columns is None else columns,
-    )
-    text = verilog(machine)
-    try:
-        Path(output).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DyBitError(f"output must be a file that can be written, not {str(output)!r}: {error}") from error
-    return f"{output}: {machine.rows} x {machine.columns} array, {text.count(chr(10)):,} lines of Verilog"

@@ -8,9 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dybit.errors import DyBitError, suggestion
 from dybit.workloads.workload import Conv, Gemm, Layer, Pair, Workload
+
+if TYPE_CHECKING:
+    pass
 
 
 class _Builder:
@@ -213,3 +218,14 @@ def network(name: str) -> Workload:
     if name not in NETWORKS:
         raise DyBitError(f"network must be one of the built-in names, not {name!r}; {suggestion(name, NETWORKS)}")
     return NETWORKS[name]()
+
+
+def find_workload(model: str) -> Workload:
+    """Returns the workload of a built-in network's name, or of a JSON file.
+
+    Raises:
+        DyBitError: ``model`` is neither; the message names the nearest network.
+    """
+    if model not in NETWORKS and (model.endswith(".json") or Path(model).is_file()):
+        return Workload.load(model)
+    return network(model)
