@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from pathlib import Path
 
 from dybit.accelerator.config import Config
-from dybit.errors import DyBitError, MissingExtraError
+from dybit.errors import MissingExtraError
 
 # Memories are filled before they are read. Without the zeros, a bit each for Yosys to read and a line a word to write,
 # the text is many times shorter, and there in a third of the time.
