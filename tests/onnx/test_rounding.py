@@ -9,7 +9,7 @@ from torch import nn
 
 from dybit.formats import catalogue
 from dybit.layers.input_spec import InputSpec
-from dybit.layers.quantized import swap_
+from dybit.layers.swap import swap_
 from dybit.onnx.graph import Builder
 from dybit.onnx.rounding import integer_round, is_integer, table_round
 from dybit.tensors.encoding import quantize

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from dybit.errors import CheckpointError, DyBitError, DyBitWarning, MissingExtraError
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import is_experts, layout, weight_names
-from dybit.layers.quantized import quantized_layers, swap_
+from dybit.layers.quantized import quantized_layers
+from dybit.layers.swap import swap_
 from dybit.models.plan import plan_layers
 from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs
 from dybit.ptq.rounding.nearest import layer_input, weight_spec

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from dybit.errors import CheckpointError, DyBitError
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import weight_names
-from dybit.layers.quantized import Quantized, quantized_layers, set_bias_, swap_
+from dybit.layers.quantized import Quantized, quantized_layers
+from dybit.layers.swap import set_bias_, swap_
 from dybit.models.attachments import attachments, check_attachments, expect_attached_, is_attached
 from dybit.models.batch_norm import expect_folded_, is_pair
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_

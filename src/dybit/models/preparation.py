@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from dybit.layers.kinds import weight_names
-from dybit.layers.quantized import quantized_layers, unswap_
+from dybit.layers.quantized import quantized_layers
+from dybit.layers.swap import unswap_
 
 
 def dequantize_(model: nn.Module) -> nn.Module:

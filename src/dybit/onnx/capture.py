@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dybit.errors import DyBitError
-from dybit.layers.quantized import (
-    Quantized,
-    _QuantizedConv,
-    _QuantizedEmbedding,
-    _QuantizedLinear,
-    original_class,
-    quantized_layers,
-)
+from dybit.layers.forwards import QuantizedConv, QuantizedEmbedding, QuantizedLinear
+from dybit.layers.quantized import Quantized, original_class, quantized_layers
 from dybit.models.running import evaluating, run_batch
 
 DOMAIN = "dybit"
@@ -226,11 +220,11 @@ def _speaking(cls: type[Quantized], layer: str, names: tuple[str, ...]) -> Any: 
         return property(read)
 
     members: dict[str, Any] = {name: weight(name) for name in names} | {"round_input": round_input}
-    if issubclass(cls, _QuantizedLinear):
+    if issubclass(cls, QuantizedLinear):
         members["forward"] = linear
-    elif issubclass(cls, _QuantizedEmbedding):
+    elif issubclass(cls, QuantizedEmbedding):
         members["forward"] = embedding
-    elif issubclass(cls, _QuantizedConv):
+    elif issubclass(cls, QuantizedConv):
         members["forward"] = Quantized.forward  # the layer's own, with the placeholders
     return type(cls.__name__, (cls,), members)
 

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError
-from dybit.layers.quantized import Quantized, _QuantizedLinear, quantized_layers
+from dybit.layers.forwards import QuantizedLinear
+from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.onnx import PRESETS, capture, rounding, weights
 from dybit.onnx.graph import Builder, data_type
 from dybit.onnx.verify import Check, verify
@@ -204,7 +205,7 @@ class _Writer:
         Only there are inputs rounded by QuantizeLinear: where it meets a weight in floating point, ONNX Runtime rounds
         that to 8 bits too, without being asked.
         """
-        plain = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, _QuantizedLinear))
+        plain = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, QuantizedLinear))
         if self._preset != "fast-cpu" or not plain or not layer.weight_specs or not rounding.is_integer(layer):
             return None
         weight = layer.quantized_tensor()

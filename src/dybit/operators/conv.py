@@ -19,7 +19,7 @@ from dybit.formats import catalogue
 from dybit.kernels import extension
 from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic, pack
 from dybit.operators import packed_weight
-from dybit.operators.linear import Cache, read_spec
+from dybit.operators.linear import Cache, no_view, read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 # x (batch, channels, *size); weight … tensor_scale as QuantizedTensor stores them, spec being TensorSpec.key; padding
@@ -209,7 +209,7 @@ def _conv(
     bias = None if bias is None else bias.to(x.dtype)
     y = convolve(rounded, stored.dequantize(x.dtype), bias, *geometry, groups)
     out = torch.empty_like(y, memory_format=layout)
-    return y if y.stride() == out.stride() else out.copy_(y)
+    return no_view(y) if y.stride() == out.stride() else out.copy_(y)
 
 
 def _round(x: Tensor, scale: Tensor | None, offset: Tensor | None, input_format: str, reach: float) -> Tensor:

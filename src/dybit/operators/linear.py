@@ -39,6 +39,11 @@ def read_spec(key: str) -> TensorSpec:
     return TensorSpec.from_dict(json.loads(key))
 
 
+def no_view(y: Tensor) -> Tensor:
+    """Returns the same values as no view: autograd refuses to modify a view in place that an operator returned."""
+    return cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape)) if y._is_view() else y
+
+
 class _Entry:
     """What was made from a weight, with what it was made from."""
 
@@ -125,7 +130,7 @@ def _linear(
     input_group_size: int,
 ) -> Tensor:
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
-    return _compute(x, stored, bias, input_scale, input_offset, input_format, reach, input_group_size)
+    return no_view(_compute(x, stored, bias, input_scale, input_offset, input_format, reach, input_group_size))
 
 
 def _compute(
@@ -218,7 +223,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN
     x_grad = None
     if ctx.needs_input_grad[0]:
         x_grad = grad @ _matrix(QuantizedTensor(read_spec(ctx.spec), *ctx.saved_tensors), grad.dtype)
-    bias_grad = grad.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[5] else None
+    bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[5] else None
     return x_grad, None, None, None, None, bias_grad, None, None, None, None, None, None
 
 

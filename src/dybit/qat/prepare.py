@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.kinds import is_embedding, is_experts
-from dybit.layers.quantized import Quantized, quantized_layers, swap_, unswap_
+from dybit.layers.quantized import Quantized, quantized_layers
+from dybit.layers.swap import swap_, unswap_
 from dybit.models.running import Progress
 from dybit.ptq.quantize import quantize_
 from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.quantized import Quantized, is_convolution
+from dybit.layers.forwards import is_convolution
+from dybit.layers.quantized import Quantized
 from dybit.operators import packed_weight
 from dybit.operators.integer_conv import ImageFormat, Prepared, UnknownError, conv_image, round_image
 from dybit.operators.linear import _unwatched

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.quantized import Quantized, set_bias_
+from dybit.layers.quantized import Quantized
+from dybit.layers.swap import set_bias_
 from dybit.models.running import Progress
 from dybit.ptq.corrections.lockstep import Call, correctable, walk
 from dybit.ptq.corrections.moments import Moments, measure

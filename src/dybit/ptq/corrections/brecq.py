@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
-from dybit.layers.quantized import Quantized, set_bias_
+from dybit.layers.quantized import Quantized
+from dybit.layers.swap import set_bias_
 from dybit.models.running import Progress, output_tensor
 from dybit.ptq.corrections.adaround import round_layer_, store_
 from dybit.ptq.corrections.lockstep import Call, correctable, walk

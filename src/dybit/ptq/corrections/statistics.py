@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError
 from dybit.layers.kinds import channel_dim
-from dybit.layers.quantized import Quantized, set_bias_
+from dybit.layers.quantized import Quantized
+from dybit.layers.swap import set_bias_
 from dybit.models.running import Progress
 from dybit.ptq.corrections.lockstep import Call, correctable, walk
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import channel_groups, channels, is_embedding, is_experts, layout, weight_names
-from dybit.layers.quantized import swap_
+from dybit.layers.swap import swap_
 from dybit.models.calibration import InputStatistics, calibrate, choose_dynamic_input, choose_input
 from dybit.models.plan import Plan, Ties
 from dybit.models.running import Progress

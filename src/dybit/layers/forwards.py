@@ -1,0 +1,138 @@
+"""How each kind of quantized layer computes its output."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dybit.layers.attention import attend
+from dybit.layers.input_spec import InputSpec
+from dybit.layers.kinds import expert_activation, expert_weights
+from dybit.layers.quantized import Quantized
+from dybit.operators.conv import conv
+from dybit.operators.embedding import embedding
+from dybit.operators.experts import experts, mix
+from dybit.operators.linear import linear
+from dybit.operators.prepared_linear import Operands, Ready
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+
+class QuantizedLinear(Quantized):
+    """A linear layer that multiplies by the codes, with the compiled kernels where they are."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Multiplies the only argument, whatever its name: (..., in_features) to (..., out_features)."""
+        (x,) = (*args, *kwargs.values())
+        if not torch.compiler.is_compiling() and (y := self.multiply(x)) is not None:
+            return y
+        bias = self._parameters.get("bias")
+        spec, weight = self.input_spec, self.quantized_tensor()
+        if spec is None:
+            return linear(x, weight, bias)
+        return linear(
+            x,
+            weight,
+            bias,
+            input_format=spec.format,
+            input_scale=self._buffers.get("input_scale"),
+            input_offset=self._buffers.get("input_offset"),
+            reach=spec.reach or 1.0,
+            input_group_size=spec.group_size or 0,
+        )
+
+    def multiply(self, x: Tensor, activation: str = "") -> Tensor | None:
+        """What forward gives, and an activation after it, at once by the kernels; None where they cannot be asked.
+
+        Args:
+            x: (..., in_features).
+            activation: One of :data:`dybit.operators.packed_weight.ACTIVATIONS`.
+        """
+        ready, bias, scale, offset = self.operands()
+        return ready.multiply(x, bias, scale, offset, activation)
+
+    def operands(self) -> Operands:
+        """What the kernels need beside the input."""
+        ready = self.__dict__.get("_ready")
+        if ready is None or not ready.fits(self._buffers):
+            ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
+        buffers = self._buffers
+        return ready, self._parameters.get("bias"), buffers.get("input_scale"), buffers.get("input_offset")
+
+
+def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:
+    """What a linear layer keeps between its calls."""
+    if spec is None:
+        return Ready(weight)
+    return Ready(weight, spec.format, spec.reach or 1.0, spec.group_size or 0)
+
+
+class QuantizedConv(Quantized):
+    """A convolution of rounded inputs by the codes, with the compiled kernels where they are."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Convolves the only argument, whatever its name."""
+        spec, layer = self.input_spec, cast(nn.Conv2d, self)
+        if spec is None:
+            return cast(Tensor, super().forward(*args, **kwargs))
+        (x,) = (*args, *kwargs.values())
+        padding = layer._reversed_padding_repeated_twice
+        if layer.padding_mode != "zeros":  # the border has values of the input, so it can be rounded with it
+            x = nn.functional.pad(x, padding, mode=layer.padding_mode)
+            padding = [0] * len(padding)
+        return conv(
+            x,
+            self.quantized_tensor(),
+            self._parameters.get("bias"),
+            stride=layer.stride,
+            padding=[n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]],
+            dilation=layer.dilation,
+            groups=layer.groups,
+            input_format=spec.format,
+            input_scale=self._buffers.get("input_scale"),
+            input_offset=self._buffers.get("input_offset"),
+            reach=spec.reach or 1.0,
+        )
+
+
+class QuantizedEmbedding(Quantized):
+    """An embedding that dequantizes only the rows that it looks up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
+        return embedding(input, self.quantized_tensor()).to(self.float_dtype)
+
+
+class QuantizedAttention(Quantized):
+    """Multi-head attention; where inputs are rounded, so is that of ``out_proj``, which torch's forward never calls."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As ``nn.MultiheadAttention.forward``."""
+        attention = cast(nn.MultiheadAttention, self)
+        if self.input_spec is None and getattr(attention.out_proj, "input_spec", None) is None:
+            return nn.MultiheadAttention.forward(attention, *args, **kwargs)
+        return attend(attention, *args, round_input=self.round_input, **kwargs)
+
+
+class QuantizedExperts(Quantized):
+    """The experts of a mixture, all in one module: only those that are hit are multiplied, each with its rows."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' experts: (tokens, hidden), and the experts of every token with their weights."""
+        spec = self.input_spec
+        rounding = (spec.format, spec.reach or 1.0, spec.group_size or 0) if spec else ("", 1.0, 0)
+        up, down = (self.quantized_tensor(name) for name in expert_weights(self))
+        return mix(
+            lambda x, expert: experts(x, expert, up, *rounding),
+            expert_activation(self),
+            lambda x, expert: experts(x, expert, down, *rounding),
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+        )
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a quantized convolution that rounds and convolves its only argument and does nothing else."""
+    return type(module).forward is QuantizedConv.forward

@@ -1,0 +1,122 @@
+"""Turns modules into their quantized form and back, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dybit.layers.forwards import (
+    QuantizedAttention,
+    QuantizedConv,
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+)
+from dybit.layers.input_spec import InputSpec
+from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, named_conv1d, weight_names
+from dybit.layers.quantized import Quantized, original_class
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+
+def swap_(
+    module: nn.Module,
+    weights: Mapping[str, QuantizedTensor],
+    input_spec: InputSpec | None = None,
+    input_scale: Tensor | None = None,
+    input_offset: Tensor | None = None,
+    float_dtype: torch.dtype | None = None,
+) -> None:
+    """Turns a module into its quantized form, in place; tied modules are given the same :class:`QuantizedTensor`.
+
+    Args:
+        module: A module for which :func:`weight_names` is not empty.
+        weights: A quantized tensor for every name in :func:`weight_names`; empty to quantize only the inputs.
+        input_spec: How inputs are rounded, or None.
+        input_scale: For static inputs: float32 of shape (1,).
+        input_offset: For static inputs with an offset: float32 of shape (1,).
+        float_dtype: The type in which weights are dequantized; None for that of the weights that are replaced.
+    """
+    float_dtype = float_dtype or getattr(module, weight_names(module)[0]).dtype
+    module.__class__ = _quantized_class(type(module), tuple(weights))  # type: ignore[arg-type]
+    layer = cast(Quantized, module)
+    layer.weight_specs = {name: weight.spec for name, weight in weights.items()}
+    layer.input_spec = input_spec
+    layer.float_dtype = float_dtype
+    for name, weight in weights.items():
+        layer._parameters.pop(name, None)  # none where a loader has put the codes in its place
+        for suffix, buffer in weight.buffers().items():
+            layer.register_buffer(name + suffix, buffer)
+    if input_spec is not None and input_spec.mode == "static":
+        layer.register_buffer("input_scale", input_scale)
+        if input_spec.offset:
+            layer.register_buffer("input_offset", input_offset)
+
+
+def set_bias_(layer: Quantized, bias: Tensor) -> None:
+    """Gives a quantized linear layer or convolution a bias of shape (rows,), in place, also where it had none."""
+    old = layer._parameters.get("bias")
+    if old is None:
+        layer.added_bias = True
+        new = bias.to(layer.get_buffer("weight_scale").device, layer.float_dtype)
+        layer.register_parameter("bias", nn.Parameter(new, requires_grad=False))
+    else:
+        layer.register_parameter("bias", nn.Parameter(bias.to(old), requires_grad=old.requires_grad))
+
+
+def unswap_(layer: Quantized) -> None:
+    """Turns a quantized layer back into its floating-point class, in place, with the dequantized weights."""
+    weights = {name: getattr(layer, name) for name in layer.weight_specs}
+    layer.__dict__.pop("_ready", None)
+    for name in list(weights):
+        for suffix in layer.weight_specs[name].buffers():
+            del layer._buffers[name + suffix]
+    for name in ("input_scale", "input_offset"):
+        layer._buffers.pop(name, None)
+    for attribute in ("weight_specs", "input_spec", "float_dtype"):
+        delattr(layer, attribute)
+    layer.__class__ = original_class(layer)  # type: ignore[assignment]
+    for name, weight in weights.items():
+        layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+
+@cache
+def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    mixin = Quantized
+    if cls.forward is nn.Embedding.forward:
+        mixin = QuantizedEmbedding
+    elif names and (cls.forward is nn.Linear.forward or named_conv1d(cls)):
+        mixin = QuantizedLinear
+    elif names and any(_is_plainly(cls, known) for known in CONVOLUTIONS):
+        mixin = QuantizedConv
+    elif cls.forward is nn.MultiheadAttention.forward:
+        mixin = QuantizedAttention
+    elif set(names) & set(EXPERTS):
+        mixin = QuantizedExperts
+
+    def reader(name: str) -> property:
+        return property(lambda self: self.quantized_tensor(name).dequantize(self.float_dtype))
+
+    members: dict[str, Any] = {name: reader(name) for name in names} | {"__reduce_ex__": _reduce}
+    made: Any = type(f"Quantized{cls.__name__}", (mixin, cls), members)
+    return cast(type[nn.Module], made)
+
+
+def _is_plainly(cls: Any, known: Any) -> bool:  # noqa: ANN401
+    """Whether a class is a kind of convolution and computes nothing of its own."""
+    return issubclass(cls, known) and cls.forward is known.forward and cls._conv_forward is known._conv_forward
+
+
+def _reduce(layer: Quantized, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """Copies and pickles by the original class, since the quantized one is made at run time."""
+    state = {key: value for key, value in layer.__dict__.items() if key != "_ready"}
+    return _rebuild, (original_class(layer), tuple(layer.weight_specs)), state
+
+
+def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """An empty quantized module of a class; its state follows."""
+    quantized = _quantized_class(cls, names)  # type: ignore[arg-type]
+    return quantized.__new__(quantized)
