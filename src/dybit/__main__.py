@@ -1,4 +1,4 @@
-"""``python -m dybit``: the command line. Must not know anything but it."""
+"""``python -m dybit``: the command line."""
 
 import sys
 

@@ -1,7 +1,4 @@
-"""The recipe: which layers are quantized, to which formats, at which granularity. The document all rooms exchange.
-
-Must not know torch, layers or models; it knows layers by their qualified names only.
-"""
+"""The recipe: which layers are quantized, to which formats, at which granularity. The document all rooms exchange."""
 
 from __future__ import annotations
 

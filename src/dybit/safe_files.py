@@ -1,7 +1,4 @@
-"""Files that cannot be trusted: what may be opened, how deep JSON may nest, and checksums of tensors.
-
-Must not know what the files are about, nor import torch: whoever has a tensor has done so.
-"""
+"""Files that cannot be trusted: what may be opened, how deep JSON may nest, and checksums of tensors."""
 
 from __future__ import annotations
 

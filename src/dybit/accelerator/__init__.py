@@ -1,4 +1,4 @@
-"""The accelerator in numbers: its parameters and its cycle simulator. Must not know torch or Amaranth."""
+"""The accelerator in numbers: its parameters and its cycle simulator."""
 
 from dybit.accelerator.config import Config
 from dybit.accelerator.energy import EnergyTable

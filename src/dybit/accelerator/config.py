@@ -1,7 +1,4 @@
-"""The accelerator's parameters: one frozen object that the simulator computes with and the hardware is made from.
-
-Must not know workloads, formats of layers, torch or Amaranth.
-"""
+"""The accelerator's parameters: one frozen object that the simulator computes with and the hardware is made from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The accelerator as a cost for the search: cycles of a layer by its shape and widths.
 
-Must not know torch, nor who asks: it has the form of ``ShapeCost`` without importing it.
+It has the form of ``ShapeCost`` without importing it.
 """
 
 from __future__ import annotations

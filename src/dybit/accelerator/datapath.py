@@ -1,6 +1,6 @@
 """The fused datapath in numbers: which width pairs run, how many codes share a field, how wide partial sums must be.
 
-Shared by the simulator and by the hardware, so that the two cannot drift. Must not know workloads, memory or Amaranth.
+Shared by the simulator and by the hardware, so that the two cannot drift.
 """
 
 from __future__ import annotations

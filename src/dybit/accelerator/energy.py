@@ -1,6 +1,6 @@
 """Energy as a sum over events: how often things happen, times what the user says each costs.
 
-Must not know where the counts come from. There are no costs built in, since none were measured.
+There are no costs built in, since none were measured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mapping: how a layer is cut into folds of the array, and how many cycles the array needs for them.
 
-Must not know memory, traffic or energy. The cycle count is that of the hardware in dybit.rtl, cycle for cycle.
+The cycle count is that of the hardware in dybit.rtl, cycle for cycle.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory: what a layer moves between DRAM and the on-chip memories, for the cheapest order of its loops.
 
-Must not know energy, torch or hardware. It is a model: the hardware in dybit.rtl has no DRAM.
+It is a model: the hardware in dybit.rtl has no DRAM.
 """
 
 from __future__ import annotations

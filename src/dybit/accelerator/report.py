@@ -1,6 +1,6 @@
 """What the simulator found, for people: a table on the terminal, CSV, and the functions behind the command line.
 
-Must not know torch or Amaranth; a model that is not built in comes as a workload.
+A model that is not built in comes as a workload.
 """
 
 from __future__ import annotations

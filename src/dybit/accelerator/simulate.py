@@ -1,6 +1,6 @@
 """Simulation: workload, bits and config in, cycles, traffic and energy out; per layer and in total.
 
-Must not know torch or Amaranth. Pure functions; the cost of a layer is cached, so that a search can ask often.
+Pure functions; the cost of a layer is cached, so that a search can ask often.
 """
 
 from __future__ import annotations

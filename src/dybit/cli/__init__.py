@@ -1,4 +1,4 @@
-"""The command line, ``dybit``. Must not be imported by any other room, nor load torch before a command needs it."""
+"""The command line, ``dybit``."""
 
 from dybit.cli.app import app, main
 

@@ -1,7 +1,4 @@
-"""The application: the commands under their names, and the entry point.
-
-Must not know what a command does.
-"""
+"""The application: the commands under their names, and the entry point."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit bench``: FP32 against quantized layers and models, paired and interleaved, on this machine.
-
-Must not know how anything is quantized or how the clock works.
-"""
+"""``dybit bench``: FP32 against quantized layers and models, paired and interleaved, on this machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit table``: the codes of a format with their bit fields, significands and values.
-
-Must not know torch or tensors.
-"""
+"""``dybit table``: the codes of a format with their bit fields, significands and values."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit compare``: formats of one width ranked by their error on weights.
-
-Must not know models' forward passes nor checkpoints.
-"""
+"""``dybit compare``: formats of one width ranked by their error on weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Where the command line speaks: results on stdout, progress and notes on stderr, errors as one sentence.
-
-Must not know any command.
-"""
+"""Where the command line speaks: results on stdout, progress and notes on stderr, errors as one sentence."""
 
 from __future__ import annotations
 

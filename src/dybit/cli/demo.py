@@ -1,7 +1,4 @@
-"""``dybit demo``: the main job on real networks, from weights to pictures.
-
-Must not know how anything is quantized, measured, stored or drawn.
-"""
+"""``dybit demo``: the main job on real networks, from weights to pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dybit doctor``: what this installation can do. Must not know formats, layers or models."""
+"""``dybit doctor``: what this installation can do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit evaluate``: how close quantized models come to their original on real inputs.
-
-Must not know how anything is quantized or measured.
-"""
+"""``dybit evaluate``: how close quantized models come to their original on real inputs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit export`` and ``dybit import``: between quantized models and the files of other projects.
-
-Must not know how anything is expressed in those files.
-"""
+"""``dybit export`` and ``dybit import``: between quantized models and the files of other projects."""
 
 from __future__ import annotations
 

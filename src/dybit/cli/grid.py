@@ -1,6 +1,6 @@
 """The grid behind ``dybit compare MODEL --data DATA``: formats, widths and algorithms on a whole model.
 
-Must not know how anything is quantized or measured. Every cell is a configuration in plain words, so that it can be
+Every cell is a configuration in plain words, so that it can be
 run in another process and its result be found again in a file.
 """
 

@@ -1,6 +1,6 @@
 """``dybit info``: what a checkpoint says about itself.
 
-Must not know models: it reads the manifest and the header of the tensors' file only.
+Reads the manifest and the header of the tensors' file only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The table of layers that ``quantize`` and ``info`` print, and the watch over quantization that fills it.
-
-Must not know files or the words of the command line.
-"""
+"""The table of layers that ``quantize`` and ``info`` print, and the watch over quantization that fills it."""
 
 from __future__ import annotations
 

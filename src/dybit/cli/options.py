@@ -1,7 +1,4 @@
-"""The options that make a recipe, shared by ``quantize`` and ``evaluate``.
-
-Must not know torch or models.
-"""
+"""The options that make a recipe, shared by ``quantize`` and ``evaluate``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit quantize``: a model or a file of weights to a checkpoint.
-
-Must not know how scales are chosen nor how a checkpoint is laid out.
-"""
+"""``dybit quantize``: a model or a file of weights to a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit report``: one page about a search, from the directory that it left.
-
-Must not know how a search works, nor how the page looks.
-"""
+"""``dybit report``: one page about a search, from the directory that it left."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``dybit search``: a recipe of mixed precision for a speed, a size or a loss.
-
-Must not know how errors and costs are measured, nor how the search decides.
-"""
+"""``dybit search``: a recipe of mixed precision for a speed, a size or a loss."""
 
 from __future__ import annotations
 

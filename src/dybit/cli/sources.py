@@ -1,7 +1,4 @@
-"""Models, data and recipes from the words of a command line.
-
-Must not know what the commands do with them.
-"""
+"""Models, data and recipes from the words of a command line."""
 
 from __future__ import annotations
 

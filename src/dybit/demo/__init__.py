@@ -1,6 +1,6 @@
 """Real pretrained models and real data that work offline, each callable without arguments.
 
-It must not know the rest of dybit except its errors, and importing it loads neither torch nor transformers.
+Importing it loads neither torch nor transformers.
 
 The command line addresses the names below as ``dybit.demo:minilm``. Models come out in FP32 and eval mode;
 ``*_batches`` give lists to calibrate on (``split="calibration"``) or to judge by (``split="evaluation"``).

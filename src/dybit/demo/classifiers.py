@@ -1,7 +1,4 @@
-"""Small classifiers for the data sets of :mod:`dybit.demo.toy`, each trained in seconds.
-
-It must not know the data, nor the rest of dybit.
-"""
+"""Small classifiers for the data sets of :mod:`dybit.demo.toy`, each trained in seconds."""
 
 from __future__ import annotations
 

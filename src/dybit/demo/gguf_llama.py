@@ -1,7 +1,4 @@
-"""Turns a GGUF file of the Llama architecture into a transformers model and a tokenizer.
-
-It must not know which model the file holds, nor what it is wanted for.
-"""
+"""Turns a GGUF file of the Llama architecture into a transformers model and a tokenizer."""
 
 from __future__ import annotations
 

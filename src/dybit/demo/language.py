@@ -1,7 +1,4 @@
-"""The language model SmolLM2-135M-Instruct, its tokenizer and batches of contiguous prose.
-
-It must not know quantization, nor how a GGUF file is laid out.
-"""
+"""The language model SmolLM2-135M-Instruct, its tokenizer and batches of contiguous prose."""
 
 from __future__ import annotations
 

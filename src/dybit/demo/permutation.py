@@ -1,7 +1,4 @@
-"""Shuffles the channels of a Llama model without changing what it computes.
-
-It must not know where the model comes from.
-"""
+"""Shuffles the channels of a Llama model without changing what it computes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The sentence encoder all-MiniLM-L6-v2 and batches of paragraphs for it.
-
-It must not know quantization.
-"""
+"""The sentence encoder all-MiniLM-L6-v2 and batches of paragraphs for it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""English prose that every CPython carries with it, and its disjoint halves.
-
-It must not know tokenizers, models or torch.
-"""
+"""English prose that every CPython carries with it, and its disjoint halves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Two small labelled data sets, on which a network trains in seconds.
-
-It must not know the networks, nor reach for the net.
-"""
+"""Two small labelled data sets, on which a network trains in seconds."""
 
 from __future__ import annotations
 

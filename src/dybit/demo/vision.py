@@ -1,7 +1,4 @@
-"""The image classifier EfficientNet-lite0 and real pictures for it.
-
-It must not know quantization.
-"""
+"""The image classifier EfficientNet-lite0 and real pictures for it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Formats by name: families of codebooks, the parser of their names, and the ones that a comparison shows.
-
-Must not know torch or tensors, nor how any table is made.
-"""
+"""Formats by name: families of codebooks, the parser of their names, and the ones that a comparison shows."""
 
 from __future__ import annotations
 

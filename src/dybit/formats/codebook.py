@@ -1,7 +1,4 @@
-"""Codebooks: 2^bits codes and their values, with exact array encoding (the oracle for every fast path).
-
-Must not know torch, scales, or how any particular number format makes its table.
-"""
+"""Codebooks: 2^bits codes and their values, with exact array encoding (the oracle for every fast path)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The DyBit number format: code ↔ value ↔ significand for every width and variant (docs/format.md is normative).
-
-Must not know torch, scales or tensors.
-"""
+"""The DyBit number format: code ↔ value ↔ significand for every width and variant (docs/format.md is normative)."""
 
 from __future__ import annotations
 

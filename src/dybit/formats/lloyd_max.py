@@ -1,7 +1,4 @@
-"""Lloyd-Max: the codebook of least squared error for given samples, the bound for every format of fixed values.
-
-Must not know torch, scales or any named format.
-"""
+"""Lloyd-Max: the codebook of least squared error for given samples, the bound for every format of fixed values."""
 
 from __future__ import annotations
 

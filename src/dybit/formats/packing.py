@@ -1,7 +1,4 @@
-"""Codes ↔ bytes: dense, little-endian bits, every group starting on a byte. The portable layout of checkpoints.
-
-Must not know torch, formats or scales.
-"""
+"""Codes ↔ bytes: dense, little-endian bits, every group starting on a byte. The portable layout of checkpoints."""
 
 from __future__ import annotations
 

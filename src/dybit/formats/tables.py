@@ -1,7 +1,4 @@
-"""Tables of the rival number formats: one function a format, from its parameters to a codebook.
-
-Must not know torch, scales, or which of them belong together in a family.
-"""
+"""Tables of the rival number formats: one function a format, from its parameters to a codebook."""
 
 from __future__ import annotations
 

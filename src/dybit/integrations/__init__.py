@@ -1,6 +1,6 @@
 """What other libraries need to work with dybit.
 
-Must not import any of them by itself: ``import dybit`` comes through here. Where transformers is imported, before or
+Where transformers is imported, before or
 after dybit, dybit is made known to it, so that ``from_pretrained`` loads checkpoints of dybit; where it is not, nothing
 happens.
 """

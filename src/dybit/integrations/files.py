@@ -1,7 +1,4 @@
-"""Checkpoints of transformers that are quantized without being loaded: what is to become of every tensor in the files.
-
-Must not know how files are read and written (:mod:`dybit.models.streaming`), nor the command line.
-"""
+"""Checkpoints of transformers quantized file by file, without loading the model: a plan for every tensor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Hugging Face transformers (5.0 and later): ``from_pretrained`` quantizes while it loads, and loads what was saved.
 
-Must not import more of transformers than its registries, since it is imported in the middle of transformers' own
-import. Only hooks that have been stable since 5.0 are used. While a model is loaded, a layer shows transformers, which
+Only hooks that have been stable since 5.0 are used. While a model is loaded, a layer shows transformers, which
 initializes what a file lacks, a weight without values; it is swapped when all weights are there.
 """
 

@@ -1,7 +1,4 @@
-"""Weights as blocks of FP4 E2M1 with MXFP4's or NVFP4's scales, and back, value for value.
-
-Must not know any file.
-"""
+"""Weights as blocks of FP4 E2M1 with MXFP4's or NVFP4's scales, and back, value for value."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checkpoints in the layout of compressed-tensors, which vLLM and transformers read: MXFP4 and NVFP4 linear layers.
 
-Must not know GGUF or how blocks are made. The package itself is not needed.
+The package itself is not needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """MXFP4 tensors in GGUF files, as llama.cpp reads them.
 
-Must not know the architectures of models: names and metadata are the caller's.
+Names and metadata of the model are the caller's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The header of a GGUF file, checked before a reader that trusts it allocates what it announces.
-
-Must not know what the fields and tensors mean.
-"""
+"""The header of a GGUF file, checked before a reader that trusts it allocates what it announces."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Weights from other projects' files, as dybit holds them.
-
-Must not know any file format.
-"""
+"""Weights from other projects' files, as dybit holds them."""
 
 from __future__ import annotations
 

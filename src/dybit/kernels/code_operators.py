@@ -1,6 +1,6 @@
 """Torch operators on codes: pack, unpack, dequantize and fake-quantize, as exact as the NumPy oracle in ``codec``.
 
-Must not know how scales are chosen, nor layers or models. The operators are registered as ``torch.ops.dybit.*``, so
+The operators are registered as ``torch.ops.dybit.*``, so
 that ``torch.compile`` and ``torch.export`` see them whole. The compiled kernels compute them where they can
 (:mod:`dybit.kernels.codes`), and what is here in plain torch where they cannot, with the same bits.
 """

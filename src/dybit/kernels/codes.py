@@ -1,6 +1,6 @@
 """The compiled kernels on codes, for torch tensors: rounding, packing, values, and the sums of the search for scales.
 
-Must not know the operators that use it, nor how scales are chosen. Where there is no extension, or a tensor is none
+Where there is no extension, or a tensor is none
 that the kernels take, functions return None, and the caller computes the same in plain torch.
 """
 

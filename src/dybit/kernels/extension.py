@@ -1,6 +1,6 @@
 """The compiled extension: loads it, and says and chooses which instruction set runs.
 
-Must not know what it computes. Where no extension was built, everything runs on plain torch, and one line says so.
+Where no extension was built, everything runs on plain torch, and one line says so.
 """
 
 from __future__ import annotations

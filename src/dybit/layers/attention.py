@@ -1,6 +1,6 @@
 """Multi-head attention written out, so that its output projection is called as a module.
 
-Must not know quantization. ``nn.MultiheadAttention`` reads the weight of ``out_proj`` and never calls it, so nobody can
+``nn.MultiheadAttention`` reads the weight of ``out_proj`` and never calls it, so nobody can
 observe or round its input.
 """
 

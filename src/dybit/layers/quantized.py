@@ -1,7 +1,5 @@
 """Quantized layers: any supported module, its weights held as packed codes and its inputs rounded to codes.
 
-Must not know models, recipes or calibration.
-
 A layer is quantized in place by changing its class to a subclass that is made for it: the module stays the same object,
 in the same containers, with the same forward. What changes is that ``weight`` is a property, which dequantizes the
 packed codes whenever the forward (or anybody) reads it, while the buffer of that name, and so the state dict, holds the

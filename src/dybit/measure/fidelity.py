@@ -1,7 +1,4 @@
-"""How close a quantized model's outputs are to those of its floating-point original.
-
-Must not know quantization, files or the command line.
-"""
+"""How close a quantized model's outputs are to those of its floating-point original."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How well formats fit weights: their error and their bits, format by format, and the bound of any single table.
-
-Must not know layers, models or the command line.
-"""
+"""How well formats fit weights: their error and their bits, format by format, and the bound of any single table."""
 
 from __future__ import annotations
 

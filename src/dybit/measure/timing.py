@@ -1,7 +1,4 @@
-"""Timing: contestants in one process that take turns, and what their times say.
-
-Must not know what the contestants are.
-"""
+"""Timing: contestants in one process that take turns, and what their times say."""
 
 from __future__ import annotations
 

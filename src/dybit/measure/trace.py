@@ -1,7 +1,4 @@
-"""Tracing: runs a torch model once and writes down its matrix products and convolutions as a workload.
-
-Must not know formats, bits or any machine that runs them.
-"""
+"""Tracing: runs a torch model once and writes down its matrix products and convolutions as a workload."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Candidates: the pairs of weight and activation format that a search may give a layer, and recipes made of them.
-
-Must not know torch, models, costs or the search.
-"""
+"""Candidates: the pairs of weight and activation format that a search may give a layer, and recipes made of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a search is asked for: speed, size, or how much may be lost.
-
-Must not know models, costs or how a search decides.
-"""
+"""What a search is asked for: speed, size, or how much may be lost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Costs: what a layer takes at every candidate, in bytes, seconds or a machine's cycles, as tables that add up.
 
-Must not know errors, constraints, or any machine but the one it runs on: others come as a :class:`ShapeCost`.
+Costs of other machines come as a :class:`ShapeCost`.
 """
 
 from __future__ import annotations

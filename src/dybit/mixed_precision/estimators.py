@@ -1,7 +1,4 @@
-"""The estimates of sensitivity by name, each a function of one layer's quantized twins.
-
-Must not know candidates' costs, workers or files.
-"""
+"""The estimates of sensitivity by name, each a function of one layer's quantized twins."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The multiple-choice knapsack: one option for every item, so that one sum is least and others keep their limits.
 
-Must not know what items and options stand for. Solved exactly, as a mixed-integer linear program; the greedy loop of
+Solved exactly, as a mixed-integer linear program; the greedy loop of
 the DyBit paper is here as a baseline.
 """
 

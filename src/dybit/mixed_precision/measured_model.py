@@ -1,7 +1,4 @@
-"""The subject of a search: a model made ready for measuring, its layers, their inputs, and how far its outputs are off.
-
-Must not know costs, constraints or how a search decides.
-"""
+"""The model that a search measures: prepared, with its layers, their inputs and a judge of its outputs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the weights of a recipe of mixed precision would lose in other formats, at the same widths and scales.
-
-Must not know the search, files or how it is shown.
-"""
+"""What the weights of a recipe of mixed precision would lose in other formats, at the same widths and scales."""
 
 from __future__ import annotations
 

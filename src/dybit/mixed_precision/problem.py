@@ -1,7 +1,4 @@
-"""A search as a problem: layers in groups, candidates, estimated errors and costs; and its solutions.
-
-Must not know models, nor how errors and costs came about.
-"""
+"""A search as a problem: layers in groups, candidates, estimated errors and costs; and its solutions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Replay: what ran before a layer gives what it gave before, so that a trial of the layer costs the rest of the model.
-
-Must not know candidates nor what is measured.
-"""
+"""Replays the blocks before a layer from recorded outputs, so that a trial of the layer runs only the rest."""
 
 from __future__ import annotations
 

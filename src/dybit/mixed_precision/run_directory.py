@@ -1,6 +1,6 @@
 """The directory that a search leaves: recipes, and ``search.json`` with all that a report about it needs.
 
-Must not know the command line nor how a report looks. The schema is in docs/search.md.
+The schema is in docs/search.md.
 """
 
 from __future__ import annotations

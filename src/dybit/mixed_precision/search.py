@@ -1,6 +1,6 @@
 """The search: gives every layer of a model its formats, so that it is fast or small enough and loses least.
 
-Must not know any machine that it searches for: costs come as tables (:mod:`dybit.mixed_precision.cost`).
+Costs come as tables (:mod:`dybit.mixed_precision.cost`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sensitivity: how much a model suffers when one layer is quantized, for every layer and candidate.
 
-Must not know costs, constraints or how a search decides. Measurements are cells (layer, candidate), each kept on disk
+Measurements are cells (layer, candidate), each kept on disk
 as soon as it is there, so that what was interrupted goes on where it stopped; they run in this process or on any
 ``concurrent.futures.Executor``.
 """

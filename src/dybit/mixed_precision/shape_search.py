@@ -1,7 +1,4 @@
-"""Search by shapes alone: for networks without weights, with errors that stand in for measured ones.
-
-Must not know models or data.
-"""
+"""Search by shapes alone: for networks without weights, with errors that stand in for measured ones."""
 
 from __future__ import annotations
 

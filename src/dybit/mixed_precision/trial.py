@@ -1,7 +1,4 @@
-"""Trials: recipes tried on the real model, until what a constraint limits holds on the measured figure.
-
-Must not know how sensitivities and costs came about.
-"""
+"""Trials: recipes tried on the real model, until what a constraint limits holds on the measured figure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a transform leaves in a module beside its weights: buffers, and a hook that uses them on the input or output.
 
-Must not know why. Buffers are part of the state dict, so that a loader that does not know them fails and does not
+Buffers are part of the state dict, so that a loader that does not know them fails and does not
 compute something else; the checkpoint's manifest says which hooks go with them.
 """
 

@@ -1,7 +1,4 @@
-"""Folds batch norms into the convolutions before them, so that the network is quantized as it will run.
-
-Must not know quantization.
-"""
+"""Folds batch norms into the convolutions before them, so that the network is quantized as it will run."""
 
 from __future__ import annotations
 

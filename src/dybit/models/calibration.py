@@ -1,7 +1,4 @@
-"""Observes the inputs of layers on calibration batches, and chooses static scales from what it saw.
-
-Must not know recipes, nor how weights are quantized.
-"""
+"""Observes the inputs of layers on calibration batches, and chooses static scales from what it saw."""
 
 from __future__ import annotations
 

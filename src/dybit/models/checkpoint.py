@@ -1,7 +1,4 @@
-"""Saves quantized models and loads them: a directory of ``model.safetensors`` and ``dybit.json``, never a pickle.
-
-Must not know recipes' meaning, calibration or the command line.
-"""
+"""Saves quantized models and loads them: a directory of ``model.safetensors`` and ``dybit.json``, never a pickle."""
 
 from __future__ import annotations
 

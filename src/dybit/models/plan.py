@@ -1,7 +1,4 @@
-"""The plan of a quantization: which layers of a model, each by which recipe; all checked before anything is changed.
-
-Must not know calibration nor how weights are rounded.
-"""
+"""The plan of a quantization: which layers of a model, each by which recipe; all checked before anything is changed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Quantizes weights from safetensors files to a checkpoint piece by piece, whatever their size.
 
-Must not know models, transformers or the command line. All sizes follow from the plan, so the result's header is
+All sizes follow from the plan, so the result's header is
 written first, and then every piece of rows goes to its place in the file, in any order and from several threads. What
 is done is noted in a journal; the same call goes on where an interrupted one stopped.
 """

@@ -1,6 +1,6 @@
 """ONNX: quantized models as small files that other runtimes compute alike, and integer models of others as recipes.
 
-Must not know the command line. Names are loaded when they are first touched; they need ``pip install "dybit[onnx]"``.
+Names are loaded when they are first touched; they need ``pip install "dybit[onnx]"``.
 """
 
 from __future__ import annotations

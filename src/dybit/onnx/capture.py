@@ -1,6 +1,6 @@
 """Traces a quantized model to an ONNX graph in which placeholders stand for what dybit does.
 
-Must not know how a placeholder is expressed in ONNX. There are four, of the domain ``dybit``, each with the qualified
+There are four, of the domain ``dybit``, each with the qualified
 name of its ``layer``: ``Weight`` (no input), ``Linear`` (without bias), ``Embedding`` and ``Round``.
 """
 

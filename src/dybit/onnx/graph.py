@@ -1,7 +1,4 @@
-"""Nodes and initializers of an ONNX graph under construction.
-
-Must not know quantization.
-"""
+"""Nodes and initializers of an ONNX graph under construction."""
 
 from __future__ import annotations
 

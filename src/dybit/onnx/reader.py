@@ -1,6 +1,6 @@
 """Reads integer ONNX models: the weights of DequantizeLinear and MatMulNBits as codes of dybit, value for value.
 
-Must not know the command line. Only weights are read: how inputs are rounded stays with the ONNX file.
+Only weights are read: how inputs are rounded stays with the ONNX file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Rounding of inputs as ONNX: to the values of any format by a table, or to integers by QuantizeLinear.
-
-Must not know weights or how a graph is captured.
-"""
+"""Rounding of inputs as ONNX: to the values of any format by a table, or to integers by QuantizeLinear."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Runs an ONNX file beside the model that it was made from.
-
-Must not know how the file was made.
-"""
+"""Runs an ONNX file beside the model that it was made from."""
 
 from __future__ import annotations
 

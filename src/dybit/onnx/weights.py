@@ -1,7 +1,4 @@
-"""Weights as ONNX: codes and a table, integers, or E2M1, each with its scales.
-
-Must not know how a graph is captured, nor inputs.
-"""
+"""Weights as ONNX: codes and a table, integers, or E2M1, each with its scales."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Exports a quantized model to ONNX, checked against it: presets say how each layer is expressed.
-
-Must not know the command line.
-"""
+"""Exports a quantized model to ONNX, checked against it: presets say how each layer is expressed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The operator ``torch.ops.dybit.conv``: convolves rounded inputs with a packed weight, by kernels or plain torch.
 
-Must not know layers or models. As for linear layers (``linear``), the operator takes the portable form, and
+As for linear layers (``linear``), the operator takes the portable form, and
 the kernel's own layout is kept beside a weight from its first use on. Inside, images are channels-last: inputs that are
 so already are used as they are, and their results are so, too.
 """

@@ -1,7 +1,4 @@
-"""The operator ``torch.ops.dybit.embedding``: looks up rows of a packed table, and dequantizes no others.
-
-Must not know layers or models.
-"""
+"""The operator ``torch.ops.dybit.embedding``: looks up rows of a packed table, and dequantizes no others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The operator ``torch.ops.dybit.experts``: every row of inputs times the packed matrix of its own expert.
 
-Must not know layers or models. The matrices of all experts are one weight of shape (experts, rows, columns); of those
+The matrices of all experts are one weight of shape (experts, rows, columns); of those
 that are hit each is multiplied as a linear layer of its own, with the same kernels.
 """
 

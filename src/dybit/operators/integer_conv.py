@@ -1,6 +1,6 @@
 """Operators on images of significands: activations that stay integers from one convolution to the next.
 
-Must not know layers or models. An image is channels-last with a border of zeros, of shape (batch, *size and border,
+An image is channels-last with a border of zeros, of shape (batch, *size and border,
 pitch): what the next convolution reads, in one byte a value (two where significands are wide).
 ``torch.ops.dybit.round_image`` makes one of floating-point activations; ``torch.ops.dybit.conv_image`` convolves one,
 adds, clamps, and returns floating point, the next image, or both. Codes are those that ``conv`` would

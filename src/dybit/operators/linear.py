@@ -1,6 +1,6 @@
 """The operator ``torch.ops.dybit.linear``: inputs times a packed weight, by the kernels or by plain torch.
 
-Must not know layers or models. The operator takes the portable form; the kernel's own layout is made when a weight is
+The operator takes the portable form; the kernel's own layout is made when a weight is
 first used and kept beside it, never in a state dict, a copy or a pickle of it.
 """
 

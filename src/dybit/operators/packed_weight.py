@@ -1,7 +1,4 @@
-"""Weights in the layout of the compiled kernels, for linear layers.
-
-Must not know layers or models.
-"""
+"""Weights in the layout of the compiled kernels, for linear layers."""
 
 from __future__ import annotations
 

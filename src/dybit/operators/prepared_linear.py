@@ -1,6 +1,6 @@
 """A packed weight at hand: what a linear layer keeps between its calls.
 
-Must not know layers. A product of a few rows, or of many by a small matrix, takes the kernels little more time than
+A product of a few rows, or of many by a small matrix, takes the kernels little more time than
 Python needs to look up what was packed, so that lookup is done once, and each call only checks that it still holds.
 """
 

@@ -1,6 +1,6 @@
 """Post-training algorithms as a chain: transforms of the model, one way of rounding, corrections of what it did.
 
-Must not know how any of the algorithms works. A chain has three stages, each optional but the second:
+A chain has three stages, each optional but the second:
 
 1. **transforms** change the floating-point model in place and keep its function;
 2. one **rounding** quantizes the layers;

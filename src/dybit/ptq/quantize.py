@@ -1,7 +1,4 @@
-"""Quantizes whole models in place: finds the layers, prepares the model, and runs a chain of algorithms on it.
-
-Must not know files, costs or the search, nor what an algorithm does.
-"""
+"""Quantizes whole models in place: finds the layers, prepares the model, and runs a chain of algorithms on it."""
 
 from __future__ import annotations
 

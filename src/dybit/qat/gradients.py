@@ -1,6 +1,6 @@
 """Rounding that learns: straight-through gradients for what is rounded, and those of learned step sizes.
 
-Must not know layers, models or schedules. The gradients are those of LSQ (Esser et al., ICLR 2020) and LSQ+ (Bhalgat et
+The gradients are those of LSQ (Esser et al., ICLR 2020) and LSQ+ (Bhalgat et
 al., 2020), written for any codebook. With levels l, scale s, offset o and x̂ = s · l(x) + o, where l(x) is the level
 nearest to (x - o) / s:
 

@@ -1,6 +1,6 @@
 """Layers in training: any supported module, its weights rounded whenever they are read, and its inputs rounded.
 
-Must not know whole models, calibration or files. As in ``quantized`` a module changes its class and stays the
+As in ``quantized`` a module changes its class and stays the
 same object. ``weight`` is a property that rounds the parameter of that name, which stays in floating point and learns.
 """
 

@@ -1,7 +1,4 @@
-"""Prepares whole models for quantization-aware training, and turns them into quantized ones.
-
-Must not know files, optimizers or training loops.
-"""
+"""Prepares whole models for quantization-aware training, and turns them into quantized ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a layer in training holds for each weight and for its input: learned scales, codebooks, and when to choose anew.
 
-Must not know models or files, nor call layers. All that training changes is in parameters and buffers, so that state
+All that training changes is in parameters and buffers, so that state
 dicts resume it, and what is chosen from data is in buffers, which distributed training copies from the first process to
 all others. A scale is the product of a chosen one (a buffer) and a learned factor (the exponential of a parameter): it
 never changes its sign, and weight decay pulls it towards the chosen one.

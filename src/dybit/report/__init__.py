@@ -1,4 +1,4 @@
-"""Pictures and pages about formats and weights. Must not be imported by any room but the command line."""
+"""Pictures and pages about formats and weights."""
 
 from dybit.report.curves import curves
 from dybit.report.histogram import FormatRow, histogram

@@ -1,7 +1,6 @@
 """The charts of a search's report, as the JSON that plotly.js draws.
 
-Must not know torch, models, the search, or the page around the charts: colours of text, grid and background are the
-page's, which has a light and a dark theme.
+Colours of text, grid and background are the page's, which has a light and a dark theme.
 """
 
 from __future__ import annotations

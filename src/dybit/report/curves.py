@@ -1,7 +1,4 @@
-"""Error against bits, a line for every format and algorithm.
-
-Must not know torch, models, or how anything was measured.
-"""
+"""Error against bits, a line for every format and algorithm."""
 
 from __future__ import annotations
 

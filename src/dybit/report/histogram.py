@@ -1,7 +1,4 @@
-"""A histogram of weights above the levels of the formats that they are rounded to.
-
-Must not know torch, models, or how the levels were chosen.
-"""
+"""A histogram of weights above the levels of the formats that they are rounded to."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""One self-contained HTML page: a title, notes, a picture as SVG and a table.
-
-Must not know what the table is about, nor torch.
-"""
+"""One self-contained HTML page: a title, notes, a picture as SVG and a table."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The report of a search: one HTML page with its charts, that needs no other file and no network.
-
-Must not know torch, nor how the search works: it gets figures.
-"""
+"""The report of a search: one HTML page with its charts, that needs no other file and no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The accelerator in hardware, written in Amaranth. Must not know torch; needs the extra ``dybit[rtl]``."""
+"""The accelerator in hardware, written in Amaranth. Needs the extra ``dybit[rtl]``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The whole accelerator in hardware: array, edges with their memories, and the controllers that run a layer.
-
-Must not know how layers are prepared; see dybit.rtl.program for the layout of the memories.
-"""
+"""The whole accelerator in hardware: array, edges with their memories, and the controllers that run a layer."""
 
 from __future__ import annotations
 

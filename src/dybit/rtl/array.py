@@ -1,6 +1,6 @@
 """The systolic array in hardware: a grid of processing elements, nothing else.
 
-Must not know memories, control or number formats. Words must arrive with the skew of a wavefront.
+Words must arrive with the skew of a wavefront.
 """
 
 from __future__ import annotations

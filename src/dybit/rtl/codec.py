@@ -1,7 +1,4 @@
-"""Decoders and encoder in hardware: raw fields to significands with shifts, fixed-point values to codes.
-
-Must not know the array, memories or control.
-"""
+"""Decoders and encoder in hardware: raw fields to significands with shifts, fixed-point values to codes."""
 
 from __future__ import annotations
 

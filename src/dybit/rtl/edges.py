@@ -1,6 +1,6 @@
 """The edges of the array in hardware: banks of memory with their decoders, partial sums, requantizers and encoders.
 
-Must not know how a layer is walked through: addresses arrive, and are handed on to the next row or column.
+Addresses arrive and are handed on to the next row or column.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The hardware in integers: what every component of dybit.rtl must compute, in NumPy.
 
-Must not know Amaranth, torch or cycles. All numbers are exact.
+All numbers are exact.
 """
 
 from __future__ import annotations

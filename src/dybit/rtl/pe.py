@@ -1,6 +1,6 @@
 """The fused processing element in hardware: a multiplier made of small blocks of significands, and its registers.
 
-Must not know memories, control or number formats: what arrives is decoded.
+Its operands arrive decoded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Programs: a layer's codes laid out in the accelerator's memories, and what must come out, in NumPy.
 
-Must not know Amaranth, torch or cycles. Convolutions come as matrices: im2col is the loader's work.
+Convolutions come as matrices: im2col is the loader's work.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Processing elements to compare the fused one with: fixed 8 bits in three ways, and fused integers.
 
-Must not know memories or control. Each has the registers of the fused one: operands, product, partial sum.
+Each has the registers of the fused one: operands, product, partial sum.
 """
 
 from __future__ import annotations

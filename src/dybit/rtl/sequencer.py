@@ -1,6 +1,6 @@
 """The controller in hardware: counts through a layer fold by fold and makes the addresses of every cycle.
 
-Must not know the datapath or formats. It is used twice, once for what enters the array and once for what leaves it.
+It is used twice, once for what enters the array and once for what leaves it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Parts that a design has many of: written once in Verilog and referred to, where Amaranth would repeat their text.
-
-Must not know which parts these are.
-"""
+"""Parts that a design has many of: written once in Verilog and referred to, where Amaranth would repeat their text."""
 
 from __future__ import annotations
 

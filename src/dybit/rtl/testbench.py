@@ -1,7 +1,4 @@
-"""Running programs on the hardware in Amaranth's simulator, cycle by cycle.
-
-Must not know how the hardware is built inside beyond the names of its ports.
-"""
+"""Running programs on the hardware in Amaranth's simulator, cycle by cycle."""
 
 from __future__ import annotations
 

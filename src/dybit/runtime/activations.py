@@ -1,6 +1,6 @@
 """Activations that quantized linear layers compute while their results are in the cache.
 
-Must not know convolutions, recipes, calibration or files. Which layer an activation follows is read from a ``torch.fx``
+Which layer an activation follows is read from a ``torch.fx``
 trace of the module that holds both; only the trace is taken, the module's own code keeps running.
 """
 

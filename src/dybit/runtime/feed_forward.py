@@ -1,6 +1,6 @@
 """The feed-forward parts of transformers: linear layers with an activation between them, computed as one.
 
-Must not know convolutions, recipes, calibration or files. Like ``activations``, whose layers it goes on from,
+Like ``activations``, whose layers it goes on from,
 it reads a ``torch.fx`` trace of a module to find out which layer follows which; the module's own code keeps running.
 """
 

@@ -3,7 +3,7 @@
 Linear layers with an activation behind them are :mod:`dybit.runtime.activations`'s, those that follow each other
 :mod:`dybit.runtime.feed_forward`'s.
 
-Must not know recipes, calibration or files. The model is traced with ``torch.fx``. A convolution takes up the addition
+The model is traced with ``torch.fx``. A convolution takes up the addition
 and the clamping (ReLU, ReLU6 …) that follow it, rounds its results as the next convolutions want their inputs, border
 included, and hands them on as an image of significands (:mod:`dybit.operators.integer_conv`).
 """

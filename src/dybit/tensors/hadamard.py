@@ -1,7 +1,5 @@
 """Rotations by Hadamard matrices: which there are, and the fast product with them.
 
-Must not know formats, layers or models.
-
 A rotation of n = m · 2^k elements is R = (M ⊗ H) · diag(s): signs s, the Walsh-Hadamard matrix H of 2^k / √2^k, applied
 in k steps of additions, and a small orthogonal matrix M of order m. M is a Hadamard matrix where Paley's constructions
 give one, which mixes all elements equally; else it is a random orthogonal one.

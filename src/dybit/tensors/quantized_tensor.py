@@ -1,7 +1,4 @@
-"""A weight as packed codes, scales and codebook choices: what a layer holds and a checkpoint stores.
-
-Must not know layers, models or files.
-"""
+"""A weight as packed codes, scales and codebook choices: what a layer holds and a checkpoint stores."""
 
 from __future__ import annotations
 

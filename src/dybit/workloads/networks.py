@@ -1,7 +1,4 @@
-"""Layer shapes of well-known image networks, written by short structural code after their definitions in torchvision.
-
-Must not know torch, formats, bits or any machine that runs them.
-"""
+"""Layer shapes of well-known image networks, built as torchvision defines them."""
 
 from __future__ import annotations
 

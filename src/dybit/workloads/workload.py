@@ -1,7 +1,4 @@
-"""Workloads: the layers of a network as matrix products and convolutions, with their sizes and no numbers in them.
-
-Must not know torch, formats, bits or any machine that runs them.
-"""
+"""Workloads: the layers of a network as matrix products and convolutions, with their sizes and no numbers in them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """AdaRound: rounds every weight up or down so that the outputs of its layer come closest to the reference's.
 
 Layers are rounded in order of execution, each for the inputs that it will have, which come through the rounded layers
-before it. Must not know how scales were chosen first.
+before it.
 """
 
 from __future__ import annotations

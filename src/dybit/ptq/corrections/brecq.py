@@ -1,8 +1,7 @@
 """BRECQ: learns the rounding of all layers of a block together, by the error of the block's output.
 
 Blocks are what repeats in a model: the children of its lists and sequences that hold several quantized layers, such as
-residual blocks and transformer layers. Layers outside of blocks are rounded one by one, as in AdaRound. Must not know
-how scales were chosen first.
+residual blocks and transformer layers. Layers outside of blocks are rounded one by one, as in AdaRound.
 """
 
 from __future__ import annotations

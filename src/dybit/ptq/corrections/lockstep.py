@@ -1,6 +1,6 @@
 """Runs a quantized model and its floating-point reference on all batches at once, layer by layer.
 
-Must not know what is done with a layer. Every batch runs in a thread of its own, but only one thread at a time: each
+Every batch runs in a thread of its own, but only one thread at a time: each
 stops before every layer of interest, and when all have arrived, a visitor sees the layer's inputs in both models and
 may change the layer, before any batch goes on through it. So each layer is corrected for inputs that have come through
 all corrected layers before it, in one pass, whatever the shapes of the batches and the structure of the model. The

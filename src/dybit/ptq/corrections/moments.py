@@ -1,6 +1,6 @@
 """What a layer multiplies its weights by, on calibration batches: second moments of sampled patches of its inputs.
 
-Must not know how codes are chosen. The squared error of a layer's outputs is a quadratic form of its weights, whose
+The squared error of a layer's outputs is a quadratic form of its weights, whose
 matrix holds the second moments of the inputs: a patch for convolutions, which are matrix products of patches.
 """
 

@@ -1,6 +1,6 @@
 """Chooses, of the two values next to every weight, the one with the least error of the layer's outputs.
 
-Must not know layers, models or where second moments come from. With the second moments H of a layer's inputs and C of
+With the second moments H of a layer's inputs and C of
 its wanted outputs with its inputs, the squared error of an output with the weights w is w·H·wᵀ - 2·w·Cᵀ + constant.
 Given scales, every weight may take one of the two values next to it, as in AdaRound (Nagel et al., "Up or Down?
 Adaptive Rounding for Post-Training Quantization", ICML 2020). Instead of relaxing these choices and descending

@@ -3,7 +3,6 @@
 Rounding weights shifts the mean of a layer's outputs and stretches them, channel by channel, and in a deep
 convolutional network these errors add up (Nagel et al., "Data-Free Quantization through Weight Equalization and Bias
 Correction", ICCV 2019). Both can be undone at no cost: the stretch in the scales of the weights, the shift in the bias.
-Must not know how scales or codes are chosen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The blocks of a model: modules that run one after the other, each on what the one before returned.
 
-Must not know quantization. With them an algorithm can run a part of a model at a time, on the outputs of parts that it
+With them an algorithm can run a part of a model at a time, on the outputs of parts that it
 has changed already, and need not run the whole model for each.
 """
 

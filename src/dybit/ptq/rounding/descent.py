@@ -1,7 +1,5 @@
 """Coordinate descent on the codes and scales of one weight: every step lowers the squared error of the outputs.
 
-Must not know layers, models, or how codes and scales were chosen first.
-
 With e = w - q of a row, its error is e H eᵀ. Given all other codes, the best q_j is the level nearest to
 q_j + (H e)_j / H_jj; given all codes, the best scale of a unit solves a linear equation. Both steps are taken in turns,
 column by column and unit by unit, all rows at once.

@@ -1,7 +1,4 @@
-"""A weight in the making: the code of every element, with the scale and the codebook that it has.
-
-Must not know how codes or scales are chosen.
-"""
+"""A weight in the making: the code of every element, with the scale and the codebook that it has."""
 
 from __future__ import annotations
 

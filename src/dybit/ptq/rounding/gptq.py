@@ -1,7 +1,5 @@
 """GPTQ of one weight: rounds column by column, each making up for the errors of those before it.
 
-Must not know layers, models, or where a Hessian comes from.
-
 The squared error of a layer's outputs is (w - q) H (w - q)ᵀ for every row, H being the second moment of its inputs.
 With the factorization H = (M + I) D (M + I)ᵀ, M strictly upper triangular and D diagonal, it is the sum of
 D_j (t_j - q_j)² with the target t_j = w_j + Σ_{i<j} (w_i - q_i) M_ij: every column is rounded to its target, which

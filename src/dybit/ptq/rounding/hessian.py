@@ -1,6 +1,6 @@
 """Hessians of layers: the second moments of everything that a weight multiplies, gathered as a model runs.
 
-Must not know how they are used. The Hessian of a weight is the mean of x xᵀ over the positions (tokens, pixels) of its
+The Hessian of a weight is the mean of x xᵀ over the positions (tokens, pixels) of its
 inputs, x holding what the columns of the weight's matrix multiply: features, or patches of an image.
 """
 

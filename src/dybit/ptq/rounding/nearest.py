@@ -1,6 +1,6 @@
 """Rounding to the nearest: chooses the scales of every layer's weights and inputs, and changes the layer.
 
-Must not know other algorithms. Where there is calibration, errors of weights are weighed by the second moments of the
+Where there is calibration, errors of weights are weighed by the second moments of the
 inputs that they multiply, which is the diagonal of the Hessian of the output's error.
 """
 

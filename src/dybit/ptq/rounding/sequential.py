@@ -1,7 +1,4 @@
-"""GPTQ of a whole model, block by block: every block is rounded for the inputs that the rounded blocks before it give.
-
-Must not know how a weight is rounded, nor how blocks are found.
-"""
+"""GPTQ of a whole model, block by block: each block is rounded for the inputs that the rounded blocks give."""
 
 from __future__ import annotations
 

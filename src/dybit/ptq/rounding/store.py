@@ -1,7 +1,4 @@
-"""Finished layers in a directory, so that an interrupted run goes on where it was.
-
-Must not know how weights are quantized.
-"""
+"""Finished layers in a directory, so that an interrupted run goes on where it was."""
 
 from __future__ import annotations
 

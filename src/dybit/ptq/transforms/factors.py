@@ -1,7 +1,4 @@
-"""Factors of channels: moves them from the layer that produces the channels to the layers that read them.
-
-Must not know what the factors are good for.
-"""
+"""Factors of channels: moves them from the layer that produces the channels to the layers that read them."""
 
 from __future__ import annotations
 

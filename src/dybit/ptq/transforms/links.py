@@ -1,6 +1,6 @@
 """Finds which layers feed which, channel by channel, so that a factor can move from one to the other.
 
-Must not know quantization: it sees floating-point models, their parameters and their operators.
+Works on floating-point models.
 
 A channel of a layer's output may be divided by a factor, and the weights that read it multiplied by the same, if all
 that happens in between commutes with the factor and nobody else looks. What happens in between is followed while the

@@ -1,7 +1,4 @@
-"""Sees to it that a transform of a floating-point model leaves what it computes as it was.
-
-Must not know what the transform is.
-"""
+"""Sees to it that a transform of a floating-point model leaves what it computes as it was."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Rotation: spreads outliers over all channels by Hadamard matrices that the model's own weights undo.
 
-S. Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024. Must not know formats or recipes.
-
+S. Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024.
 The residual stream of a pre-norm transformer with RMSNorm may be rotated as a whole: what writes to it is rotated, what
 reads it rotates back, and RMSNorm, once its factors are in the layers that read it, does not notice. The values of each
 attention head are rotated between ``v_proj`` and ``o_proj``. The input of ``down_proj`` comes out of a product, through

@@ -1,7 +1,7 @@
 """Smoothing: moves the scale of input channels into the layers before, as far as that helps the quantized output.
 
-G. Xiao et al., "SmoothQuant", 2023, and J. Lin et al., "AWQ: Activation-aware weight quantization", 2024. Must not know
-how a layer is quantized: it tries layers quantized by their recipes.
+G. Xiao et al., "SmoothQuant", 2023, and J. Lin et al., "AWQ: Activation-aware weight quantization", 2024.
+Every factor is tried on layers quantized by their recipes.
 
 Dividing an input channel by a factor and multiplying its weights by the same changes nothing but the errors: a large
 factor protects the weights of important channels, and takes outliers out of the input. For every producer of channels
