@@ -1,4 +1,4 @@
-"""The recipe: which layers are quantized, to which formats, at which granularity. The document all rooms exchange."""
+"""The recipe: which layers are quantized, to which formats, at which granularity."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class LayerRecipe:
 
     @cached_property
     def activation_families(self) -> tuple[Family, Family | None] | None:
-        """The families of inputs with a sign and of inputs that are never negative, the latter None if there is none.
+        """The families of signed and of non-negative inputs; None for the latter if the format has no unsigned one.
 
         None where activations are kept.
         """
@@ -151,7 +151,7 @@ class LayerRecipe:
 
     @property
     def scale_granularity(self) -> Granularity:
-        """What shares a scale, resolved."""
+        """The granularity of scales, resolved."""
         return self.granularity or ("group" if self.group_size else "channel")
 
     @property

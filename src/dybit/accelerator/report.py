@@ -1,4 +1,4 @@
-"""What the simulator found, for people: a table on the terminal, CSV, and the functions behind the command line.
+"""The simulator's results as rows, CSV and sentences.
 
 A model that is not built in comes as a workload.
 """

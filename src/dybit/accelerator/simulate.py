@@ -23,7 +23,7 @@ DEFAULT = "*"
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs.
+    """The cost of one layer.
 
     Attributes:
         layer: The layer.
@@ -62,7 +62,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs: its layers run one after another.
+    """The cost of a network, whose layers run one after another.
 
     Attributes:
         workload: The network.

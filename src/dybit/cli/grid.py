@@ -67,7 +67,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What tells it from all others."""
+        """The key that identifies the cell."""
         return json.dumps(asdict(self), sort_keys=True)
 
 

@@ -48,7 +48,7 @@ def report(
 
 
 def describe(document: _Document, run: Path) -> SearchReport:
-    """What a page shows of a run.
+    """The part of a run that a page shows.
 
     Args:
         document: What :func:`dybit.mixed_precision.run_directory.read_run` returned.

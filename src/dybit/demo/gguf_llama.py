@@ -40,7 +40,7 @@ _CONTROL = 3  # token type of special tokens
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a byte-level BPE tokenizer is made of.
+    """The parts of a byte-level BPE tokenizer.
 
     Attributes:
         tokens: Tokens in the byte-level alphabet, by id.

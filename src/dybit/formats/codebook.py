@@ -230,7 +230,7 @@ class Family:
 
     @property
     def choice_bits(self) -> int:
-        """Bits that it takes to store which codebook was chosen; 0 where there is one only."""
+        """Bits to store the chosen codebook; 0 for a family of one."""
         return (len(self.books) - 1).bit_length()
 
     def __str__(self) -> str:

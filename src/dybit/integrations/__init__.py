@@ -1,4 +1,4 @@
-"""What other libraries need to work with dybit.
+"""Makes dybit known to transformers.
 
 Where transformers is imported, before or
 after dybit, dybit is made known to it, so that ``from_pretrained`` loads checkpoints of dybit; where it is not, nothing

@@ -13,7 +13,7 @@ from dybit.tensors.quantized_tensor import QuantizedTensor
 
 @dataclass(frozen=True)
 class Imported:
-    """What a reader found.
+    """The contents of a file, read.
 
     Attributes:
         weights: The quantized weights by qualified name, such as ``encoder.0.weight``.

@@ -25,7 +25,7 @@ _SPILL_BYTES = 1 << 29  # reference outputs beyond this go to temporary files
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a comparison of two models found; None where a measure does not apply to the outputs.
+    """The result of comparing two models; None where a measure does not apply to the outputs.
 
     Attributes:
         sqnr: Signal-to-quantization-noise ratio of the outputs, dB; infinite where they are equal.

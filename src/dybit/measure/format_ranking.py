@@ -25,7 +25,7 @@ _BOUND_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """What all formats of a comparison share, unless a format prescribes its own.
+    """The settings that all formats of a comparison share, unless a format prescribes its own.
 
     Attributes:
         granularity: ``tensor``, ``channel`` or ``group``.

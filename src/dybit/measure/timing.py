@@ -43,7 +43,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Machine:
-    """What times depend on besides the work.
+    """The machine that times depend on.
 
     Attributes:
         cpu: The processor's name.

@@ -1,4 +1,4 @@
-"""What a search is asked for: speed, size, or how much may be lost."""
+"""Constraints of a search: speed, size, error."""
 
 from __future__ import annotations
 

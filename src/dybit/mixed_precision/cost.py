@@ -33,7 +33,7 @@ from dybit.workloads.workload import Layer, Workload
 
 @dataclass(frozen=True)
 class CostTable:
-    """What every layer costs at every candidate; the cost of a model is the sum of its layers' and ``fixed``.
+    """The cost of every layer at every candidate; a model costs the sum of its layers and ``fixed``.
 
     Attributes:
         name: Of the cost: ``size``, ``cpu``, ``accelerator``.

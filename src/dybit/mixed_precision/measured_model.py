@@ -59,7 +59,7 @@ class Judge:
 
     @property
     def unit(self) -> str:
-        """What the error counts."""
+        """The unit of the error."""
         return "KL divergence, nats" if self.kind == "logits" else "noise-to-signal energy"
 
     def error(self, model: nn.Module) -> float:
@@ -85,7 +85,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a layer was first called with: its positional arguments and its keyword arguments."""
+    """The arguments of a layer's first call, positional and by keyword."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -153,7 +153,7 @@ class Subject:
                 self.ties[first] = (*self.ties[first], name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes to a worker: not the recorded inputs."""
+        """Leaves the recorded inputs out of what is sent to a worker."""
         return {key: value for key, value in self.__dict__.items() if key != "_record"}
 
     @cached_property
@@ -163,7 +163,7 @@ class Subject:
 
     @cached_property
     def statistics(self) -> dict[str, InputStatistics]:
-        """What calibration saw of the inputs of every layer but embeddings."""
+        """Statistics of the inputs of every layer but embeddings."""
         names = [name for first in self.layers for name in (first, *self.ties[first]) if name not in self.embeddings]
         seen = calibrate(self.model, {name: self.model.get_submodule(name) for name in names}, self.batches)
         missed = [name for name, statistics in seen.items() if not statistics.seen]
@@ -264,7 +264,7 @@ class Subject:
 
     @property
     def inputs(self) -> dict[str, LayerInput]:
-        """What every layer was first called with on the first batch, of those that were called."""
+        """The first call of every layer that the first batch reached."""
         return self._record[0]
 
     def groups(self, patterns: Iterable[str] = (), shared_inputs: bool = True) -> list[tuple[str, ...]]:

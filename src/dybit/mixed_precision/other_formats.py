@@ -1,4 +1,4 @@
-"""What the weights of a recipe of mixed precision would lose in other formats, at the same widths and scales."""
+"""The error of a recipe's weights in other formats, at the same widths and scales."""
 
 from __future__ import annotations
 

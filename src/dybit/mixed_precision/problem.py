@@ -20,7 +20,7 @@ Choice = dict[str, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """What there is to choose.
+    """The choices of a search with their errors and costs.
 
     Attributes:
         candidates: The candidates.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dybit.mixed_precision.measured_model import Subject
 from dybit.models.running import output_tensor, run_batch
 
-_MOST_BYTES = 1 << 30  # of kept outputs; where there is more, everything is computed again
+_MOST_BYTES = 1 << 30  # of kept outputs; beyond, everything is computed again
 
 
 class Replay:

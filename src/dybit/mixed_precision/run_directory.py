@@ -139,7 +139,7 @@ def _layers(result: Result) -> list[dict[str, Any]]:
 
 
 def _rivals(result: Result) -> list[dict[str, Any]]:
-    """What the weights would lose in other formats; nothing for shapes."""
+    """The error of the weights in other formats; empty for shapes."""
     subject = result.subject
     if subject is None:
         return []
@@ -157,7 +157,7 @@ def _finite(value: float) -> float | None:
 
 
 def _about(result: Result, subject: Subject, name: str) -> dict[str, Any]:
-    """What only a model tells about a layer."""
+    """Facts about a layer that need a model."""
     module = subject.layers[name]
     chosen = result.problem.candidates[result.point.choice[name]]
     weights = [getattr(module, key) for key in weight_names(module)]

@@ -32,7 +32,7 @@ CPU_CANDIDATES = ("fp32", "8/8", "8/int8", "4/8", "4/int8", "3/int8", "2/int8")
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         recipe: The recipe, for :func:`dybit.quantize_`.

@@ -88,7 +88,7 @@ def check_possible(problem: Problem, constraints: Sequence[Constraint]) -> dict[
 
 
 def speed_table(problem: Problem) -> CostTable:
-    """The first cost that is a time; the size where there is none."""
+    """The first cost that is a time, else the size."""
     return next((table for table in problem.tables if table.per_second is not None), problem.main)
 
 
@@ -224,7 +224,7 @@ class Trial:
         for index in range(rounds):
             try:
                 choice = self.problem.solve(limits, guess * (1 + 1e-9))
-            except InfeasibleError:  # other limits leave less room
+            except InfeasibleError:  # other limits bind first
                 low, guess = guess, math.sqrt(max(guess, high * 1e-9) * high)
                 continue
             tried = self.measure(choice, f"round {index + 1}")

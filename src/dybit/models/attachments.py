@@ -1,4 +1,4 @@
-"""What a transform leaves in a module beside its weights: buffers, and a hook that uses them on the input or output.
+"""Buffers that a transform adds to a module, and the hook that applies them to its input or output.
 
 Buffers are part of the state dict, so that a loader that does not know them fails and does not
 compute something else; the checkpoint's manifest says which hooks go with them.
@@ -92,7 +92,7 @@ def is_attached(module: nn.Module) -> bool:
 
 
 def attachments(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What is attached in a model, as JSON values: by module, its kind and the shapes of its buffers."""
+    """Lists the attachments of a model as JSON values: by module, the kind and the shapes of the buffers."""
     return {
         name: {"kind": record["kind"], "sizes": record["sizes"]}
         for name, module in model.named_modules()

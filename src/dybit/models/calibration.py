@@ -28,7 +28,7 @@ _SEED = 0x0DB17
 
 @dataclass
 class InputStatistics:
-    """What was seen of the inputs of one layer: one input, or query, key and value of attention.
+    """Statistics of the inputs of one layer: one input, or query, key and value of attention.
 
     Attributes:
         square_sums: Sum of squares of every channel, for every input: float64 of shape (channels,).

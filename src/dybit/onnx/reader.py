@@ -122,7 +122,7 @@ def _product_name(node: ir.Node) -> str:
 
 
 def _layout(node: ir.Node) -> tuple[str, int] | None:
-    """What a dequantized initializer is used as; None where it is no weight.
+    """Returns the use of a dequantized initializer; None if it is no weight.
 
     ``rows`` (output channels first), ``columns``, or ``transposed`` with the number of channel groups.
     """

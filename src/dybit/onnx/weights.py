@@ -104,7 +104,7 @@ def integers(weight: QuantizedTensor) -> Integers | None:
 
 
 def step(book: Codebook) -> float:
-    """The largest power of two of which all values are multiples; 0 if there is none down to 2^-16."""
+    """The largest power of two, at least 2^-16, that divides all values; 0 if no power does."""
     values = book.levels
     for exponent in range(4, -17, -1):
         ratio = values / 2.0**exponent
@@ -173,7 +173,7 @@ def e2m1_matrix(build: Builder, weight: QuantizedTensor, name: str) -> ir.Value:
 
 
 def _e2m1_unit(book: Codebook) -> float:
-    """What E2M1's 1 is in a codebook with its values: 1 for ``e2m1``, 1/2 for ``s4r2``; 0 for others."""
+    """The value of E2M1's 1 in a codebook: 1 for ``e2m1``, 1/2 for ``s4r2``, 0 for others."""
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     levels = np.concatenate([-magnitudes[:0:-1], magnitudes])
     unit = float(book.levels[-1] / 6)

@@ -28,7 +28,7 @@ _LIMIT = 2_000_000_000  # bytes that a protobuf can hold, a little less than 2^3
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export` wrote.
+    """The file that :func:`export` wrote.
 
     Attributes:
         path: The file.

@@ -228,7 +228,7 @@ def histogram(row: Row) -> Chart:
 
 
 def costs(rows: Sequence[Row], unit: str) -> Chart:
-    """What every layer costs, by what bounds it."""
+    """The cost of every layer, coloured by its bound."""
     colours = {"compute": OURS, "memory": OTHERS, "": OTHERS}
     names = {"compute": "compute-bound", "memory": "memory-bound", "": "layer"}
     traces = []

@@ -19,7 +19,7 @@ from dybit.report.charts import Chart, Point, Row
 
 @dataclass(frozen=True)
 class SearchReport:
-    """What a report shows. Parts that are empty are left out.
+    """The contents of a report. Empty parts are left out.
 
     Attributes:
         title: Heading.

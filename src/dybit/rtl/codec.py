@@ -213,7 +213,7 @@ class Encoder(wiring.Component):
         found = 0
         for i in range(1, 9):
             found = Mux(self.value[7 + i :].any() & (self.max_run >= i), i, found)
-        # the bits below the leading one (below the point where there is none), left-aligned
+        # the bits below the leading one (below the point if no bit is set), left-aligned
         fraction = Signal(16)
         string = Signal(25)
         cut_at = Signal(33)

@@ -37,7 +37,7 @@ def scaled(fmt: Format, container: int) -> Integers:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a decoder must be told beside the code.
+    """The controls of a decoder beside the code.
 
     Attributes:
         signed: Whether the top bit is a sign.

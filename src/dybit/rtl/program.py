@@ -143,7 +143,7 @@ class Program:
 
     @property
     def variant(self) -> Variant:
-        """What the activation decoders are told."""
+        """The controls of the activation decoders."""
         return widen(self.activation_format, self.mode.activation_bits)[1]
 
     def activation_banks(self) -> Integers:

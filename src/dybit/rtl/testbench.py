@@ -16,7 +16,7 @@ from dybit.rtl.program import Program
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What came out.
+    """The results of a run.
 
     Attributes:
         outputs: Codes, (passes, M, N); -1 where none was put out.

@@ -77,7 +77,7 @@ class FusedLinear(nn.Module):
         return _FUNCTIONS[self.activation](self.layer(x))
 
     def extra_repr(self) -> str:
-        """What follows the layer."""
+        """The activation behind the layer."""
         return f"activation={self.activation}"
 
 
@@ -140,7 +140,7 @@ def _fused_children(module: nn.Module) -> dict[str, nn.Module]:
         alone = all(len(node.users) == 1 for node in calls[name])
         if alone and len(users) == 1 and (user := users.pop()) in activations:
             pairs[name] = user
-    # An activation that others go through, too, stays, and so do its layers.
+    # An activation with other inputs stays, and so do its layers.
     for name in set(pairs.values()):
         if any(str(source.target) not in pairs for node in calls[name] for source in node.all_input_nodes):
             pairs = {layer: user for layer, user in pairs.items() if user != name}

@@ -112,7 +112,7 @@ class _Fusion:
         self._open: set[nn.Module] = set()  # modules that return what a layer with its activation gives
 
     def visit(self, module: nn.Module) -> nn.Module:
-        """What stands for a module from now on."""
+        """Returns the module that replaces another."""
         if isinstance(module, _LEAVES):
             return module
         if module not in self._replaced:
@@ -153,7 +153,7 @@ class _Fusion:
 
 
 def _gated(graph: fx.Graph, module: nn.Module, node: fx.Node, product: fx.Node) -> FeedForward | None:
-    """What stands for a module that does nothing but to multiply two results and to call a last layer."""
+    """Returns the replacement of a module that multiplies two results and calls a last layer."""
     x, *others = node.args
     factors = [arg for arg in product.args if isinstance(arg, fx.Node)]
     sources = [_source(arg, module) for arg in factors]
@@ -207,7 +207,7 @@ def _source(node: fx.Node, root: nn.Module) -> fx.Node:
 
 
 def _with(module: nn.Module, changed: dict[str, nn.Module]) -> nn.Module:
-    """A copy of a module with others in the place of some of its submodules; what lies between is copied, too."""
+    """Copies a module and replaces some of its submodules."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     for name, inner in _by_child(changed):

@@ -121,7 +121,7 @@ class _Learner:
         return self.place, fine
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
-        """What the layer computes, with gradients for the parameters."""
+        """Computes the layer, with gradients for the parameters."""
         # Rounded, with the gradient of what is rounded.
         choice = self.place + ((self.place >= 0.5).float() - self.place).detach()
         matrix = (self.low + choice * self.span) * self.candidates.scale * self.gain

@@ -1,4 +1,4 @@
-"""What a layer multiplies its weights by, on calibration batches: second moments of sampled patches of its inputs.
+"""Second moments of a layer's inputs on calibration batches, from sampled patches.
 
 The squared error of a layer's outputs is a quadratic form of its weights, whose
 matrix holds the second moments of the inputs: a patch for convolutions, which are matrix products of patches.

@@ -94,7 +94,7 @@ def _moments(name: str, layer: nn.Module, calls: list[Call]) -> tuple[Tensor, Te
 
 
 def _gain(wanted: Tensor, variance: Tensor) -> Tensor:
-    """By how much to stretch every channel: 1 where there is no variance to match."""
+    """The factor of every channel; 1 if its variance is zero."""
     usable = (wanted > _LEAST_VARIANCE * wanted.mean()) & (variance > _LEAST_VARIANCE * variance.mean())
     gain = torch.where(usable, wanted / torch.where(usable, variance, 1.0), 1.0).sqrt()
     return gain.clamp(1 / _LARGEST_GAIN, _LARGEST_GAIN)

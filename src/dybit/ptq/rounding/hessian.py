@@ -145,7 +145,7 @@ def size(module: nn.Module, spec: TensorSpec) -> int:
 
 
 def design(name: str, module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """What the columns of a layer's weight multiply.
+    """Returns the inputs that the columns of a layer's weight multiply.
 
     Args:
         name: The layer's, for errors.

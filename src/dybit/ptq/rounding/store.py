@@ -39,7 +39,7 @@ class Store:
             self._key = digest.digest()
 
     def get(self, name: str, spec: TensorSpec) -> QuantizedTensor | None:
-        """A weight that was kept; None where there is none, or its file is damaged."""
+        """Returns a kept weight; None if it is missing or its file is damaged."""
         path = self._path(name)
         if path is None or not path.is_file():
             return None

@@ -1,4 +1,4 @@
-"""Factors of channels: moves them from the layer that produces the channels to the layers that read them."""
+"""Moves factors of channels from the layer that produces the channels to the layers that read them."""
 
 from __future__ import annotations
 

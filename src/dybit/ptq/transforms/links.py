@@ -102,7 +102,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Mark:
-    """What is known of a tensor: its producer, and the channel of every element (int32, of the tensor's shape)."""
+    """A tensor's producer, and the channel of every element (int32, of the tensor's shape)."""
 
     source: _Source
     channel: Tensor
@@ -188,7 +188,7 @@ class _Tracker(TorchDispatchMode):
                 handle.remove()
 
     def links(self) -> list[Link]:
-        """What was found."""
+        """The links found."""
         repeated = {name for name, count in self._calls.items() if count > 1}
         return [
             Link(s.name, s.is_norm, s.channels, s.readers, s.limit)

@@ -1,4 +1,4 @@
-"""Sees to it that a transform of a floating-point model leaves what it computes as it was."""
+"""Rolls a transform back if it changes the model's outputs."""
 
 from __future__ import annotations
 

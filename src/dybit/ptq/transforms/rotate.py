@@ -176,7 +176,7 @@ def _decoder(model: nn.Module) -> _Decoder:
 
 
 def _problem(layer: nn.Module) -> str | None:
-    """What a layer has that the known structure has not, or lacks."""
+    """Says how a layer differs from the known structure."""
     children = {name for name, _ in layer.named_children()}
     if children != {*_PARTS, *_NORMS}:
         return f"consists of {', '.join(sorted(children))}"
