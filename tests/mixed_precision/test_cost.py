@@ -12,6 +12,7 @@ from torch import nn
 import dybit.mixed_precision.cost
 from dybit import AcceleratorCost, Candidate, CpuCost, DyBitError, Recipe, SizeCost, quantize_
 from dybit.accelerator import Config, simulate
+from dybit.layers.description import without_descriptions
 from dybit.measure.timing import Timing
 from dybit.mixed_precision.candidate import as_candidates
 from dybit.mixed_precision.cost import cost_table, shape_table, traced
@@ -22,7 +23,7 @@ SOME = as_candidates(["8/8", "4/8", "3", "2/2", "fp32"])
 
 
 def stored(model):
-    distinct = {(t.data_ptr(), tuple(t.shape)): t for t in model.state_dict().values()}
+    distinct = {(t.data_ptr(), tuple(t.shape)): t for t in without_descriptions(model.state_dict()).values()}
     return sum(t.nbytes for t in distinct.values())
 
 

@@ -291,7 +291,9 @@ def quantized_copy(
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors as a checkpoint holds them."""
-    distinct = {(t.data_ptr(), tuple(t.shape)): t for t in model.state_dict().values()}
+    from dybit.layers.description import without_descriptions
+
+    distinct = {(t.data_ptr(), tuple(t.shape)): t for t in without_descriptions(model.state_dict()).values()}
     return sum(tensor.nbytes for tensor in distinct.values())
 
 

@@ -28,6 +28,7 @@ def info(
 
     Example: dybit info minilm-w4a8
     """
+    from dybit.layers.description import KEY
     from dybit.models.checkpoint import MANIFEST, TENSORS, read_manifest, read_tensors
 
     manifest = read_manifest(path)
@@ -46,11 +47,12 @@ def info(
         for name, spec in entry.weights.items():
             key = f"{layer}.{name}".lstrip(".")
             tied = key in manifest.shared
-            ours.update(key + suffix for suffix in spec.buffers())
+            ours |= {key + suffix for suffix in spec.buffers()} | {f"{layer}.{KEY}".lstrip(".")}
             fp32 += 0 if tied else 4 * math.prod(spec.shape)
             rows.append(LayerRow(layer or "(model)" if name == "weight" else key, spec, entry.input, tied=tied))
         if not entry.weights:
             rows.append(LayerRow(layer, None, entry.input))
+            ours.add(f"{layer}.{KEY}".lstrip("."))
     rest = {key: tensor for key, tensor in stored.items() if key not in ours}
     plain = sum(4 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes for tensor in rest.values())
     print_layers(rows, None if every else _SHOWN_LAYERS)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dybit.errors import CheckpointError, DyBitError, DyBitWarning, MissingExtraError
+from dybit.layers.description import without_descriptions
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import is_experts, layout, weight_names
 from dybit.layers.quantized import quantized_layers
@@ -163,15 +164,15 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether ``save_pretrained`` works."""
         return True
 
-    def get_state_dict_and_metadata(self, model: Any, **_: Any) -> tuple[None, dict[str, str]]:  # noqa: ANN401
-        """Nothing, but transformers calls it before it saves: the time to note what is saved beside the codes."""
+    def get_state_dict_and_metadata(self, model: Any, **_: Any) -> tuple[dict[str, Tensor], dict[str, str]]:  # noqa: ANN401
+        """What is saved: no descriptions, since ``config.json`` has them. Notes checksums of all but the codes."""
         config = model.config.quantization_config
         known = {name: crc for name, crc in config.checksums.items() if ":" not in crc}
         config.checksums = known | {
             name: label(tensor.dtype, tensor.shape, [tensor]) for name, tensor in _plain(model).items()
         }
         config.checksums[_REST] = checksum_rest(json.loads(model.config.to_json_string()))
-        return None, {}
+        return without_descriptions(model.state_dict()), {}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:  # noqa: ANN401
         """Whether a tensor is a weight that is quantized, or whose codes replace one of another shape."""
@@ -524,7 +525,7 @@ def _plain(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
     kept = set(model._keys_to_ignore_on_save or ())
     for name, layer in quantized_layers(model).items():
         kept |= {f"{name}.{key}{suffix}" for key, spec in layer.weight_specs.items() for suffix in spec.buffers()}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in kept}
+    state = {name: tensor for name, tensor in without_descriptions(model.state_dict()).items() if name not in kept}
     return {name: tensor for name, tensor in state.items() if type(tensor) is Tensor and not tensor.is_meta}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dybit.errors import CheckpointError, DyBitError
 from dybit.interchange.blocks import Blocks, from_blocks, to_blocks
 from dybit.interchange.imported import Imported
+from dybit.layers.description import without_descriptions
 from dybit.layers.quantized import quantized_layers
 from dybit.models.checkpoint import replacing
 from dybit.safe_files import SHA256, check_digest, check_regular, digest, read_json
@@ -48,7 +49,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if not layers:
         raise DyBitError("model has no quantized layer; call quantize_ first")
     formats: dict[str, list[str]] = {}
-    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    tensors = {key: value.detach() for key, value in without_descriptions(model.state_dict()).items()}
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear) or layer.input_spec is not None or not layer.weight_specs:
             what = type(layer).__name__.removeprefix("Quantized")

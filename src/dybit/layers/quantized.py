@@ -16,29 +16,28 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError
 from dybit.kernels.code_operators import fake_quantize
+from dybit.layers.description import Described
 from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
 from dybit.layers.kinds import (
     named_conv1d,
 )
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features")
 
 
-class Quantized(nn.Module):
+class Quantized(Described, nn.Module):
     """Mixin of all quantized layers; :func:`swap_` makes them.
 
     Attributes:
-        weight_specs: How each weight is stored, by its name.
-        input_spec: How inputs are rounded, or None.
         float_dtype: The type in which weights are dequantized; follows ``.to(dtype)``.
         added_bias: Whether a bias was added to a layer that had none (:func:`set_bias_`).
+        inputs_fixed: Whether a fused model was built for the scale and offset of the inputs.
     """
 
-    weight_specs: dict[str, TensorSpec]
-    input_spec: InputSpec | None
     float_dtype: torch.dtype
     added_bias: bool = False
+    inputs_fixed: bool = False
 
     def quantized_tensor(self, name: str = "weight") -> QuantizedTensor:
         """The codes, scales and choices of a weight."""
@@ -90,6 +89,26 @@ class Quantized(nn.Module):
             raise DyBitError(f"{name} of a quantized layer cannot be changed to {value!r}; call dequantize_ first")
         super().__setattr__(name, value)
 
+    def set_input_(self, spec: InputSpec | None, scale: Tensor | None, offset: Tensor | None) -> None:
+        """As :meth:`Described.set_input_`.
+
+        Raises:
+            DyBitError: A fused model was built for other inputs.
+        """
+        given = {"input_scale": scale, "input_offset": offset}
+        same = all(_equal(self._buffers.get(name), tensor) for name, tensor in given.items())
+        if self.inputs_fixed and not (same and spec == self.input_spec):
+            raise DyBitError("inputs are rounded in another way than a fused model expects; load before fuse")
+        if spec == self.input_spec:
+            return
+        self.__dict__.pop("_ready", None)
+        home = next(iter([*self._buffers.values(), *self._parameters.values()]))
+        self.input_spec = spec
+        for name, tensor in given.items():
+            self._buffers.pop(name, None)
+            if tensor is not None:
+                self.register_buffer(name, tensor.detach().to(home.device if home is not None else None, copy=True))
+
     def extra_repr(self) -> str:
         """The layer's own description and how it is quantized."""
         weights = {f"{spec.family}/{spec.group_size or spec.granularity}" for spec in self.weight_specs.values()}
@@ -107,6 +126,11 @@ class Quantized(nn.Module):
                 self._buffers[name] = old.to(new.device)
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         return self
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors that can be missing have the same values."""
+    return one is other or (one is not None and other is not None and torch.equal(one.cpu(), other.cpu()))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:

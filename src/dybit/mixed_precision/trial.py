@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from dybit.errors import DyBitError
+from dybit.layers.description import without_descriptions
 from dybit.measure.fidelity import Reference
 from dybit.measure.timing import compare
 from dybit.mixed_precision.constraint import Constraint, MaxDrop, MaxError, MaxSize, Speedup
@@ -177,7 +178,9 @@ class Trial:
         found = {}
         for table in self.problem.tables:
             if table.name == "size":
-                distinct = {(t.data_ptr(), tuple(t.shape)): t for t in quantized.state_dict().values()}
+                distinct = {
+                    (t.data_ptr(), tuple(t.shape)): t for t in without_descriptions(quantized.state_dict()).values()
+                }
                 found["size"] = float(sum(tensor.nbytes for tensor in distinct.values()))
             elif table.name == "cpu":
                 batch = self.subject.batches[0]

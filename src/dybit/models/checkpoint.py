@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dybit.errors import CheckpointError, DyBitError
+from dybit.layers.description import Description, without_descriptions
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import weight_names
 from dybit.layers.quantized import Quantized, quantized_layers
@@ -197,9 +198,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     manifest = read_manifest(path)
     _check_architecture(manifest, model, path)
     tensors = read_tensors(path, manifest)
-    _check_keys(manifest, tensors, model, path)
+    state = _check_keys(manifest, tensors, model, path)
     _restructure_(model, manifest)
-    state = {**tensors, **{key: tensors[source] for key, source in manifest.shared.items()}}
     model.load_state_dict(state, strict=True, assign=True)
     _tie_(model, manifest.shared)
     bypass_fast_path_(model, quantized_layers(model).values())
@@ -361,12 +361,16 @@ def _check_architecture(manifest: Manifest, model: nn.Module, path: str | os.Pat
 
 def _check_keys(
     manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module, path: str | os.PathLike[str]
-) -> None:
-    """Checks names, shapes and types of all tensors before the model is changed."""
+) -> dict[str, Tensor]:
+    """Checks names, shapes and types of all tensors before the model is changed, and returns them all by key."""
     skeleton = _skeleton(model)
     _restructure_(skeleton, manifest)
     expected = skeleton.state_dict()
     found = {**tensors, **{key: tensors.get(source) for key, source in manifest.shared.items()}}
+    descriptions = {key: expected.pop(key) for key in expected.keys() - without_descriptions(expected).keys()}
+    if not descriptions.keys() & tensors.keys():
+        found |= descriptions  # of an earlier version, which stored none
+    expected |= descriptions
     missing = [key for key in expected if found.get(key) is None]
     extra = [key for key in found if key not in expected]
     if missing or extra:
@@ -376,6 +380,8 @@ def _check_keys(
     prefixes = tuple(f"{name}." if name else "" for name in manifest.layers)
     for key, wanted in expected.items():
         tensor = cast(Tensor, found[key])
+        if key in descriptions and _agree(tensor, wanted):
+            continue
         # What is not ours may be stored in another floating-point type than the fresh model has.
         free = wanted.is_floating_point() and tensor.is_floating_point() and not _is_ours(key, prefixes)
         if tensor.shape != wanted.shape or not (free or tensor.dtype == wanted.dtype):
@@ -383,6 +389,17 @@ def _check_keys(
                 f"{path} does not fit the model: {key!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
                 f"expected {wanted.dtype} of shape {tuple(wanted.shape)}"
             )
+        if key in descriptions:
+            raise CheckpointError(f"{path} is damaged: {key!r} does not say what {MANIFEST} says")
+    return cast(dict[str, Tensor], found)
+
+
+def _agree(description: Tensor, wanted: Tensor) -> bool:
+    """Whether a stored description says what another says, in whatever order."""
+    try:
+        return Description.from_tensor(description) == Description.from_tensor(wanted)
+    except DyBitError:
+        return False
 
 
 def _is_ours(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -454,6 +454,7 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
             out, scales = ImageFormat(following[0].rounding[0], _border(sharers)), following[0].scales
             fused += 1
         keep = out is None or not all(_leads_to(user, sharers) for user in stage.result.users)
+        stage.layer.inputs_fixed = True  # images are shared and handed on where the scales agree now
         conv = FusedConv(stage.layer, source, stage.padding, stage.limits, keep, out, *scales)
         call = add(f"conv_{i}", conv, image, *([stage.addend] if stage.addend else []))
         if keep:
