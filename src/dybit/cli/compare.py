@@ -31,21 +31,36 @@ _HTML = (".html", ".htm")
 _COLUMNS = (">#", "format", ">SQNR dB", ">bits/weight", ">code", ">scale", ">choice", "most used")
 
 
+_Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A .safetensors file, or module:function returning an nn.Module (as MODEL elsewhere).",
+    ),
+]
+_Formats = Annotated[
+    str | None, typer.Option(help="Names separated by commas; default: all that are known at this width.")
+]
+_Data = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="Run the whole MODEL on inputs: module:function, or .npy/.safetensors."),
+]
+_Calibration = Annotated[
+    str | None, typer.Option(metavar="DATA", help="Data to calibrate on; default: DATA's calibration split.")
+]
+_Results = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JSON lines: what is there is not run again, what is run is added."),
+]
+
+
 @guarded
 def compare(
-    weights: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A .safetensors file, or module:function returning an nn.Module (as MODEL elsewhere).",
-        ),
-    ] = None,
+    weights: _Model = None,
     gaussian: Annotated[bool, typer.Option("--gaussian", help="Gaussian samples instead of weights.")] = False,
     laplace: Annotated[bool, typer.Option("--laplace", help="Laplacian samples instead of weights.")] = False,
     bits: Annotated[str, typer.Option(help="Width of the codes, 2 to 8 bits; with --data several, as 2,3,4.")] = "4",
-    formats: Annotated[
-        str | None, typer.Option(help="Names separated by commas; default: all that are known at this width.")
-    ] = None,
+    formats: _Formats = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; else per channel.")] = None,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="One scale for a tensor.")] = False,
     scale: Annotated[str, typer.Option(help="Type of the scales: fp32, bf16, pow2 or e4m3.")] = "fp32",
@@ -53,18 +68,10 @@ def compare(
     tensors: Annotated[str, typer.Option(metavar="GLOB", help="Which tensors, by name.")] = "*",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Picture (.png, .svg) or page (.html).")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="The table as CSV.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="Run the whole MODEL on inputs: module:function, or .npy/.safetensors."),
-    ] = None,
+    data: _Data = None,
     algorithm: options.Algorithms = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Data to calibrate on; default: DATA's calibration split.")
-    ] = None,
-    results: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSON lines: what is there is not run again, what is run is added."),
-    ] = None,
+    calibration: _Calibration = None,
+    results: _Results = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that run the grid; each loads the model.")] = 1,
     keep_embeddings: options.KeepEmbeddings = False,
     batches: options.Batches = None,

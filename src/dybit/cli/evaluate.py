@@ -71,19 +71,26 @@ class Row:
         return self.recipe is not None and self.chain is not None and self.chain != ("rtn",)
 
 
+_Target = Annotated[
+    str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
+]
+_Data = Annotated[str | None, typer.Option(metavar="DATA", help="Inputs: module:function, or .npy/.safetensors.")]
+_Formats = Annotated[
+    str | None, typer.Option(help="Weight formats separated by commas, one row each; fp32 is the original.")
+]
+_Recipe = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="A recipe in JSON; may be given several times.")
+]
+_Calibration = Annotated[str | None, typer.Option(metavar="DATA", help="Data to calibrate on, as in dybit quantize.")]
+
+
 @guarded
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
-    ],
+    target: _Target,
     model: Annotated[str | None, typer.Option(help="The original of a checkpoint, as MODEL in dybit quantize.")] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Inputs: module:function, or .npy/.safetensors.")
-    ] = None,
+    data: _Data = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: a text file, for language models.")] = None,
-    formats: Annotated[
-        str | None, typer.Option(help="Weight formats separated by commas, one row each; fp32 is the original.")
-    ] = None,
+    formats: _Formats = None,
     weights: options.Weights = None,
     activations: options.Activations = None,
     embeddings: options.Embeddings = None,
@@ -95,12 +102,8 @@ def evaluate(
     method: options.Method = None,
     criterion: options.Criterion = None,
     activation_mode: options.ActivationMode = None,
-    recipe: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A recipe in JSON; may be given several times.")
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Data to calibrate on, as in dybit quantize.")
-    ] = None,
+    recipe: _Recipe = None,
+    calibration: _Calibration = None,
     algorithm: options.Algorithms = None,
     tokenizer: options.Tokenizer = None,
     split: Annotated[str, typer.Option(help="Which split to ask the DATA function for.")] = "evaluation",

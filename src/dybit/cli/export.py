@@ -27,24 +27,27 @@ if TYPE_CHECKING:
     from dybit.onnx import Exported
 
 
+_Target = Annotated[
+    str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
+]
+_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx or .gguf file, or directory.")]
+_Calibration = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="Inputs to calibrate, trace and check with, as in dybit quantize."),
+]
+_Preset = Annotated[str, typer.Option(help="ONNX: portable, fast-cpu or fp4. Others: compressed-tensors or gguf.")]
+_Bound = Annotated[
+    float | None, typer.Option(help="Largest difference accepted, as a share of the largest output. [by preset]")
+]
+
+
 @guarded
 def export(
-    target: Annotated[
-        str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx or .gguf file, or directory.")
-    ],
-    calibration: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="Inputs to calibrate, trace and check with, as in dybit quantize."),
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="ONNX: portable, fast-cpu or fp4. Others: compressed-tensors or gguf.")
-    ] = "portable",
-    bound: Annotated[
-        float | None, typer.Option(help="Largest difference accepted, as a share of the largest output. [by preset]")
-    ] = None,
+    target: _Target,
+    output: _Output,
+    calibration: _Calibration = None,
+    preset: _Preset = "portable",
+    bound: _Bound = None,
     model: Annotated[str | None, typer.Option(help="The original of a checkpoint, as MODEL in dybit quantize.")] = None,
     weights: options.Weights = None,
     activations: options.Activations = None,

@@ -23,49 +23,56 @@ _UNITS = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "m
 _SHOWN_LAYERS = 60
 
 
+_Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="As in dybit quantize; none with --workload.")]
+_Calibration = Annotated[str | None, typer.Option(metavar="DATA", help="Calibration data, as in dybit quantize.")]
+_Workload = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Shapes only: a built-in network or a workload's .json.")
+]
+_MaxError = Annotated[
+    float | None, typer.Option(help="Error of the outputs: KL in nats for logits, else noise/signal.")
+]
+_MaxDrop = Annotated[
+    float | None, typer.Option(help="Points lost: agreement with FP32 in %, or the score of --evaluate.")
+]
+_Candidates = Annotated[
+    str | None, typer.Option(help="Weights/activations, separated by commas, such as 8/8,4/8,fp32.")
+]
+_Group = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must agree; may be given several times.")
+]
+_Baselines = Annotated[bool, typer.Option("--baselines", help="Also try uniform recipes and the greedy loop.")]
+_Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="RUN", help="Directory of recipe.json and search.json.")
+]
+_Evaluation = Annotated[
+    str | None, typer.Option(metavar="DATA", help="Data to measure errors on. [its evaluation split, if any]")
+]
+_Evaluate = Annotated[
+    str | None, typer.Option(metavar="module:function", help="For --max-drop: takes a model, returns a score.")
+]
+
+
 @guarded
 def search(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="As in dybit quantize; none with --workload.")
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Calibration data, as in dybit quantize.")
-    ] = None,
-    workload: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Shapes only: a built-in network or a workload's .json.")
-    ] = None,
+    model: _Model = None,
+    calibration: _Calibration = None,
+    workload: _Workload = None,
     speedup: Annotated[float | None, typer.Option(help="At least so many times as fast as the base.")] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Error of the outputs: KL in nats for logits, else noise/signal.")
-    ] = None,
-    max_drop: Annotated[
-        float | None, typer.Option(help="Points lost: agreement with FP32 in %, or the score of --evaluate.")
-    ] = None,
+    max_error: _MaxError = None,
+    max_drop: _MaxDrop = None,
     max_size: Annotated[str | None, typer.Option(metavar="BYTES", help="Of the tensors, such as 25MB.")] = None,
     on: Annotated[str, typer.Option(help="What is sped up: accelerator, cpu or size.")] = "accelerator",
     config: Annotated[Path | None, typer.Option(metavar="TOML", help="The accelerator, as in dybit simulate.")] = None,
-    candidates: Annotated[
-        str | None, typer.Option(help="Weights/activations, separated by commas, such as 8/8,4/8,fp32.")
-    ] = None,
+    candidates: _Candidates = None,
     sensitivity: Annotated[str, typer.Option(help="Estimate of errors: rmse, fisher, output or kl.")] = "kl",
-    group: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must agree; may be given several times.")
-    ] = None,
+    group: _Group = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also find the front of error against speed.")] = False,
     points: Annotated[int, typer.Option(min=2, help="Recipes on the front.")] = 24,
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="Also try uniform recipes and the greedy loop.")
-    ] = False,
+    baselines: _Baselines = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that measure sensitivities.")] = 1,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="RUN", help="Directory of recipe.json and search.json.")
-    ] = None,
-    evaluation: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Data to measure errors on. [its evaluation split, if any]")
-    ] = None,
-    evaluate: Annotated[
-        str | None, typer.Option(metavar="module:function", help="For --max-drop: takes a model, returns a score.")
-    ] = None,
+    output: _Output = None,
+    evaluation: _Evaluation = None,
+    evaluate: _Evaluate = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="All that candidates do not say.")] = None,
     embeddings: options.Embeddings = None,
     group_size: options.GroupSize = None,

@@ -150,15 +150,9 @@ def search(
     problem = replace(problem, errors=errors)
     trial = Trial(model, subject, problem, constraints, evaluation, progress, quantize)
     found = trial.refine(rounds)
-    front: list[Point] = []
-    if pareto:
-        choices = problem.front(speed_table(problem).name, pareto)
-        front = [trial.measure(c, f"pareto {index:02d}", strict=False) for index, c in enumerate(choices, 1)]
-    uniform, greedy = uniform_choices(problem) if baselines or pareto else {}, None
-    if baselines and not limits_loss(constraints):
-        name = speed_table(problem).name if any(isinstance(c, Speedup) for c in constraints) else "size"
-        choice = problem.greedy(name, found.costs[name])
-        greedy = None if choice is None else trial.measure(choice, "greedy", strict=False)
+    front = _front(trial, pareto) if pareto else ()
+    uniform = uniform_choices(problem) if baselines or pareto else {}
+    greedy = _greedy(trial, found) if baselines and not limits_loss(constraints) else None
     return Result(
         found.recipe,
         found,
@@ -168,10 +162,24 @@ def search(
         trial.judge.unit,
         tuple(trial.history),
         tuple(trial.measure(choice, f"uniform {name}", strict=False) for name, choice in uniform.items()),
-        tuple(front),
+        front,
         greedy,
         subject,
     )
+
+
+def _front(trial: Trial, count: int) -> tuple[Point, ...]:
+    """Tries recipes from slow to fast."""
+    choices = trial.problem.front(speed_table(trial.problem).name, count)
+    return tuple(trial.measure(c, f"pareto {index:02d}", strict=False) for index, c in enumerate(choices, 1))
+
+
+def _greedy(trial: Trial, found: Point) -> Point | None:
+    """Tries the recipe of the paper's greedy loop at the cost of the recipe found."""
+    limits_time = any(isinstance(one, Speedup) for one in trial.constraints)
+    name = speed_table(trial.problem).name if limits_time else "size"
+    choice = trial.problem.greedy(name, found.costs[name])
+    return None if choice is None else trial.measure(choice, "greedy", strict=False)
 
 
 def uniform_choices(problem: Problem) -> dict[str, Choice]:
