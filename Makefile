@@ -73,7 +73,7 @@ sanitize: $(VENV)/installed
 	$(BIN)/cmake --build build/sanitize
 	$(PATIENT) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 DYBIT_KERNELS=$(abspath build/sanitize) \
-		$(BIN)/pytest -p no:cacheprovider tests/kernels tests/operators tests/runtime \
+		$(BIN)/pytest -p no:cacheprovider tests/kernels tests/operators tests/runtime tests/test_torch_defaults.py \
 		-k "not opcheck and not layers and not compile and not export"
 
 # The kernels alone with a program that compares every instruction set with the scalar one: here, and cross-compiled for

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dybit.errors import DyBitError
 from dybit.formats import catalogue, packing
 from dybit.formats.codebook import Table
 from dybit.formats.format import variants
@@ -125,10 +126,17 @@ def test_packed_codes_and_their_values(bits, seed):
     extension.use(before)
 
 
-def test_a_choice_beyond_the_codebooks_is_left_to_torch():
-    packed = torch.zeros(1, 4, dtype=torch.uint8)
-    choice = torch.full((1, 1), 9, dtype=torch.uint8)
-    assert codes.decode(packed, torch.ones(1, 1), choice, variants(4), 8, None) is None
+def test_a_choice_beyond_the_codebooks_is_refused():
+    packed, x = torch.zeros(1, 4, dtype=torch.uint8), torch.ones(1, 8)
+    choice, scale, books = torch.full((1, 1), 9, dtype=torch.uint8), torch.ones(1, 1), variants(4)
+    for call in (
+        lambda: codes.decode(packed, scale, choice, books, 8, None),
+        lambda: codes.encode(x, scale, choice, books, None),
+        lambda: codes.round_chosen(x, scale, choice, books),
+        lambda: codes.pass_through(x, x, x, scale, torch.ones(9, 2), choice),
+    ):
+        with pytest.raises(DyBitError, match="choice must be below 9, the number of codebooks, but holds 9"):
+            call()
 
 
 @pytest.mark.parametrize("name", ["s4", "s8r3", "nf4"])
@@ -235,3 +243,88 @@ def test_threads_give_the_same_bits():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def foreign(tensor):
+    """The tensor with other types, shapes, strides and devices, none of which the kernels may read as it is."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8):
+        if dtype != tensor.dtype:
+            yield tensor.to(dtype)
+    yield tensor.to("meta")
+    yield tensor[..., :-1].contiguous()
+    yield tensor[:0]
+    yield torch.cat([tensor, tensor])[::2]
+    yield tensor[None]
+    yield tensor.reshape(-1)
+
+
+BOOK = catalogue.family("s4r2").books[0]
+ENTRIES = {
+    "fake_quantize": (
+        lambda x, scale, offset: codes.fake_quantize(x, scale, offset, BOOK),
+        lambda: (torch.randn(6, 40), torch.rand(6, 1) + 0.1, torch.rand(1)),
+    ),
+    "fake_quantize_dynamic": (
+        lambda x: codes.fake_quantize_dynamic(x, BOOK, 1.7, 16),
+        lambda: (torch.randn(6, 40),),
+    ),
+    "round_chosen": (
+        lambda x, scale, choice: codes.round_chosen(x, scale, choice, variants(4)),
+        lambda: (torch.randn(6, 40), torch.rand(6, 1) + 0.1, torch.arange(6, dtype=torch.uint8)[:, None]),
+    ),
+    "pass_through": (
+        codes.pass_through,
+        lambda: (
+            *torch.randn(3, 6, 40),
+            torch.rand(6, 1),
+            torch.randn(9, 2),
+            torch.arange(6, dtype=torch.uint8)[:, None],
+        ),
+    ),
+    "encode": (
+        lambda x, scale, choice: codes.encode(x, scale, choice, variants(4), 16),
+        lambda: (torch.randn(6, 40), torch.rand(6, 3) + 0.1, torch.randint(9, (6, 3), dtype=torch.uint8)),
+    ),
+    "decode": (
+        lambda packed, scale, choice: codes.decode(packed, scale, choice, variants(4), 40, 16),
+        lambda: (
+            torch.randint(256, (6, 20), dtype=torch.uint8),
+            torch.rand(6, 3) + 0.1,
+            torch.randint(9, (6, 3), dtype=torch.uint8),
+        ),
+    ),
+    "fit": (
+        lambda x, weights, scale: codes.fit(BOOK, x, weights, scale),
+        lambda: (torch.randn(6, 40), torch.rand(6, 40), torch.rand(6, 1) + 0.1),
+    ),
+    "search": (
+        lambda x, weights: codes.coarse(torch.rand(64, 12), [(0, 5), (5, 12)]).search(x, weights, 2),
+        lambda: (torch.rand(6, 40), torch.rand(6, 40)),
+    ),
+    "search_all": (
+        lambda x, weights: codes.coarse(torch.rand(64, 12), [(0, 5), (5, 12)]).search_all([(x, weights)], 2),
+        lambda: (torch.rand(6, 40), torch.rand(6, 40)),
+    ),
+    "coarse": (
+        lambda table: codes.Coarse(table, [(0, 5), (5, 12)]).search(torch.full((2, 9), 0.5), None, 2),
+        lambda: (torch.rand(64, 12),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_foreign_tensors_never_reach_the_kernels(name, isa):
+    """Each is refused, left to torch (None), or gives a result of its own shape that holds no memory of others."""
+    entry, make = ENTRIES[name]
+    given = make()
+    refused = 0
+    for place in range(len(given)):
+        for other in foreign(given[place]):
+            try:
+                entry(*given[:place], other, *given[place + 1 :])
+            except DyBitError as error:
+                refused += 1
+                assert "must be a contiguous" in str(error) or "choice must be below" in str(error)
+            except ValueError as error:
+                assert "values to unpack" in str(error)  # another number of dimensions
+    assert refused or name.startswith("fake_quantize")  # which converts every type

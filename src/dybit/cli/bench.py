@@ -176,8 +176,8 @@ def _linears(shapes: str) -> tuple[nn.Module, tuple[Any, ...]]:
             raise DyBitError(f"--shapes must be like 1x4096x4096,128x384x1536, not {word!r}")
         sizes.append([int(n) for n in match.groups()])
     torch.manual_seed(0)
-    layers = Side([nn.Linear(columns, outputs) for _, columns, outputs in sizes])
-    return layers, tuple(torch.randn(rows, columns) for rows, columns, _ in sizes)
+    layers = Side([nn.Linear(columns, outputs, dtype=torch.float32, device="cpu") for _, columns, outputs in sizes])
+    return layers, tuple(torch.randn(rows, columns, dtype=torch.float32, device="cpu") for rows, columns, _ in sizes)
 
 
 def _print(layers: Times, whole: Times, names: dict[str, str]) -> None:

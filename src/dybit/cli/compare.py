@@ -230,8 +230,10 @@ def _weights(weights: str | None, gaussian: bool, laplace: bool, pattern: str) -
     if weights is None:
         generator = torch.Generator().manual_seed(0)
         if gaussian:
-            return [torch.randn(_SYNTHETIC_SHAPE, generator=generator)], "Gaussian samples"
-        uniform = torch.rand(_SYNTHETIC_SHAPE, generator=generator, dtype=torch.float64) - 0.5
+            return [
+                torch.randn(_SYNTHETIC_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
+            ], "Gaussian samples"
+        uniform = torch.rand(_SYNTHETIC_SHAPE, generator=generator, dtype=torch.float64, device="cpu") - 0.5
         return [(-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()], "Laplacian samples"
     from dybit.layers.kinds import Layout, layout, weight_names
     from dybit.tensors.encoding import check_weight

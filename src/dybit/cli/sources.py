@@ -235,7 +235,7 @@ def _text_batches(path: Path, argument: str, model: str, tokenizer: str | None) 
 
     with _naming(f"{argument} {str(path)!r} is not a UTF-8 text file:"):
         text = path.read_text(encoding="utf-8")
-    ids = torch.tensor(_encoder(argument, model, tokenizer)(text), dtype=torch.int64)
+    ids = torch.tensor(_encoder(argument, model, tokenizer)(text), dtype=torch.int64, device="cpu")
     windows = ids.split(TEXT_LENGTH)
     for window in windows if len(windows) == 1 else windows[: len(ids) // TEXT_LENGTH]:
         if len(window) > 1:

@@ -89,7 +89,7 @@ def smollm2_batches(
     if length < 1:
         raise DyBitError(f"length={length!r} is below one.")
     text = "\n\n".join(half(prose(source), split))
-    ids = torch.tensor(smollm2_tokenizer().encode(text).ids)
+    ids = torch.tensor(smollm2_tokenizer().encode(text).ids, dtype=torch.int64, device="cpu")
     count = len(ids) // length
     windows = ids[: count * length].reshape(count, length)
     chosen = spread(count, batches, batch_size, f"windows of length={length!r} tokens")

@@ -26,7 +26,7 @@ def permute_channels_(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     llama: Untyped = model
     generator = torch.Generator().manual_seed(seed)
-    residual = torch.randperm(llama.config.hidden_size, generator=generator)
+    residual = torch.randperm(llama.config.hidden_size, generator=generator, dtype=torch.int64, device="cpu")
     _take(llama.model.embed_tokens.weight, 1, residual)
     if llama.lm_head.weight is not llama.model.embed_tokens.weight:
         _take(llama.lm_head.weight, 1, residual)
@@ -42,9 +42,13 @@ def permute_channels_(model: nn.Module, seed: int = 0) -> nn.Module:
 def _permute_attention(attention: Untyped, residual: Tensor, generator: torch.Generator) -> None:
     width, shared = attention.head_dim, attention.num_key_value_groups
     kv_heads = attention.v_proj.out_features // width
-    within = torch.stack([torch.randperm(width, generator=generator) for _ in range(kv_heads)])
-    values = within + width * torch.arange(kv_heads).unsqueeze(1)  # output channels of v_proj
-    starts = width * torch.arange(kv_heads * shared).unsqueeze(1)
+    within = torch.stack(
+        [torch.randperm(width, generator=generator, dtype=torch.int64, device="cpu") for _ in range(kv_heads)]
+    )
+    values = within + width * torch.arange(kv_heads, dtype=torch.int64, device="cpu").unsqueeze(
+        1
+    )  # output channels of v_proj
+    starts = width * torch.arange(kv_heads * shared, dtype=torch.int64, device="cpu").unsqueeze(1)
     outputs = starts + within.repeat_interleave(shared, dim=0)  # (heads, width): input channels of o_proj
     _reorder(attention.q_proj, None, residual)
     _reorder(attention.k_proj, None, residual)
@@ -53,7 +57,7 @@ def _permute_attention(attention: Untyped, residual: Tensor, generator: torch.Ge
 
 
 def _permute_feed_forward(mlp: Untyped, residual: Tensor, generator: torch.Generator) -> None:
-    hidden = torch.randperm(mlp.down_proj.in_features, generator=generator)
+    hidden = torch.randperm(mlp.down_proj.in_features, generator=generator, dtype=torch.int64, device="cpu")
     _reorder(mlp.gate_proj, hidden, residual)
     _reorder(mlp.up_proj, hidden, residual)
     _reorder(mlp.down_proj, residual, hidden)

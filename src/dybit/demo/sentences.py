@@ -127,6 +127,6 @@ def minilm_batches(
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
     encoded = tokenizer.encode_batch(texts)
     return {
-        "input_ids": torch.tensor([item.ids for item in encoded]),
-        "attention_mask": torch.tensor([item.attention_mask for item in encoded]),
+        "input_ids": torch.tensor([item.ids for item in encoded], dtype=torch.int64, device="cpu"),
+        "attention_mask": torch.tensor([item.attention_mask for item in encoded], dtype=torch.int64, device="cpu"),
     }

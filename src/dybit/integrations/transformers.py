@@ -458,7 +458,7 @@ def _await_(layer: _Layer, own: list[str]) -> None:
             module._buffers[weight + suffix] = torch.empty(shape, dtype=dtype, device="meta")
     if layer.input is not None and layer.input.mode == "static":
         for key in ("input_scale", *(["input_offset"] if layer.input.offset else [])):
-            module._buffers[key] = torch.empty(1, device="meta")
+            module._buffers[key] = torch.empty(1, dtype=torch.float32, device="meta")
 
     def show(tensor: Tensor) -> property:
         return property(lambda _: tensor)

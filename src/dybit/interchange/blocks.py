@@ -123,13 +123,13 @@ def _made(
 
 def _reciprocal(factor: Tensor) -> Tensor:
     """The number that to divide an E4M3 by comes closest to multiplying it by a factor: float32 of shape (1,)."""
-    significands = torch.arange(8, 16, dtype=torch.float32)
+    significands = torch.arange(8, 16, dtype=torch.float32, device="cpu")
     best = 1 / factor
     candidates = [best]
     for direction in (torch.inf, -torch.inf):
         near = best
         for _ in range(2):
-            near = torch.nextafter(near, torch.tensor(direction))
+            near = torch.nextafter(near, torch.tensor(direction, dtype=torch.float32, device="cpu"))
             candidates.append(near)
     wrong = [int((significands / c != significands * factor).sum()) for c in candidates]
     return candidates[wrong.index(min(wrong))].reshape(1)

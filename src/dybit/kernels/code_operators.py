@@ -43,7 +43,7 @@ class Lookup:
 
     def __init__(self, book: Codebook, device: torch.device) -> None:
         self.levels = torch.tensor(book.levels, dtype=torch.float32, device=device)
-        self.codes = torch.tensor(book.level_codes, device=device)
+        self.codes = torch.tensor(book.level_codes, dtype=torch.uint8, device=device)
         self._boundaries = torch.tensor(book.boundaries(np.float32), dtype=torch.float32, device=device)
         self._unit, self._limit = grid(book.midpoints)
         if self._unit:
@@ -143,7 +143,7 @@ def _pack_groups(codes: Tensor, bits: int) -> Tensor:
     word = torch.zeros(eights.shape[:2], dtype=torch.int64, device=codes.device)
     for i in range(8):
         word |= eights[..., i].to(torch.int64) << (i * bits)
-    shifts = torch.arange(bits, device=codes.device) * 8
+    shifts = torch.arange(bits, dtype=torch.int64, device=codes.device) * 8
     size = packed_size(length, bits)
     return ((word[..., None] >> shifts) & 255).to(torch.uint8).flatten(1)[:, :size]
 
@@ -156,7 +156,7 @@ def _unpack_groups(packed: Tensor, length: int, bits: int) -> Tensor:
     word = torch.zeros(padded.shape[:2], dtype=torch.int64, device=packed.device)
     for i in range(bits):
         word |= padded[..., i].to(torch.int64) << (8 * i)
-    shifts = torch.arange(8, device=packed.device) * bits
+    shifts = torch.arange(8, dtype=torch.int64, device=packed.device) * bits
     return ((word[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)[:, :length]
 
 

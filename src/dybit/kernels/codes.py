@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dybit.errors import DyBitError
 from dybit.formats.codebook import Codebook
 from dybit.formats.packing import packed_size
 from dybit.kernels import extension
+from dybit.kernels.extension import address
 
 _LEAST_RUN = 8  # elements that share a scale: with fewer, torch is as fast
 _NONE = (0, False, False)
+_F32, _U8 = torch.float32, torch.uint8
 
 
 def _ready(*tensors: Tensor | None) -> Any:  # noqa: ANN401  # the extension's module
@@ -35,15 +38,36 @@ def _book(book: Codebook) -> Any:  # noqa: ANN401
     """A codebook as the kernels keep it."""
     compiled = extension.load()
     assert compiled is not None
-    boundaries = np.ascontiguousarray(book.boundaries(np.float32), dtype=np.float32)
-    levels = np.ascontiguousarray(book.levels, dtype=np.float32)
-    codes = np.ascontiguousarray(book.level_codes)
-    return compiled.Codebook(boundaries.ctypes.data, levels.ctypes.data, codes.ctypes.data, len(levels))
+    boundaries = torch.from_numpy(book.boundaries(np.float32).astype(np.float32))
+    levels = torch.from_numpy(book.levels.astype(np.float32))
+    codes = torch.from_numpy(book.level_codes.astype(np.uint8))
+    count = len(levels)
+    return compiled.Codebook(
+        address("boundaries", boundaries, _F32, (count - 1,)),
+        address("levels", levels, _F32, (count,)),
+        address("codes", codes, _U8, (count,)),
+        count,
+    )
 
 
-def _spread(units: Tensor) -> tuple[int, bool, bool]:
-    """A contiguous (rows or 1, groups or 1) tensor as the kernels are told of it."""
-    return units.data_ptr(), units.shape[0] > 1, units.shape[1] > 1
+def _spread(name: str, units: Tensor | None, dtype: torch.dtype, rows: int, groups: int) -> tuple[int, bool, bool]:
+    """A contiguous (rows or 1, groups or 1) tensor, or None, as the kernels are told of it."""
+    if units is None:
+        return _NONE
+    by_row, by_group = units.shape[:1] != (1,), units.shape[1:] != (1,)
+    shape = (rows if by_row else 1, groups if by_group else 1)
+    return address(name, units, dtype, shape), by_row, by_group
+
+
+def _chosen(choice: Tensor | None, rows: int, groups: int, books: int) -> tuple[int, bool, bool]:
+    """Choices among some codebooks as the kernels are told of them.
+
+    Raises:
+        DyBitError: A choice is beyond the codebooks; a file can hold anything.
+    """
+    if choice is not None and choice.numel() and int(choice.max()) >= books:
+        raise DyBitError(f"choice must be below {books}, the number of codebooks, but holds {int(choice.max())}")
+    return _spread("choice", choice, _U8, rows, groups)
 
 
 def _as_given(x: Tensor) -> Tensor:
@@ -65,11 +89,11 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, book: Codeboo
     out = torch.empty_like(given)
     _book(book).round(
         shape,
-        given.data_ptr(),
-        out.data_ptr(),
+        address("x", given, given.dtype, x.shape),
+        address("out", out, given.dtype, x.shape),
         given.dtype == torch.bfloat16,
-        (scales.data_ptr(), shape[0] > 1, False),
-        0 if offset is None else offset.data_ptr(),
+        (address("scale", scales.view(-1), _F32, (shape[0],)), shape[0] > 1, False),
+        0 if offset is None else address("offset", offset.view(-1), _F32, (1,)),
         1.0,
         torch.get_num_threads(),
     )
@@ -102,8 +126,8 @@ def fake_quantize_dynamic(x: Tensor, book: Codebook, reach: float, group_size: i
     columns = x.shape[-1]
     _book(book).round(
         (x.numel() // columns, columns, min(group_size or columns, columns)),
-        given.data_ptr(),
-        out.data_ptr(),
+        address("x", given, given.dtype, x.shape),
+        address("out", out, given.dtype, x.shape),
         given.dtype == torch.bfloat16,
         _NONE,
         0,
@@ -130,10 +154,10 @@ def round_chosen(x: Tensor, scale: Tensor, choice: Tensor, books: Sequence[Codeb
     compiled.round_chosen(
         [_book(book) for book in books],
         (units, length, length),
-        x.data_ptr(),
-        _spread(scale),
-        _spread(choice),
-        out.data_ptr(),
+        address("x", x, _F32, (units, length)),
+        _spread("scale", scale, _F32, units, 1),
+        _chosen(choice, units, 1, len(books)),
+        address("out", out, _F32, (units, length)),
         torch.get_num_threads(),
     )
     return out
@@ -162,17 +186,18 @@ def pass_through(
     x, grad, rounded, scale = x.contiguous(), grad.contiguous(), rounded.contiguous(), scale.contiguous()
     choice = None if choice is None else choice.contiguous()
     units, length = x.shape
-    x_grad, slopes = torch.empty_like(x), torch.empty(units, 1)
+    shape = (units, length)
+    x_grad, slopes = torch.empty_like(x), torch.empty(units, 1, dtype=_F32, device="cpu")
     compiled.pass_through(
-        ends.data_ptr(),
+        address("ends", ends, _F32, (len(ends), 2)),
         (units, length, length),
-        x.data_ptr(),
-        grad.data_ptr(),
-        rounded.data_ptr(),
-        _spread(scale),
-        _NONE if choice is None else _spread(choice),
-        x_grad.data_ptr(),
-        slopes.data_ptr(),
+        address("x", x, _F32, shape),
+        address("grad", grad, _F32, shape),
+        address("rounded", rounded, _F32, shape),
+        _spread("scale", scale, _F32, units, 1),
+        _chosen(choice, units, 1, len(ends)),
+        address("x_grad", x_grad, _F32, shape),
+        address("slopes", slopes, _F32, (units, 1)),
         torch.get_num_threads(),
     )
     return x_grad, slopes
@@ -197,15 +222,17 @@ def encode(
     bits = books[0].bits
     x, scale = x.contiguous(), scale.contiguous()
     choice = None if choice is None else choice.contiguous()
-    packed = torch.empty(rows, packed_size(columns, bits, group_size), dtype=torch.uint8)
+    groups = -(-columns // (group_size or columns))
+    size = packed_size(columns, bits, group_size)
+    packed = torch.empty(rows, size, dtype=_U8, device="cpu")
     compiled.encode(
         [_book(book) for book in books],
         (rows, columns, min(group_size or columns, columns)),
         bits,
-        x.data_ptr(),
-        _spread(scale),
-        _NONE if choice is None else _spread(choice),
-        packed.data_ptr(),
+        address("x", x, _F32, (rows, columns)),
+        _spread("scale", scale, _F32, rows, groups),
+        _chosen(choice, rows, groups, len(books)),
+        address("packed", packed, _U8, (rows, size)),
         torch.get_num_threads(),
     )
     return packed
@@ -224,27 +251,25 @@ def decode(
     books: tuple[Codebook, ...],
     count: int,
     group_size: int | None,
-    index: Tensor | None = None,
 ) -> Tensor | None:
-    """``torch.ops.dybit.dequantize``, of the rows in ``index`` (int64, contiguous) where it is given."""
-    compiled = _ready(packed, scale, choice, index)
+    """``torch.ops.dybit.dequantize``."""
+    compiled = _ready(packed, scale, choice)
     if compiled is None or count == 0 or scale.dtype != torch.float32:
         return None
     packed, scale = packed.contiguous(), scale.contiguous()
     choice = None if choice is None else choice.contiguous()
-    if choice is not None and choice.numel() and int(choice.max()) >= len(books):  # a file can hold anything
-        return None
-    rows = packed.shape[0] if index is None else index.numel()
-    out = torch.empty(rows, count)
+    rows = packed.shape[0]
+    bits, groups = books[0].bits, -(-count // (group_size or count))
+    out = torch.empty(rows, count, dtype=_F32, device="cpu")
     compiled.decode(
-        _values(books).data_ptr(),
+        address("values", _values(books), _F32, (len(books), 1 << bits)),
         (rows, count, min(group_size or count, count)),
-        books[0].bits,
-        packed.data_ptr(),
-        0 if index is None else index.data_ptr(),
-        _spread(scale),
-        _NONE if choice is None else _spread(choice),
-        out.data_ptr(),
+        bits,
+        address("packed", packed, _U8, (rows, packed_size(count, bits, group_size))),
+        0,
+        _spread("scale", scale, _F32, rows, groups),
+        _chosen(choice, rows, groups, len(books)),
+        address("out", out, _F32, (rows, count)),
         torch.get_num_threads(),
     )
     return out
@@ -268,10 +293,14 @@ def fit(book: Codebook, x: Tensor, weights: Tensor | None, scale: Tensor) -> Ten
     units, length = x.shape
     x, scale = x.contiguous(), scale.contiguous()
     weights = None if weights is None else weights.contiguous()
-    out = torch.empty(units, 3, dtype=torch.float64)
-    pointer = 0 if weights is None else weights.data_ptr()
+    out = torch.empty(units, 3, dtype=torch.float64, device="cpu")
     _book(book).fit(
-        (units, length, length), x.data_ptr(), pointer, _spread(scale), out.data_ptr(), torch.get_num_threads()
+        (units, length, length),
+        address("x", x, _F32, (units, length)),
+        address("weights", weights, _F32, (units, length)),
+        _spread("scale", scale, _F32, units, 1),
+        address("out", out, torch.float64, (units, 3)),
+        torch.get_num_threads(),
     )
     return out.T
 
@@ -288,20 +317,32 @@ class Coarse:
         compiled = extension.load()
         assert compiled is not None
         table = table.contiguous()
-        first = np.array([start for start, _ in owners] + [owners[-1][1]], dtype=np.int32)
+        starts = [start for start, _ in owners] + [owners[-1][1]]
+        first = torch.tensor(starts, dtype=torch.int32, device="cpu")
         self._books = len(owners)
         self._half = table.shape[0] // 2
-        self._table = compiled.CoarseTable(table.data_ptr(), self._half, table.shape[1], first.ctypes.data, self._books)
+        pairs = starts[-1]
+        self._table = compiled.CoarseTable(
+            address("table", table, _F32, (2 * self._half, pairs)),
+            self._half,
+            pairs,
+            address("first", first, torch.int32, (self._books + 1,)),
+            self._books,
+        )
 
     def search(self, x: Tensor, weights: Tensor | None, best: int) -> Tensor:
         """The pairs of the least error of every row and codebook: int32 of shape (units, books, best)."""
         units, length = x.shape
         x = x.contiguous()
         weights = None if weights is None else weights.contiguous()
-        out = torch.empty(units, self._books, best, dtype=torch.int32)
-        pointer = 0 if weights is None else weights.data_ptr()
+        out = torch.empty(units, self._books, best, dtype=torch.int32, device="cpu")
         self._table.search(
-            (units, length, length), x.data_ptr(), pointer, best, out.data_ptr(), torch.get_num_threads()
+            (units, length, length),
+            address("x", x, _F32, (units, length)),
+            address("weights", weights, _F32, (units, length)),
+            best,
+            address("out", out, torch.int32, (units, self._books, best)),
+            torch.get_num_threads(),
         )
         return out
 
@@ -309,14 +350,15 @@ class Coarse:
         """The same with all elements of all chunks as one unit: int32 of shape (1, books, best)."""
         compiled = extension.load()
         assert compiled is not None
-        histogram = torch.zeros(2 * self._half, dtype=torch.float64)
+        histogram = torch.zeros(2 * self._half, dtype=torch.float64, device="cpu")
+        total = address("histogram", histogram, torch.float64, (2 * self._half,))
         for x, weights in chunks:
             x = x.contiguous()
             weights = None if weights is None else weights.contiguous()
-            pointer = 0 if weights is None else weights.data_ptr()
-            compiled.add_to_histogram(x.data_ptr(), pointer, x.numel(), self._half, histogram.data_ptr())
-        out = torch.empty(1, self._books, best, dtype=torch.int32)
-        self._table.search_histogram(histogram.data_ptr(), best, out.data_ptr())
+            given, importance = address("x", x, _F32, x.shape), address("weights", weights, _F32, x.shape)
+            compiled.add_to_histogram(given, importance, x.numel(), self._half, total)
+        out = torch.empty(1, self._books, best, dtype=torch.int32, device="cpu")
+        self._table.search_histogram(total, best, address("out", out, torch.int32, (1, self._books, best)))
         return out
 
 

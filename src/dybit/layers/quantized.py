@@ -124,7 +124,7 @@ class Quantized(Described, nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype, device="cpu")).dtype
         return self
 
 

@@ -163,7 +163,7 @@ def pair_spearman(reference: Tensor, output: Tensor) -> float:
         DyBitError: Shapes differ or are none of embeddings, or a tensor is not finite.
     """
     _check_embeddings(reference, output)
-    upper = torch.triu_indices(len(reference), len(reference), offset=1)
+    upper = torch.triu_indices(len(reference), len(reference), offset=1, dtype=torch.int64, device="cpu")
     return spearman(similarities(reference)[*upper], similarities(output)[*upper])
 
 
@@ -331,7 +331,7 @@ class _Sums:
             if surprise is not None:
                 self.surprise, self.tokens = self.surprise + surprise[0], self.tokens + surprise[1]
         if x.shape[1] > 1:
-            rows = torch.linspace(0, len(x) - 1, min(len(x), _RANKED_ROWS)).long()
+            rows = torch.linspace(0, len(x) - 1, min(len(x), _RANKED_ROWS), dtype=torch.float32, device="cpu").long()
             self._sum("spearman", spearman(x[rows], y[rows]), len(rows))
 
     def _sum(self, name: str, value: float, count: int) -> None:

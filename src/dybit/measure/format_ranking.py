@@ -134,7 +134,7 @@ def _measure(
     own = setting.of(family)
     signal = noise = 0.0
     scales_count = weights_count = tensors_bits = 0
-    votes = torch.zeros(len(family.books), dtype=torch.int64)
+    votes = torch.zeros(len(family.books), dtype=torch.int64, device="cpu")
     ratios: list[Tensor] = []
     owners: list[Tensor] = []
     for matrix in matrices:
@@ -193,7 +193,9 @@ def normalized(matrices: Sequence[Tensor], setting: Setting, limit: int) -> NDAr
     for matrix in matrices:
         ratio = matrix / _spread(_unit_rms(matrix, setting), matrix, setting)
         wanted = max(1, round(limit * matrix.numel() / total))
-        index = torch.linspace(0, matrix.numel() - 1, min(wanted, matrix.numel()), dtype=torch.float64).long()
+        index = torch.linspace(
+            0, matrix.numel() - 1, min(wanted, matrix.numel()), dtype=torch.float64, device="cpu"
+        ).long()
         samples.append(ratio.reshape(-1)[index].double())
     return torch.cat(samples).numpy()
 
@@ -239,8 +241,9 @@ def _sampled_rows(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
     sure = min(len(order), math.ceil(len(order) * share / 2))
     every = max(1, round((len(order) - sure) / max(1, len(order) * share / 2)))
     rest = order[sure + every // 2 :: every]
-    counts = torch.cat([torch.ones(sure), torch.full((len(rest),), (len(order) - sure) / max(1, len(rest)))])
-    return matrix[torch.cat([order[:sure], rest])], counts[:, None]
+    counts = torch.ones(sure + len(rest), 1, dtype=torch.float32, device=matrix.device)
+    counts[sure:] = (len(order) - sure) / max(1, len(rest))
+    return matrix[torch.cat([order[:sure], rest])], counts
 
 
 def _lloyd_turn(
@@ -252,7 +255,8 @@ def _lloyd_turn(
     """
     table = lookup(family.books[0], torch.device("cpu"))
     count = len(table.levels)
-    error, products, squares = 0.0, torch.zeros(count).double(), torch.zeros(count).double()
+    error = 0.0
+    products, squares = torch.zeros(2, count, dtype=torch.float64, device="cpu")
     for matrix, counts in matrices:
         found = _scales(matrix, family, setting)
         scale = _spread(found.scale, matrix, setting)

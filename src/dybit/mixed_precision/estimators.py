@@ -214,7 +214,10 @@ class _FisherPasses:
             logs = result.reshape(-1, result.shape[-1]).log_softmax(-1)
             labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
             return -logs.gather(1, labels).sum()
-        signs = torch.randint(0, 2, result.shape, generator=generator).to(result.dtype) * 2 - 1
+        signs = (
+            torch.randint(0, 2, result.shape, generator=generator, dtype=torch.int64, device="cpu").to(result.dtype) * 2
+            - 1
+        )
         return (result * signs).sum()
 
     def _watch(

@@ -113,7 +113,7 @@ def _noise(layer: LayerRecipe, weights: bool) -> float:
     family = layer.weight_family if weights else families[0] if families else None
     if family is None:
         return 0.0
-    quantiles = (torch.arange(_SAMPLES, dtype=torch.float64) + 0.5) / _SAMPLES
+    quantiles = (torch.arange(_SAMPLES, dtype=torch.float64, device="cpu") + 0.5) / _SAMPLES
     sample = torch.special.ndtri(quantiles).float()
     scales = choose_scales(
         sample[None], family, granularity="tensor", scale_type=layer.scale_type if weights else "fp32"

@@ -123,4 +123,8 @@ def check_attachments(data: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
 def expect_attached_(model: nn.Module, attached: Mapping[str, Mapping[str, Any]]) -> None:
     """Gives a fresh model what :func:`attachments` tells of, with values to be loaded."""
     for name, entry in attached.items():
-        attach_(model.get_submodule(name), entry["kind"], *(torch.empty(shape) for shape in entry["sizes"]))
+        attach_(
+            model.get_submodule(name),
+            entry["kind"],
+            *(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in entry["sizes"]),
+        )

@@ -116,5 +116,5 @@ def expect_folded_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None
         conv = model.get_submodule(conv_name)
         assert isinstance(conv, _CONVOLUTIONS)
         if conv.bias is None:
-            conv.bias = nn.Parameter(torch.zeros(conv.out_channels), requires_grad=False)
+            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
         remove_norm_(model, norm_name)

@@ -66,7 +66,11 @@ class InputStatistics:
         if sum(part.numel() for part in self.samples) < _MAX_SAMPLES:
             wanted = max(_LEAST_POSITIONS, _SAMPLES_PER_BATCH // flat.shape[1])
             if flat.shape[0] > wanted:
-                flat = flat[torch.randint(flat.shape[0], (wanted,), generator=generator).to(flat.device)]
+                flat = flat[
+                    torch.randint(flat.shape[0], (wanted,), generator=generator, dtype=torch.int64, device="cpu").to(
+                        flat.device
+                    )
+                ]
             self.samples.append(flat.cpu())
 
     def elements(self) -> Tensor:
@@ -149,7 +153,7 @@ def choose_input(
     signed, unsigned = families
     sample = statistics.elements()
     if method != "mse":  # the extremes, which the sample may have missed
-        sample = torch.cat([sample, torch.tensor([statistics.low, statistics.high])])
+        sample = torch.cat([sample, sample.new_tensor([statistics.low, statistics.high])])
     candidates: list[tuple[Family, float]] = []
     if unsigned is not None and statistics.low >= 0:
         candidates.append((unsigned, 0.0))
@@ -165,7 +169,7 @@ def choose_input(
         if best is None or error < best[0]:
             book = family.books[int(scales.choice.item()) if scales.choice is not None else 0]
             spec = InputSpec(book.name, offset=low != 0)
-            best = error, spec, scales.scale.reshape(1), torch.tensor([low]) if low != 0 else None
+            best = error, spec, scales.scale.reshape(1), sample.new_tensor([low]) if low != 0 else None
     assert best is not None
     return best[1:]
 

@@ -434,13 +434,16 @@ def _prepare_layer_(module: nn.Module, entry: LayerEntry) -> None:
     make_plain_(module)
     weights = {}
     for name, spec in entry.weights.items():
-        buffers = {suffix: torch.empty(shape, dtype=dtype) for suffix, (shape, dtype) in spec.buffers().items()}
+        buffers = {
+            suffix: torch.empty(shape, dtype=dtype, device="cpu") for suffix, (shape, dtype) in spec.buffers().items()
+        }
         weights[name] = QuantizedTensor(
             spec, buffers[""], buffers["_scale"], buffers.get("_choice"), buffers.get("_tensor_scale")
         )
-    swap_(module, weights, entry.input, torch.empty(1), torch.empty(1), entry.dtype)
+    scale, offset = torch.empty(2, 1, dtype=torch.float32, device="cpu")
+    swap_(module, weights, entry.input, scale, offset, entry.dtype)
     if entry.added_bias and module._parameters.get("bias") is None:
-        set_bias_(cast(Quantized, module), torch.empty(entry.weights["weight"].rows))
+        set_bias_(cast(Quantized, module), torch.empty(entry.weights["weight"].rows, dtype=torch.float32, device="cpu"))
 
 
 def _tie_(model: nn.Module, shared: Mapping[str, str]) -> None:

@@ -34,7 +34,7 @@ def table_round(build: Builder, x: ir.Value, layer: Quantized, rank: int) -> ir.
             return _scaled_round(build, x, scale, spec.format)
         offset = build.constant(layer.get_buffer("input_offset").item())
         return build.op("Add", _scaled_round(build, build.op("Sub", x, offset), scale, spec.format), offset)
-    first = channel_dim(layer, torch.empty([0] * rank))
+    first = channel_dim(layer, torch.empty([0] * rank, dtype=torch.float32, device="cpu"))
     if first != rank - 1:  # a convolution: a scale for every sample
         return _dynamic(build, x, list(range(first, rank)), spec.reach or 1.0, spec.format)
     columns = x.shape[-1] if x.shape is not None else None
@@ -122,7 +122,7 @@ def _nearest(build: Builder, x: ir.Value, format: str) -> ir.Value:
         index = build.op("ReduceSum", build.cast(above, ir.DataType.INT32), build.constant([-1], np.int64), keepdims=0)
         return build.op("Gather", levels, index)
     # Entry 2k is the point k·unit, entry 2k+1 the open interval above it, as in dybit.kernels.code_operators.Lookup.
-    points = torch.arange(-2 * limit, 2 * limit + 1, dtype=torch.float32) * (unit / 2)
+    points = torch.arange(-2 * limit, 2 * limit + 1, dtype=torch.float32, device="cpu") * (unit / 2)
     cells = lookup(book, torch.device("cpu")).nearest(points).numpy().astype(np.uint8)
     table = build.op("Gather", levels, build.cast(build.initializer(f"dybit.{format}.cells", cells), ir.DataType.INT32))
     position = build.op("Clip", build.op("Mul", x, build.constant(1.0 / unit)),

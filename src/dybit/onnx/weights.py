@@ -224,7 +224,7 @@ def _scale(build: Builder, weight: QuantizedTensor, name: str, unit: Callable[[A
     if kind == "fp32":
         return build.initializer(f"{name}.scale", unit(weight.scale.numpy()))
     if kind == "pow2":
-        every = QuantizedTensor(weight.spec, weight.packed, torch.arange(256, dtype=torch.uint8)).scales()
+        every = QuantizedTensor(weight.spec, weight.packed, torch.arange(256, dtype=torch.uint8, device="cpu")).scales()
         index = build.initializer(f"{name}.scale", unit(weight.scale.numpy()))
         table = build.initializer("dybit.pow2", every.numpy())
         scale = build.op("Gather", table, build.cast(index, ir.DataType.INT32))

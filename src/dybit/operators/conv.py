@@ -18,6 +18,7 @@ from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.kernels import extension
 from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic, pack
+from dybit.kernels.extension import address
 from dybit.operators import packed_weight
 from dybit.operators.linear import Cache, no_view, read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -32,6 +33,7 @@ SCHEMA = (
 )
 _FUNCTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 _LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
+_F32 = torch.float32
 _EXACT = 1 << 24  # up to here FP32 holds every integer
 _LEAST_COLUMNS = 8  # of a group: with fewer, and no kernel of its own, torch is faster
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
@@ -46,29 +48,39 @@ class Packed:
         compiled: Any,  # noqa: ANN401
         inputs: packed_weight.InputFormat,
         parts: list[packed_weight.PackedWeight],
+        channels: int,
+        rows: int,
     ) -> None:
         self.isa = packed_weight.isa()
         self.parts = parts  # kept alive: the extension has their addresses
         self.compiled = compiled  # the extension's own object
+        self.channels, self.rows = channels, rows  # of inputs and of results
         self._inputs = inputs
 
     def run(
-        self, x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, reach: float
+        self,
+        x: Tensor,
+        y: Tensor,
+        places: Sequence[int],
+        bias: Tensor | None,
+        scale: Tensor | None,
+        offset: Tensor | None,
+        reach: float,
     ) -> bool:
-        """Convolves x (batch, *size, channels) into y; False if x holds NaN."""
+        """Convolves x (batch, *size, channels) into y (batch, *places, rows); False if x holds NaN."""
         factor = self._inputs.factor
         if scale is not None and factor != 1:
             scale = scale * factor
-        size = tuple(x.shape[1:-1])
+        batch, *size = x.shape[:-1]
         return bool(
             self.compiled.run(
-                x.data_ptr(),
-                x.shape[0],
-                (1,) * (3 - len(size)) + size,
-                y.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                0 if scale is None else scale.data_ptr(),
-                0 if offset is None else offset.data_ptr(),
+                address("x", x, _F32, (batch, *size, self.channels)),
+                batch,
+                (1,) * (3 - len(size)) + tuple(size),
+                address("y", y, _F32, (batch, *places, self.rows)),
+                address("bias", bias, _F32, (self.rows,)),
+                address("input_scale", scale, _F32, (1,)),
+                address("input_offset", offset, _F32, (1,)),
                 reach / factor,
                 torch.get_num_threads(),
             )
@@ -111,8 +123,9 @@ def pack_conv(
     permuted = spec.groups == 1 and math.prod(spec.shape[2:]) > 1
     rows = spec.rows // groups
     parts = [packed_weight.PackedWeight(_rows(weight, g * rows, rows, permuted), inputs) for g in range(groups)]
-    made = compiled.Conv([part.compiled for part in parts], extents, spec.shape[1] * groups, groups, not permuted)
-    return Packed(made, inputs, parts)
+    channels = spec.shape[1] * groups
+    made = compiled.Conv([part.compiled for part in parts], extents, channels, groups, not permuted)
+    return Packed(made, inputs, parts, channels, spec.rows)
 
 
 def _rows(weight: QuantizedTensor, start: int, count: int, permuted: bool) -> QuantizedTensor:
@@ -152,9 +165,15 @@ def _pack_depthwise(
         return None
     by_tap = significands.T.contiguous()
     made = compiled.Depthwise(
-        by_tap.data_ptr(), scales.data_ptr(), extents, groups, inputs.magnitude_bits, inputs.max_run, inputs.signed
+        address("significands", by_tap, _F32, (spec.columns, groups)),
+        address("scales", scales, _F32, (groups,)),
+        extents,
+        groups,
+        inputs.magnitude_bits,
+        inputs.max_run,
+        inputs.signed,
     )
-    return Packed(made, inputs, [])
+    return Packed(made, inputs, [], groups, groups)
 
 
 def _conv(
@@ -196,12 +215,12 @@ def _conv(
     if packed is not None:
         to_last = (0, *range(2, x.ndim), 1)
         given = x.detach().permute(to_last).float().contiguous()
-        out = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+        out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=layout)
         last = out.permute(to_last)
         direct = out.dtype == torch.float32 and last.is_contiguous()
-        y = last if direct else torch.empty(last.shape)
+        y = last if direct else torch.empty(last.shape, dtype=_F32, device="cpu")
         floating = None if bias is None else bias.detach().float().contiguous()
-        if y.numel() == 0 or packed.run(given, y, floating, input_scale, input_offset, reach):
+        if y.numel() == 0 or packed.run(given, y, shape[2:], floating, input_scale, input_offset, reach):
             if not direct:
                 last.copy_(y)
             return out

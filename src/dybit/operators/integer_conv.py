@@ -20,6 +20,7 @@ from torch import Tensor
 from dybit.errors import DyBitError
 from dybit.kernels import extension
 from dybit.kernels.code_operators import fake_quantize
+from dybit.kernels.extension import address
 from dybit.operators import packed_weight
 from dybit.operators.conv import Packed, convolve, extents, output_size, pack_conv
 from dybit.operators.linear import Cache, read_spec
@@ -34,6 +35,7 @@ CONV_SCHEMA = (
     "str format, int[] border, float low, float high, bool keep, str out_format, int[] out_border) -> (Tensor, Tensor)"
 )
 _KINDS = {torch.int8: 1, torch.uint8: 2, torch.int16: 3}  # csrc/weight.h
+_F32 = torch.float32
 _DENSE = 16  # channels: from here on every place starts at a multiple of 32, as products want it
 _NOTHING = (0, 1, (0, 0, 0), (0, 0, 0), 0, 0)
 _INFINITY = float("inf")
@@ -97,11 +99,6 @@ def _format(name: str, border: tuple[int, ...]) -> tuple[ImageFormat, Any, torch
     return made, ((*zeros, *border[::2]), (*zeros, *border[1::2])), made.dtype
 
 
-def _picture(image: Tensor, borders: Any, channels: int) -> tuple[Any, ...]:  # noqa: ANN401
-    """An image as the extension is told of it."""
-    return (image.data_ptr(), _KINDS[image.dtype], *borders, channels, image.shape[-1])
-
-
 def _three(size: Sequence[int]) -> tuple[int, ...]:
     return (1,) * (3 - len(size)) + tuple(size)
 
@@ -127,13 +124,15 @@ def _round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str, border:
     compiled = extension.load() if x.device.type == "cpu" and scale.device.type == "cpu" else None
     if compiled is None:
         return _encode(x, scale, offset, made)
-    image = torch.empty(made.shape(x.shape[0], x.shape[1], size), dtype=dtype)
+    batch, channels = x.shape[:2]
+    shape = made.shape(batch, channels, size)
+    image = torch.empty(shape, dtype=dtype, device="cpu")
     given = _last(x)
     if given.numel() == 0:
         return image.zero_()  # the border of an empty sample
     if not compiled.round_to_image(
-        given.data_ptr(), x.shape[0], _three(size), _rounded(made, scale, offset), _picture(image, borders, x.shape[1]),
-        torch.get_num_threads(),
+        address("x", given, _F32, (batch, *size, channels)), batch, _three(size), _rounded(made, scale, offset),
+        (address("image", image, dtype, shape), _KINDS[dtype], *borders, channels, shape[-1]), torch.get_num_threads(),
     ):  # fmt: skip
         raise UnknownError("x must not hold NaN where it is rounded to an image")
     return image
@@ -230,7 +229,8 @@ class Prepared:
         if tuple(shape) != self._made.shape(batch, channels, size):
             raise DyBitError(f"image must be of {channels} channels, but has shape {tuple(shape)}")
         self._results = (batch, outputs, *places)
-        self._y = (batch, *places, outputs) if keep else (0,)
+        self._last = (batch, *places, outputs)
+        self._y = self._last if keep else (0,)
         self._to_first = (0, len(places) + 1, *range(1, len(places) + 1))
         self._bias = None if bias is None else bias.detach().float().contiguous()
         self._out: ImageFormat | None = None
@@ -256,8 +256,8 @@ class Prepared:
             self._packed = packed
         self._source = (_KINDS[self._dtype], *borders, channels, shape[-1])
         self._call = (
-            batch, _three(size), scale.item() * self._made.inputs.factor, 0 if offset is None else offset.data_ptr(),
-            0 if self._bias is None else self._bias.data_ptr(),
+            batch, _three(size), scale.item() * self._made.inputs.factor, address("offset", offset, _F32, (1,)),
+            address("bias", self._bias, _F32, (outputs,)),
         ) if self._packed is not None else ()  # fmt: skip
 
     def run(self, image: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -285,15 +285,15 @@ class Prepared:
         if self._packed is None or image.device.type != "cpu" or image.numel() == 0:
             return self._by_torch(image, addend)
         last = None if addend is None else _last(addend)
-        y = torch.empty(self._y)
-        result = torch.empty(self._image, dtype=self._image_dtype)
+        y = torch.empty(self._y, dtype=_F32, device="cpu")
+        result = torch.empty(self._image, dtype=self._image_dtype, device="cpu")
         done = self._packed.compiled.run_image(
-            (image.data_ptr(), *self._source),
+            (address("image", image, self._dtype, self.shape), *self._source),
             *self._call,
-            y.data_ptr() if self._keep else 0,
-            0 if last is None else last.data_ptr(),
+            address("y", y, _F32, self._y) if self._keep else 0,
+            address("addend", last, _F32, self._last),
             *self._limits,
-            (result.data_ptr() if self._out else 0, *self._target),
+            (address("result", result, self._image_dtype, self._image) if self._out else 0, *self._target),
             self._rounded,
             torch.get_num_threads(),
         )

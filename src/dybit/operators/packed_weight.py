@@ -18,7 +18,7 @@ from dybit.formats.format import Format, variants
 from dybit.formats.scaling import Granularity
 from dybit.kernels import extension
 from dybit.kernels.code_operators import pack
-from dybit.kernels.extension import FALLBACK, available, isa, use
+from dybit.kernels.extension import FALLBACK, address, available, isa, use
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "use",
 ]
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")  # as csrc/weight.h numbers them
+_F32, _ONE = torch.float32, (1,)
 _MAX_BOOKS = 32
 _MAX_SIGNIFICAND = 32767
 
@@ -126,22 +127,23 @@ class PackedWeight:
         if packed.numel() != spec.rows * spec.row_bytes or scale.shape != spec.scale_shape:
             raise DyBitError(f"weight must have {spec.packed_shape} codes and {spec.scale_shape} scales")
         books = len(tables[1])
+        units = spec.unit_shape(spec.choice)
         if choice is not None and int(choice.max()) >= books:  # a file can hold anything
             raise DyBitError(f"weight has choice {int(choice.max())}, beyond the {books} codebooks of {spec.family}")
         self._weight = compiled.PackedWeight(
-            packed.data_ptr(),
+            address("packed", packed.view(-1), torch.uint8, (spec.rows * spec.row_bytes,)),
             spec.rows,
             spec.columns,
             spec.bits,
             spec.group_size or spec.columns,
-            scale.data_ptr(),
+            address("scale", scale, _F32, spec.scale_shape),
             scale.shape[0] > 1,
             scale.shape[1] > 1,
-            0 if choice is None else choice.data_ptr(),
-            choice is not None and choice.shape[0] > 1,
-            choice is not None and choice.shape[1] > 1,
-            tables[0].ctypes.data,
-            tables[1].ctypes.data,
+            address("choice", choice, torch.uint8, units),
+            choice is not None and units[0] > 1,
+            choice is not None and units[1] > 1,
+            address("significands", torch.from_numpy(tables[0]), torch.int32, (books, 1 << spec.bits)),
+            address("steps", torch.from_numpy(tables[1]), _F32, (books,)),
             books,
             inputs.magnitude_bits,
             inputs.max_run,
@@ -202,16 +204,9 @@ class PackedWeight:
         Raises:
             DyBitError: A tensor has another type, shape, device or layout, or the activation is unknown.
         """
-        y = _outputs(x, self, self, activation)
+        y, results = _outputs(x, self, self)
         given, _kept = self.addresses(bias, scale, offset, reach)
-        self._weight.linear(
-            x.data_ptr(),
-            x.shape[0],
-            y.data_ptr(),
-            *given[1:],
-            torch.get_num_threads(),
-            ACTIVATIONS.index(activation),
-        )
+        self._weight.linear(*results, *given[1:], torch.get_num_threads(), _activation(activation))
         return y
 
     def addresses(
@@ -222,12 +217,6 @@ class PackedWeight:
         Raises:
             DyBitError: A tensor has another type, shape, device or layout, or ``reach`` is not positive.
         """
-        if bias is not None:
-            _check("bias", bias, (self.shape[0],))
-        if scale is not None:
-            _check("scale", scale, (1,))
-        if offset is not None:
-            _check("offset", offset, (1,))
         if not reach > 0:
             raise DyBitError(f"reach must be positive, not {reach!r}")
         factor = self.inputs.factor
@@ -235,16 +224,16 @@ class PackedWeight:
             scale = scale * factor
         return (
             self._weight,
-            0 if bias is None else bias.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            0 if offset is None else offset.data_ptr(),
+            address("bias", bias, _F32, self.shape[:1]),
+            address("scale", scale, _F32, _ONE),
+            address("offset", offset, _F32, _ONE),
             reach / factor,
         ), scale
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32 of shape (rows, columns)."""
-        out = torch.empty(self.shape)
-        self._weight.dequantize(out.data_ptr(), torch.get_num_threads())
+        out = torch.empty(self.shape, dtype=_F32, device="cpu")
+        self._weight.dequantize(address("out", out, _F32, self.shape), torch.get_num_threads())
         return out
 
 
@@ -280,7 +269,7 @@ def feed_forward(
         DyBitError: A tensor has another type, shape, device or layout, weights do not fit each other, or the activation
             is unknown.
     """
-    y = _outputs(x, first.weight, down.weight, activation)
+    y, results = _outputs(x, first.weight, down.weight)
     if down.weight.shape[1] != first.weight.shape[0]:
         raise DyBitError(f"down must have {first.weight.shape[0]} columns, but has shape {down.weight.shape}")
     if second is not None and second.weight.shape != first.weight.shape:
@@ -288,23 +277,25 @@ def feed_forward(
     products = (first, down) if second is None else (first, second, down)
     given, _kept = zip(*(product.weight.addresses(*product[1:]) for product in products), strict=True)
     extension.load().feed_forward(  # type: ignore[union-attr]  # the weights were packed by it
-        list(given[:-1]),
-        given[-1],
-        ACTIVATIONS.index(activation),
-        x.data_ptr(),
-        x.shape[0],
-        y.data_ptr(),
-        torch.get_num_threads(),
+        list(given[:-1]), given[-1], _activation(activation), *results, torch.get_num_threads()
     )
     return y
 
 
-def _outputs(x: Tensor, first: PackedWeight, last: PackedWeight, activation: str) -> Tensor:
-    """Checks inputs and activation; room for the results."""
-    _check("x", x, (x.shape[0] if x.ndim == 2 else -1, first.shape[1]))
-    if activation not in ACTIVATIONS:
-        raise DyBitError(f"activation must be one of {', '.join(ACTIVATIONS[1:])}, not {activation!r}")
-    return torch.empty(x.shape[0], last.shape[0])
+def _outputs(x: Tensor, first: PackedWeight, last: PackedWeight) -> tuple[Tensor, tuple[int, int, int]]:
+    """Memory for the results, and what the extension takes: the address of x, its rows, the address of the results."""
+    rows = x.shape[0] if x.ndim == 2 else -1
+    start = address("x", x, _F32, (rows, first.shape[1]))
+    shape = (rows, last.shape[0])
+    y = torch.empty(shape, dtype=_F32, device="cpu")
+    return y, (start, rows, address("y", y, _F32, shape))
+
+
+def _activation(name: str) -> int:
+    """The number that the extension knows an activation by."""
+    if name not in ACTIVATIONS:
+        raise DyBitError(f"activation must be one of {', '.join(ACTIVATIONS[1:])}, not {name!r}")
+    return ACTIVATIONS.index(name)
 
 
 def supports(family: str) -> bool:
@@ -326,7 +317,7 @@ def significands(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
         raise DyBitError(f"the kernels cannot hold a weight of family {weight.spec.family!r}")
     rows = weight.spec.rows
     given = weight.choices()
-    choice = torch.zeros(rows, 1, dtype=torch.int64) if given is None else given.long().expand(rows, 1)
+    choice = torch.zeros(rows, 1, dtype=torch.int64, device="cpu") if given is None else given.long().expand(rows, 1)
     values = torch.from_numpy(tables[0]).float()[choice, weight.codes().long()]
     steps = torch.from_numpy(tables[1])[choice[:, 0]]
     return values, (weight.scales().expand(rows, 1)[:, 0] * steps).contiguous()
@@ -346,16 +337,3 @@ def rows_of(spec: TensorSpec, rows: int) -> TensorSpec:
 def pack_choices(choice: Tensor, spec: TensorSpec) -> Tensor:
     """Packs the choices of all units as a weight stores them."""
     return pack(choice.reshape(1, -1) if choice.shape[1] == 1 else choice, spec.choice_bits)
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if (
-        tensor.dtype != torch.float32
-        or tuple(tensor.shape) != shape
-        or not tensor.is_contiguous()
-        or tensor.device.type != "cpu"
-    ):
-        raise DyBitError(
-            f"{name} must be a contiguous float32 tensor of shape {shape} on the CPU, "
-            f"not {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
-        )

@@ -51,11 +51,13 @@ class FamilyTable:
         self.books = catalogue.family(name).books
         ends = np.array([(book.levels[0], book.levels[-1]) for book in self.books])
         self.ends = torch.tensor(ends, dtype=torch.float32, device=device)
-        self.factors = torch.tensor([[learning_factor(book)] for book in self.books], device=device)
+        factors = [[learning_factor(book)] for book in self.books]
+        self.factors = torch.tensor(factors, dtype=torch.float32, device=device)
         self._unit, self._limit = grid(np.concatenate([book.midpoints for book in self.books]))
         if self._unit:
             # Entry 2k is the point k · unit, entry 2k+1 the open interval above it, in which no midpoint lies.
-            points = torch.arange(-2 * self._limit, 2 * self._limit + 1, device=device) * (self._unit / 2)
+            steps = torch.arange(-2 * self._limit, 2 * self._limit + 1, dtype=torch.float32, device=device)
+            points = steps * (self._unit / 2)
             self._size = len(points)
             self._values = torch.cat([lookup(book, device).round(points) for book in self.books])
 

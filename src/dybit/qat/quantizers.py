@@ -74,7 +74,7 @@ class _Quantizer(nn.Module):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
-        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def count(self) -> bool:
         """Counts a training pass; returns whether codebooks are due.
@@ -225,14 +225,16 @@ class InputQuantizer(_Quantizer):
         self.candidates = [(book.name, False) for family in self.families if family for book in family.books]
         if self.offsets:
             self.candidates += [(book.name, True) for book in cast(Family, unsigned).books]
-        self.log_scale = nn.Parameter(torch.zeros(1), requires_grad=learned)
-        self.register_parameter("shift", nn.Parameter(torch.zeros(1), requires_grad=learned) if self.offsets else None)
-        self.register_buffer("scale", torch.ones(1))
-        self.register_buffer("offset", torch.zeros(1))
-        self.register_buffer("choice", torch.tensor(-1))
+        zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+        self.log_scale = nn.Parameter(zero, requires_grad=learned)
+        shift = nn.Parameter(zero.clone(), requires_grad=learned) if self.offsets else None
+        self.register_parameter("shift", shift)
+        self.register_buffer("scale", zero + 1)
+        self.register_buffer("offset", zero.clone())
+        self.register_buffer("choice", torch.tensor(-1, dtype=torch.int64, device="cpu"))
         # No buffers, since processes may see batches of different sizes; a run that resumes observes anew.
         self.seen = 0
-        self._sample = torch.empty(0)
+        self._sample = torch.empty(0, dtype=torch.float32, device="cpu")
         self._extremes = (0.0, 0.0)
 
     @property
@@ -296,7 +298,7 @@ class InputQuantizer(_Quantizer):
             # Every batch takes the place of an equal share of the sample: old ones fade away.
             count = min(len(new), max(1, 2 * len(self._sample) // (self.schedule.observe + 1)))
             generator = torch.Generator().manual_seed(_SEED + self.seen)
-            places = torch.randperm(len(self._sample), generator=generator)[:count]
+            places = torch.randperm(len(self._sample), generator=generator, dtype=torch.int64, device="cpu")[:count]
             self._sample[places] = new[: len(places)]
             self._extremes = min(low, self._extremes[0]), max(high, self._extremes[1])
 
@@ -310,7 +312,7 @@ class InputQuantizer(_Quantizer):
             statistics = InputStatistics(low=self._extremes[0], high=self._extremes[1], samples=[self._sample[:, None]])
             options = {"method": self.method, "percentile": self.percentile, "offset": self.offsets}
             self.set_(*choose_input(statistics, self.families, **options))  # type: ignore[arg-type]
-            self._sample = torch.empty(0)
+            self._sample = torch.empty(0, dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
     def _refresh(self, x: Tensor) -> None:
@@ -327,7 +329,7 @@ class InputQuantizer(_Quantizer):
             granularity="tensor",
             method=self.method,
             percentile=self.percentile,
-            incumbent=torch.tensor([[current]]),
+            incumbent=torch.tensor([[current]], dtype=torch.int64, device="cpu"),
             hysteresis=self.schedule.hysteresis,
         )
         assert chosen.choice is not None
@@ -345,7 +347,9 @@ def _draw(x: Tensor, seed: int) -> Tensor:
     flat = x.reshape(-1)
     if len(flat) > _SAMPLE:
         generator = torch.Generator().manual_seed(_SEED + seed)
-        flat = flat[torch.randint(len(flat), (_SAMPLE,), generator=generator).to(x.device)]
+        flat = flat[
+            torch.randint(len(flat), (_SAMPLE,), generator=generator, dtype=torch.int64, device="cpu").to(x.device)
+        ]
     return flat.float().cpu().clone()
 
 

@@ -55,7 +55,7 @@ def coarse_starts(books: tuple[Codebook, ...], chunks: Chunks, pooled: bool) -> 
             scales[first:last][errors[:, first:last].topk(min(best, last - first), dim=1, largest=False).indices]
             for first, last in owners
         ]
-    factors = torch.tensor(_FINE_FACTORS, device=scales.device)
+    factors = scales.new_tensor(_FINE_FACTORS)
     return [
         (start[:, :, None] * factors).flatten(1) if short and len(book.levels) > _MANY_LEVELS else start[:, :1]
         for book, start in zip(books, chosen, strict=True)
@@ -91,8 +91,8 @@ def coarse_table(
         The table, float32 of shape (2 · cells, pairs); the scale of every pair; the range of pairs of every codebook;
         and the table for the kernels, or None.
     """
-    edge = torch.arange(2 * _CELLS, dtype=torch.float64) - _CELLS
-    inside = (edge[:, None] + (torch.arange(6, dtype=torch.float64) + 0.5) / 6) / _CELLS
+    edge = torch.arange(2 * _CELLS, dtype=torch.float64, device="cpu") - _CELLS
+    inside = (edge[:, None] + (edge.new_tensor(range(6)) + 0.5) / 6) / _CELLS
     x = (inside.sign() * inside**2).float().to(device)
     columns: list[Tensor] = []
     scales: list[float] = []
@@ -101,14 +101,14 @@ def coarse_table(
         first = len(scales)
         scales += _coarse_scales(book)
         owners.append((first, len(scales)))
-        tried = torch.tensor(scales[first:], device=device)[:, None, None]
+        tried = x.new_tensor(scales[first:])[:, None, None]
         many = x.expand(len(tried), *x.shape)
         rounded = codes.fake_quantize(many, tried, None, book)
         if rounded is None:
             rounded = lookup(book, device).round(many / tried) * tried
         columns.append((x - rounded).square_().mean(2).T)
     whole = torch.cat(columns, dim=1).contiguous()
-    return whole, torch.tensor(scales, device=device), owners, codes.coarse(whole, owners) if compiled else None
+    return whole, x.new_tensor(scales), owners, codes.coarse(whole, owners) if compiled else None
 
 
 def _coarse_scales(book: Codebook) -> list[float]:

@@ -91,7 +91,7 @@ def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTens
         rows, units = spec.unit_shape(spec.choice)
         choices = scales.choice[:rows, :units]  # one a scale there, of which choices that are coarser are repetitions
         choice = pack(choices.reshape(1, -1) if units == 1 else choices, spec.choice_bits)
-    tensor_scale = torch.tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
+    tensor_scale = scales.scale.new_tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
     return QuantizedTensor(
         spec,
         packed.view(spec.packed_shape),

@@ -30,24 +30,26 @@ def hadamard(order: int) -> Tensor | None:
         float32 of shape (order, order), or None where these constructions give none.
     """
     if order == 1:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, dtype=torch.float32, device="cpu")
     if order == 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+        return _matrix([[1, 1], [1, -1]])
     if order % 4:
         return None
     if _is_prime(order - 1):  # order - 1 = 3 mod 4
         core = _jacobsthal(order - 1)
-        skew = torch.zeros(order, order)
+        skew = core.new_zeros(order, order)
         skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, core
-        return skew + torch.eye(order)
+        skew.diagonal().add_(1)
+        return skew
     half = order // 2
     if half % 4 == 2 and _is_prime(half - 1):  # half - 1 = 1 mod 4
-        conference = torch.zeros(half, half)
-        conference[0, 1:], conference[1:, 0], conference[1:, 1:] = 1, 1, _jacobsthal(half - 1)
-        ones = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-        return torch.kron(conference, ones) + torch.kron(torch.eye(half), torch.tensor([[1.0, -1.0], [-1.0, -1.0]]))
+        core = _jacobsthal(half - 1)
+        conference = core.new_zeros(half, half)
+        conference[0, 1:], conference[1:, 0], conference[1:, 1:] = 1, 1, core
+        eye = torch.ones_like(conference[0]).diag()
+        return torch.kron(conference, _matrix([[1, 1], [1, -1]])) + torch.kron(eye, _matrix([[1, -1], [-1, -1]]))
     smaller = hadamard(half)
-    return None if smaller is None else torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), smaller)
+    return None if smaller is None else torch.kron(_matrix([[1, 1], [1, -1]]), smaller)
 
 
 def orthogonal_factor(size: int, generator: torch.Generator) -> Tensor:
@@ -72,7 +74,7 @@ def orthogonal_factor(size: int, generator: torch.Generator) -> Tensor:
         order *= 2
     if odd > _LARGEST_FACTOR:
         raise DyBitError(f"size={size} has no rotation: its odd part {odd} is above {_LARGEST_FACTOR}")
-    q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64, device="cpu"))
     return cast(Tensor, q * r.diagonal().sign()).float().contiguous()
 
 
@@ -118,6 +120,10 @@ def rotate(x: Tensor, factor: Tensor, signs: Tensor, inverse: bool = False) -> T
     return (y * signs if inverse else y).to(x.dtype)
 
 
+def _matrix(rows: list[list[int]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
+
+
 def _is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
 
@@ -125,6 +131,6 @@ def _is_prime(n: int) -> bool:
 def _jacobsthal(prime: int) -> Tensor:
     """The matrix of quadratic characters of i - j modulo a prime."""
     squares = {i * i % prime for i in range(1, prime)}
-    character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, prime)])
-    index = torch.arange(prime)
+    character = _matrix([[0] + [1 if i in squares else -1 for i in range(1, prime)]])[0]
+    index = torch.arange(prime, dtype=torch.int64, device="cpu")
     return character[(index[:, None] - index) % prime]

@@ -183,8 +183,8 @@ class _Search:
         normal = [(x / unit, h) for x, h in chunks]
         starts = coarse_starts(self.books, normal, pooled) if self.method == "mse" else self._bounds(normal, pooled)
         error, scale = self._refine(normal, unit[:, 0], starts, pooled)
-        has_zero = torch.tensor([bool((book.levels == 0).any()) for book in self.books], device=scale.device)
-        nothing = scale_candidates(has_zero.float(), self.scale_type, self.tensor_scale)[0]
+        has_zero = scale.new_tensor([float((book.levels == 0).any()) for book in self.books])
+        nothing = scale_candidates(has_zero, self.scale_type, self.tensor_scale)[0]
         return error.T * unit.double() ** 2, torch.where(empty, nothing, scale.T)
 
     def _refine(self, chunks: Chunks, unit: Tensor, starts: list[Tensor], pooled: bool) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class _Search:
         most = max(start.shape[1] for start in starts)
         tried = torch.stack([start[:, [*range(start.shape[1])] + [0] * (most - start.shape[1])] for start in starts])
         # No level may overflow, also where the type rounds the scale up: E4M3 by up to a sixteenth.
-        reach = torch.tensor([[max(1.0, float(np.abs(book.levels).max()))] for book in self.books], device=unit.device)
+        reach = unit.new_tensor([[max(1.0, float(np.abs(book.levels).max()))] for book in self.books])
         limit = torch.finfo(torch.float32).max / 1.07 / reach
 
         def better(best: _Trial | None, scales: Tensor) -> _Trial:
@@ -296,7 +296,7 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
     best: tuple[float, Codebook, float] | None = None
     for book in family.books:
         for reach in reaches(book, 0.5):
-            unit = torch.full((1, 1), 1 / reach)
+            unit = normal.new_full((1, 1), 1 / reach)
             error = float(_sums([(normal, largest.square().expand_as(normal))], book, unit, pooled=True)[0])
             if best is None or error < best[0]:
                 best = error, book, reach

@@ -30,7 +30,8 @@ def scale_candidates(scale: Tensor, scale_type: ScaleType, tensor_scale: float =
     """
     if scale_type == "e4m3":
         ratio = (scale / tensor_scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
-        ratio = torch.where(ratio == 0, torch.where(scale < 0, -_E4M3_MIN, _E4M3_MIN), ratio)
+        smallest = torch.full_like(ratio, _E4M3_MIN)
+        ratio = torch.where(ratio == 0, torch.where(scale < 0, -smallest, smallest), ratio)
         return [ratio * tensor_scale]
     usable = torch.where(scale < 0, scale.clamp(max=-TINIEST), scale.clamp(min=TINIEST))
     if scale_type == "bf16":
@@ -38,7 +39,7 @@ def scale_candidates(scale: Tensor, scale_type: ScaleType, tensor_scale: float =
         return [usable.to(torch.bfloat16).float().clamp(-largest, largest)]
     if scale_type == "pow2":
         exponent = usable.abs().log2().clamp(*_POW2_EXPONENTS)
-        sign = torch.where(scale < 0, -1.0, 1.0)
+        sign = torch.where(scale < 0, -torch.ones_like(scale), 1.0)
         return [torch.ldexp(sign, exponent.floor()), torch.ldexp(sign, exponent.ceil())]
     return [usable]
 
@@ -60,7 +61,7 @@ def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | N
 
 def e4m3_factor(largest_scale: float) -> float:
     """Returns the factor that makes a tensor's largest scale the largest E4M3 number, 448, as in NVFP4."""
-    ratio = float(torch.tensor(largest_scale / _E4M3_MAX, dtype=torch.float32))
+    ratio = float(torch.tensor(largest_scale / _E4M3_MAX, dtype=torch.float32, device="cpu"))
     return ratio if ratio >= TINIEST else 1.0
 
 
@@ -89,7 +90,7 @@ def read_scales(stored: Tensor, scale_type: ScaleType, tensor_scale: Tensor | No
         tensor_scale: The factor of E4M3 scales, float32 of shape (1,), or None.
     """
     if scale_type == "pow2":
-        exponent = (stored & 127).to(torch.int32) - _POW2_BIAS
+        exponent = (stored & 127).float() - _POW2_BIAS
         sign = 1.0 - 2.0 * (stored >> 7).float()
         return torch.ldexp(sign, exponent)
     scale = stored.float()

@@ -97,7 +97,7 @@ def _fit(candidates: Candidates, matrix: Tensor, moments: Moments, *, stretching
     shape = moments.cross.shape
     second, cross = _damped(moments, matrix.view(shape))
     scale = candidates.scale.reshape(shape)
-    gain = torch.ones(*shape[:2], 1)
+    gain = scale.new_ones(*shape[:2], 1)
     for _ in range(_ROUNDS if stretching else 1):
         now, other = (x.view(shape) * scale * gain for x in (candidates.now, candidates.other))
         gradient = now @ second - cross

@@ -105,9 +105,9 @@ class _Learner:
         self.span = (self.candidates.now - self.candidates.other).abs()
         share = self.candidates.share
         self.place = torch.where(self.up, share.clamp(min=0.5 + _MARGIN), share.clamp(max=0.5 - _MARGIN))
-        self.gain = torch.ones(self.spec.rows, 1)
+        self.gain = matrix.new_ones(self.spec.rows, 1)
         bias = layer._parameters.get("bias")
-        self.bias = torch.zeros(self.spec.rows) if bias is None else bias.detach().float().clone()
+        self.bias = matrix.new_zeros(self.spec.rows) if bias is None else bias.detach().float().clone()
         self.stretching = has_row_scales(layer)
         self.proxy = copy.deepcopy(original).requires_grad_(False)
         for name in ("weight", "bias"):
@@ -175,13 +175,14 @@ def _learn(
     with torch.enable_grad(), _learning(learners):
         for step in range(_STEPS):
             if step % len(calls) == 0:
-                order = torch.randperm(len(calls), generator=generator).tolist()
+                order = torch.randperm(len(calls), generator=generator, dtype=torch.int64, device="cpu").tolist()
             call, target = laid[order[step % len(calls)]]
             output = output_tensor(block.forward(*call.args, **call.kwargs))
             loss = (output.float() - target).square().mean() / power
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            with torch.device("cpu"):  # Adam counts its steps in a tensor on the default device
+                optimizer.step()
             schedule.step()
             with torch.no_grad():
                 for choice in choices:

@@ -120,7 +120,10 @@ class Product:
     def draw(self, limit: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Sample and output position of up to ``limit`` patches, drawn at random."""
         total = self.x.shape[0] * self.starts.numel()
-        index = torch.randperm(total, generator=generator)[:limit] if total > limit else torch.arange(total)
+        if total > limit:
+            index = torch.randperm(total, generator=generator, dtype=torch.int64, device="cpu")[:limit]
+        else:
+            index = torch.arange(total, dtype=torch.int64, device="cpu")
         return index // self.starts.numel(), index % self.starts.numel()
 
     def patches(self, chosen: tuple[Tensor, Tensor]) -> Tensor:
@@ -182,8 +185,8 @@ def product_of(layer: nn.Module, call: Call) -> Product | None:
 
 def _rows(x: Tensor) -> Product:
     flat = x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
-    zero = torch.zeros(1, dtype=torch.int64)
-    return Product(flat, torch.arange(flat.shape[2]), zero, 1)
+    starts = torch.arange(flat.shape[2], dtype=torch.int64, device="cpu")
+    return Product(flat, starts, torch.zeros_like(starts[:1]), 1)
 
 
 def _convolution(arguments: dict[str, Any], is_transposed: bool) -> Product:
@@ -232,7 +235,7 @@ def _spread(
 
 def _flat(ranges: list[range], sizes: Sequence[int]) -> Tensor:
     """Flat positions of a grid in an array of some sizes, the last dimension fastest."""
-    flat = torch.zeros(1, dtype=torch.int64)
+    flat = torch.zeros(1, dtype=torch.int64, device="cpu")
     for steps, size in zip(ranges, sizes, strict=True):
-        flat = (flat[:, None] * size + torch.tensor(list(steps), dtype=torch.int64)).flatten()
+        flat = (flat[:, None] * size + torch.tensor(list(steps), dtype=torch.int64, device="cpu")).flatten()
     return flat

@@ -53,7 +53,7 @@ class Candidates:
         scale = unit_rows(weight.scales(), spec).expand(matrix.shape)
         ratio, current = matrix / scale, spec.to_matrix(weight.dequantize()) / scale
         choices = weight.choices()
-        choice = torch.zeros(1, 1) if choices is None else unit_rows(choices, spec)
+        choice = scale.new_zeros(1, 1) if choices is None else unit_rows(choices, spec)
         choice = choice.expand(matrix.shape)
         low, high = torch.empty_like(ratio), torch.empty_like(ratio)
         for index, book in enumerate(spec.formats.books):

@@ -88,7 +88,7 @@ def _moments(name: str, layer: nn.Module, calls: list[Call]) -> tuple[Tensor, Te
         means.append(mean.double())
         squares.append(variance.double() + mean.double().square())
         counts.append(flat.shape[1])
-    share = torch.tensor(counts, dtype=torch.float64)[:, None] / max(1, sum(counts))
+    share = torch.tensor(counts, dtype=torch.float64, device="cpu")[:, None] / max(1, sum(counts))
     mean = (torch.stack(means) * share).sum(0)
     return mean, ((torch.stack(squares) * share).sum(0) - mean.square()).clamp(min=0)
 

@@ -24,14 +24,14 @@ class Tables:
         self._width = max(len(book.levels) for book in books)
         self._single = len(books) == 1
         # Levels that a smaller codebook does not have are never found: nothing is above their boundaries.
-        self._bounds = torch.full((len(books), self._width - 1), torch.inf)
-        self.levels = torch.zeros(len(books), self._width)
-        self._codes = torch.zeros(len(books), self._width, dtype=torch.uint8)
+        self._bounds = torch.full((len(books), self._width - 1), torch.inf, dtype=torch.float32, device="cpu")
+        self.levels = torch.zeros(len(books), self._width, dtype=torch.float32, device="cpu")
+        self._codes = torch.zeros(len(books), self._width, dtype=torch.uint8, device="cpu")
         for index, book in enumerate(books):
             count = len(book.levels)
-            self._bounds[index, : count - 1] = torch.tensor(book.boundaries(np.float32), dtype=torch.float32)
-            self.levels[index, :count] = torch.tensor(book.levels, dtype=torch.float32)
-            self._codes[index, :count] = torch.tensor(book.level_codes)
+            self._bounds[index, : count - 1] = torch.from_numpy(book.boundaries(np.float32))
+            self.levels[index, :count] = torch.from_numpy(book.levels)
+            self._codes[index, :count] = torch.from_numpy(book.level_codes)
         self.levels = self.levels.view(-1)
 
     def bounds(self, choice: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Elements:
         self.tables = Tables(spec.formats)
         self.weight = self.columns(matrix)
         self.scale = self.columns(unit_rows(scales.scale, spec).expand(matrix.shape))
-        choice = torch.zeros(1, 1) if scales.choice is None else unit_rows(scales.choice, spec)
+        choice = scales.scale.new_zeros(1, 1) if scales.choice is None else unit_rows(scales.choice, spec)
         self.choice = self.columns(choice.expand(matrix.shape)).long()
         self.place = torch.zeros_like(self.choice)
         self.error = torch.zeros_like(self.weight)

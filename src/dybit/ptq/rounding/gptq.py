@@ -127,7 +127,7 @@ def _order(hessian: Tensor, sort: bool) -> Tensor:
     """The order in which columns are rounded, the same for all parts: int64 of shape (columns,)."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     if not sort:
-        return torch.arange(diagonal.shape[1])
+        return torch.arange(diagonal.shape[1], dtype=torch.int64, device="cpu")
     shares = diagonal / diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return shares.mean(0).argsort(descending=True, stable=True)
 

@@ -43,7 +43,7 @@ class _Moment:
         for rows in chunks:
             total = self.count + rows.shape[1]
             if self.mean is None:
-                self.mean = torch.zeros(rows.shape[0], rows.shape[2], rows.shape[2], device=rows.device)
+                self.mean = rows.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
             # A mean and not a sum, which could leave the range of float32.
             rows = rows / math.sqrt(total)
             self.mean.mul_(self.count / total).baddbmm_(rows.mT, rows)

@@ -48,7 +48,7 @@ def equalize_(
         return
     changed = {name for link in links for name in (link.producer, *link.readers)}
     with preserving(model, changed, batch, "equalize"):
-        total = {link.producer: torch.ones(link.channels) for link in links}
+        total = {link.producer: torch.ones(link.channels, dtype=torch.float32, device="cpu") for link in links}
         for sweep in range(_SWEEPS):
             largest = 1.0
             for link in links:

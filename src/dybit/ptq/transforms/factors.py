@@ -46,7 +46,7 @@ def move_limit_(model: nn.Module, link: Link, factor: Tensor) -> None:
 
 def input_range(model: nn.Module, link: Link) -> Tensor:
     """The largest weight that reads each channel: float32 of shape (channels,), 0 where none does."""
-    result = torch.zeros(link.channels)
+    result = torch.zeros(link.channels, dtype=torch.float32, device="cpu")
     for name, index in link.readers.items():
         columns = inputs_first(model.get_submodule(name)).abs().flatten(2).amax(2).flatten().float()
         result = result.to(columns.device)

@@ -42,7 +42,7 @@ class _Rotation:
 
     @classmethod
     def draw(cls, size: int, generator: torch.Generator) -> _Rotation:
-        signs = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
+        signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int64, device="cpu").float() * 2 - 1
         return cls(orthogonal_factor(size, generator), signs)
 
     def inputs_(self, weight: Tensor) -> None:
@@ -203,7 +203,9 @@ def _commutes(norm: nn.Module, width: int) -> bool:
     if not isinstance(weight, Tensor) or [*dict(norm.named_parameters())] != ["weight"] or weight.shape != (width,):
         return False
     generator = torch.Generator().manual_seed(_SEED)
-    x = torch.randn(4, width, generator=generator) + 1  # not of mean zero: LayerNorm would subtract it
+    x = (
+        torch.randn(4, width, generator=generator, dtype=torch.float32, device="cpu") + 1
+    )  # not of mean zero: LayerNorm would subtract it
     rotation = _Rotation.draw(width, generator)
     factor, signs = rotation.factor.to(weight), rotation.signs.to(weight)
     ones = {"weight": torch.ones_like(weight)}

@@ -216,7 +216,7 @@ def _spaced(weight: Tensor) -> Tensor:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
