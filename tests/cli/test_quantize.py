@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from command_line import invoke
+from command_line import good, invoke
 from helpers import cuts, damaged, flips
 from safetensors.torch import save_file
 from torch import nn
@@ -90,12 +90,6 @@ def mine():
     import mine
 
     return mine
-
-
-def good(*words):
-    result = invoke(*words)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
 
 
 def test_a_module_becomes_a_checkpoint(tmp_path):
@@ -276,18 +270,6 @@ def test_control_c_leaves_nothing(place, tmp_path):
     assert process.returncode == 130 and out == ""
     assert err.splitlines()[-1] == "dybit: interrupted; nothing half-written was left behind"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_info_of_no_checkpoint(tmp_path):
-    result = invoke("info", str(tmp_path / "no"))
-    assert result.exit_code == 2 and "is not a dybit checkpoint" in result.stderr
-    good("quantize", "mine:net", "-o", str(tmp_path / "q"))
-    file = tmp_path / "q" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    result = invoke("info", str(tmp_path / "q"))
-    assert result.exit_code == 2 and "damaged" in result.stderr and result.stderr.count("\n") == 1
-    (tmp_path / "q" / "dybit.json").write_text("{")
-    assert "not valid JSON" in invoke("info", str(tmp_path / "q")).stderr
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from torch import nn
 
 from dybit.errors import DyBitError
 from dybit.measure import fidelity
-from dybit.models import running
 
 
 @pytest.fixture
@@ -125,17 +124,6 @@ def test_perplexity_needs_a_language_model():
         fidelity.perplexity(nn.Linear(3, 3), [torch.ones(2, 3)])
     with pytest.raises(DyBitError, match="at least one batch"):
         fidelity.perplexity(_Language(), [])
-
-
-def test_run_keeps_the_mode_and_takes_any_output():
-    model = nn.Linear(3, 2).train()
-    outputs = [output for _, output in running.run(model, [torch.ones(1, 3)])]
-    assert model.training and not outputs[0].requires_grad
-    tensor = torch.ones(2)
-    for raw in (tensor, (1, tensor), {"x": tensor}, SimpleNamespace(last_hidden_state=tensor)):
-        assert running.output_tensor(raw) is tensor
-    with pytest.raises(DyBitError, match="no floating-point tensor but is a int"):
-        running.output_tensor(3)
 
 
 def test_comparison_equals_the_measures_over_all_batches():

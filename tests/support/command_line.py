@@ -1,5 +1,9 @@
 """Runs the command line in this process, and a model that its tests quantize."""
 
+import os
+import subprocess
+import sys
+
 from typer.testing import CliRunner
 
 from dybit.cli import app
@@ -39,3 +43,20 @@ def overflow():
         model[2].bias.fill_(3e38).mul_(2)
     return model
 """
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dybit", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+        check=False,
+    )
+
+
+def good(*words):
+    result = invoke(*words)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout

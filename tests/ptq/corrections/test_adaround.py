@@ -1,5 +1,4 @@
 import copy
-import itertools
 import math
 
 import numpy as np
@@ -13,13 +12,7 @@ import dybit
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.formats import catalogue
 from dybit.layers.quantized import quantized_layers
-from dybit.ptq.corrections import moments as moments_module
 from dybit.ptq.corrections.adaround import adaround_
-from dybit.ptq.corrections.lockstep import Call
-from dybit.ptq.corrections.moments import measure
-from dybit.ptq.corrections.nearest_two import Candidates, descend
-from dybit.tensors.encoding import quantize
-from dybit.tensors.quantized_tensor import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch, of even kernels
 FORMATS = [
@@ -82,93 +75,6 @@ def test_every_kind_of_layer(name, activations):
     before = error(quantized, reference, data)
     adaround_(quantized, reference, data)
     assert error(quantized, reference, data) < before
-
-
-@pytest.mark.parametrize("name", [*PRODUCTS, "conv2d_unbatched"])
-def test_moments_are_those_of_the_layer(name, monkeypatch):
-    """A product with the patches is what the layer computes: so its moments are those of real outputs."""
-    model, data = build(name), [inputs(name, seed) for seed in range(2)]
-    quantized = dybit.quantize_(copy.deepcopy(model), dybit.Recipe(weights=8))
-    calls = [Call(args, {}) for args in data]
-    with torch.no_grad():
-        found = measure(quantized, model, calls, calls, torch.Generator())
-        outputs = [model(*args) for args in data]
-        dim = outputs[0].ndim - (len(model.kernel_size) if hasattr(model, "kernel_size") else 0) - 1
-        y = torch.cat([output.movedim(dim, 0).flatten(1) for output in outputs], dim=1)
-    assert found.count == y.shape[1]
-    assert torch.allclose(found.wanted.flatten().float(), y.mean(1), atol=1e-5)
-    assert torch.allclose(found.power.flatten(), y.var(1, correction=0), rtol=1e-4, atol=1e-6)
-    weight = quantized.weight_specs["weight"].to_matrix(model.weight.detach()).view(found.cross.shape)
-    # cov(y, x) = W cov(x, x), and the mean of y is W mean(x) + b.
-    assert torch.allclose(found.cross, weight @ found.second, rtol=1e-3, atol=1e-4)
-    mean = (weight.double() * found.mean[:, None]).sum(2).flatten()
-    bias = 0 if model.bias is None else model.bias.detach().double()
-    assert torch.allclose(mean + bias, found.wanted.flatten(), atol=1e-5)
-
-
-def test_sampling_is_bounded(monkeypatch):
-    monkeypatch.setattr(moments_module, "_POSITIONS", 30)
-    model = build("conv2d")
-    quantized = dybit.quantize_(copy.deepcopy(model), dybit.Recipe(weights=8))
-    calls = [Call(inputs("conv2d", seed), {}) for seed in range(3)]
-    with torch.no_grad():
-        assert measure(quantized, model, calls, calls, torch.Generator()).count == 30
-
-
-def test_descent_against_all_choices():
-    """Never above where it began, at a point that no single flip improves, and at times the best of all 2^8 choices."""
-    best = 0
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(40, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
-        second = (x.T @ x / 40)[None]
-        target, low = torch.randn(1, 1, 8, generator=generator), torch.full((1, 1, 8), -1.0)
-        cross, step = target @ second, torch.full((1, 1, 8), 2.0)
-
-        def cost(w, second=second, cross=cross):
-            return float((w @ second * w).sum() - 2 * (w * cross).sum())
-
-        gradient = low @ second - cross
-        flipped = descend(step, second, gradient, 50)
-        found = low + flipped * step
-        assert torch.allclose(gradient, found @ second - cross, atol=1e-3)
-        for j in range(8):
-            other = found.clone()
-            other[..., j] *= -1
-            assert cost(other) >= cost(found) - 1e-4
-        choices = [cost(torch.tensor(c)[None, None]) for c in itertools.product((-1.0, 1.0), repeat=8)]
-        assert cost(found) <= cost(low) + 1e-5
-        best += cost(found) <= min(choices) + 1e-4
-    assert best >= 5
-
-
-@pytest.mark.parametrize("columns", [5, 64, 150])
-def test_blocks_make_no_difference(columns):
-    x = torch.randn(300, columns)
-    second, step = (x.T @ x / 300)[None], torch.randn(1, 7, columns)
-    gradient = torch.randn(1, 7, columns)
-    start = gradient.clone()
-    flipped = descend(step, second, gradient, 1)
-    expected, running = torch.zeros_like(flipped), start.clone()
-    for j in range(columns):
-        gain = step[:, :, j] * (2 * running[:, :, j] + second[0, j, j] * step[:, :, j])
-        expected[:, :, j] = gain < 0
-        running += (expected[:, :, j] * step[:, :, j])[..., None] * second[0, j]
-    assert (flipped != expected).float().mean() < 0.01  # but for ties of rounding errors
-    assert torch.allclose(start + (flipped * step) @ second, gradient, atol=1e-3)
-
-
-@pytest.mark.parametrize("family", ["dybit4spare", "dybit2mid", "nf4", "e2m1"])
-def test_candidates_enclose_the_weight(family):
-    matrix = torch.randn(6, 20)
-    weight = quantize(matrix, TensorSpec(family, (6, 20)))
-    found = Candidates.of(matrix, weight)
-    assert torch.allclose(found.now * found.scale, weight.dequantize(), atol=1e-6)
-    low, high = torch.minimum(found.now, found.other), torch.maximum(found.now, found.other)
-    ratio = matrix / found.scale
-    inside = (found.share > 0) & (found.share < 1)
-    assert bool((low <= ratio)[inside].all()) and bool((ratio <= high)[inside].all())
-    assert torch.allclose((low + found.share * (high - low))[inside], ratio[inside], atol=1e-5)
 
 
 def test_dead_inputs_and_channels():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import Tied
+from rounding_sequential_cases import mixed, mlp
 from torch import nn
 
 from dybit.errors import DyBitError, DyBitWarning
@@ -13,11 +14,6 @@ from dybit.measure.fidelity import compare_models
 from dybit.ptq.quantize import quantize_
 from dybit.ptq.rounding import sequential
 from dybit.recipe import Recipe
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 6)).eval()
 
 
 def cnn():
@@ -37,13 +33,6 @@ def cnn():
 def encoder():
     torch.manual_seed(0)
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
-
-
-def mixed(*shape, count=3, seed=0):
-    """Batches whose last dimension is correlated."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(shape[-1], shape[-1], generator=generator)
-    return [torch.randn(*shape, generator=generator) @ mix for _ in range(count)]
 
 
 MODELS = {
@@ -145,38 +134,3 @@ def test_memory_is_checked_before_any_work(monkeypatch):
         quantize_(mlp(), Recipe(weights=4), mixed(8, 24), algorithm="gptq")
     monkeypatch.setattr(sequential, "_free_memory", lambda: None)
     quantize_(mlp(), Recipe(weights=4), mixed(8, 24), algorithm="gptq")
-
-
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    batches, recipe = mixed(64, 24), Recipe(weights=3)
-    expected = quantize_(mlp(), recipe, batches, algorithm="gptq")
-    calls = []
-
-    def counted(*args, **more):
-        calls.append(args[1].shape)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **more)
-
-    original = sequential.gptq
-    monkeypatch.setattr(sequential, "gptq", counted)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_(mlp(), recipe, batches, algorithm="gptq", workdir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-    found = quantize_(mlp(), recipe, batches, algorithm="gptq", workdir=tmp_path)
-    assert calls[3:] == [(6, 24)]
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor)
-    # Another recipe, other weights or other batches are another run.
-    quantize_(mlp(), Recipe(weights=2), batches, algorithm="gptq", workdir=tmp_path)
-    quantize_(mlp(), recipe, batches[:2], algorithm="gptq", workdir=tmp_path)
-    assert len(calls) == 4 + 6
-
-
-def test_damaged_files_are_made_again(tmp_path):
-    batches = mixed(64, 24)
-    first = quantize_(mlp(), Recipe(weights=3), batches, algorithm="gptq", workdir=tmp_path)
-    for number, path in enumerate(sorted(tmp_path.iterdir())):
-        path.write_bytes(path.read_bytes()[: -1 - number] if number % 2 else b"")
-    second = quantize_(mlp(), Recipe(weights=3), batches, algorithm="gptq", workdir=tmp_path)
-    assert torch.equal(first[0].weight, second[0].weight) and torch.equal(first[4].weight, second[4].weight)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import decoder, error, outliers_
 from torch import nn
+from transforms_equalize_cases import IMAGES, mobile, names
 
 import dybit
 from dybit.errors import DyBitWarning
@@ -11,28 +12,6 @@ from dybit.models.attachments import attachments
 from dybit.models.batch_norm import find_pairs, fold_
 from dybit.ptq.transforms import equalize
 from dybit.ptq.transforms.equalize import equalize_
-
-
-def names(model):
-    return [name for name, _ in model.named_modules()]
-
-
-def mobile(activation=nn.ReLU6):
-    """Convolution, depthwise convolution, convolution, with channels of very different ranges, and a classifier."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, stride=2, padding=1), activation(), nn.Conv2d(16, 16, 3, padding=1, groups=16),
-        activation(), nn.Conv2d(16, 12, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
-    ).eval()  # fmt: skip
-    spread = torch.logspace(-1.5, 1.5, 16)
-    with torch.no_grad():
-        for conv, factor in ((model[0], spread), (model[2], spread.flip(0)[torch.randperm(16)])):
-            conv.weight.mul_(factor.view(-1, 1, 1, 1))
-        model[4].weight.mul_(3)
-    return model
-
-
-IMAGES = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(i)) * 2 for i in range(3)]
 
 
 def ranges(layer):
@@ -102,28 +81,6 @@ def test_decoders():
     layer = model.model.layers[0]
     torch.testing.assert_close(ranges(layer.mlp.up_proj)[0], ranges(layer.mlp.down_proj)[1], atol=0, rtol=0.05)
     assert torch.equal(layer.input_layernorm.weight, reference.model.layers[0].input_layernorm.weight)
-
-
-def test_only_layers_that_are_named():
-    model = mobile(nn.ReLU)
-    before = copy.deepcopy(model.state_dict())
-    equalize_(model, ["2", "4"], IMAGES)
-    changed = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {"2", "4"}
-    model = mobile(nn.ReLU)
-    equalize_(model, ["0", "4"], IMAGES)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_channels_without_a_range():
-    model = mobile(nn.ReLU)
-    with torch.no_grad():
-        model[0].weight[2] = 0
-        model[4].weight[:, 5] = 0
-    reference = copy.deepcopy(model)
-    equalize_(model, names(model), IMAGES)
-    assert error(model, reference, IMAGES) < 1e-5
-    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
 class Shifting(nn.Module):

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dybit.accelerator import Config, EnergyTable, simulate
-from dybit.accelerator.datapath import PIPE, largest_integer, mode
+from dybit.accelerator import Config, simulate
+from dybit.accelerator.datapath import PIPE, mode
 from dybit.accelerator.mapping import compute_cycles, map_layer
 from dybit.accelerator.simulate import _cached, layer_cost
 from dybit.errors import DyBitError
 from dybit.workloads.networks import network
-from dybit.workloads.workload import Conv, Gemm, Workload
+from dybit.workloads.workload import Gemm, Workload
 
 PAIRS = [(8, 8), (4, 8), (4, 4), (2, 4), (2, 2)]
 
@@ -130,129 +130,6 @@ class TestProperties:
         for name in ("resnet50", "mobilenet_v2", "swin_t", "convnext_tiny", "regnet_y_1_6gf"):
             cycles = [simulate(network(name), pair).cycles for pair in PAIRS]
             assert cycles == sorted(cycles, reverse=True), name
-
-
-class TestMapping:
-    def test_depthwise_groups_share_the_array_on_its_diagonal(self):
-        conv = Conv("dw", 32, 32, (14, 14), (3, 3), padding=(1, 1), groups=32)
-        packed = map_layer(conv, mode(8, 8), Config())
-        assert (packed.packed, packed.folds) == (3, 11)  # 32 rows hold three kernels of nine
-        assert map_layer(conv, mode(8, 8), Config(pack_depthwise=False)).folds == 32
-
-    def test_attention_products_are_not_packed_and_use_activation_bits_on_both_sides(self):
-        product = Gemm("scores", 197, 64, 197, 12, dynamic=True)
-        assert map_layer(product, mode(8, 8), Config(rows=256, columns=512, weight_sram=1 << 20)).packed == 1
-        cost = layer_cost(product, (2, 8), Config())
-        assert cost == layer_cost(product, (8, 8), Config())
-        assert cost.bits == (8, 8)
-
-    def test_rows_are_cut_where_partial_sums_do_not_fit(self):
-        config = Config(rows=4, columns=4, sum_sram=50 * 4 * 17)  # 50 rows of 136 bits in 4 columns
-        assert config.sum_rows == 50
-        cost = layer_cost(Gemm("g", 130, 16, 8), (8, 8), config)
-        assert cost.traffic.tiles >= 3
-        assert cost.folds == 4 * 2 * cost.traffic.tiles
-
-    def test_a_narrow_weight_port_makes_folds_wait(self):
-        layer = Gemm("g", 1, 64, 64)
-        fast, slow = (layer_cost(layer, (2, 2), Config(weight_port=port)).compute_cycles for port in (32, 8))
-        assert (fast, slow) == (1 + 64 + PIPE, 1 + 64 + PIPE)  # one fold only
-        layer = Gemm("g", 1, 1024, 64)
-        fast, slow = (layer_cost(layer, (2, 2), Config(weight_port=port)).compute_cycles for port in (32, 8))
-        assert (fast, slow) == (7 * 32 + 1 + 64 + PIPE, 7 * 128 + 1 + 64 + PIPE)
-
-    def test_narrow_codes_ride_in_containers_and_save_traffic(self):
-        layer = Gemm("g", 64, 64, 64)
-        three, four = layer_cost(layer, (3, 3), Config()), layer_cost(layer, (4, 4), Config())
-        assert three.compute_cycles == four.compute_cycles
-        assert three.traffic.weights == 64 * 64 * 3 // 8 < four.traffic.weights
-        promoted = layer_cost(layer, (8, 4), Config())
-        assert promoted.compute_cycles == layer_cost(layer, (8, 8), Config()).compute_cycles
-        assert promoted.traffic.inputs == four.traffic.inputs
-
-
-class TestDatapath:
-    def test_containers_hold_twice_their_bits(self):
-        for bits in (2, 4, 8):
-            assert largest_integer(bits, False) == 4 ** (bits - 1)
-            assert largest_integer(bits, True) < 1 << (2 * bits - 1)
-
-    @pytest.mark.parametrize(
-        ("bits", "expected"), [((2, 2), (2, 2)), ((3, 4), (4, 4)), ((8, 2), (8, 8)), ((2, 5), (2, 8)), ((4, 3), (4, 4))]
-    )
-    def test_containers(self, bits, expected):
-        fused = mode(*bits)
-        assert (fused.weight_bits, fused.activation_bits) == expected
-        assert mode(2, 2, narrowest=4) == mode(4, 4)
-        assert mode(2, 4, narrowest=8) == mode(8, 8)
-
-    @pytest.mark.parametrize("bits", [(1, 8), (8, 9), (True, 8), (4.0, 8), ("4", 8)])
-    def test_unsupported_pairs(self, bits):
-        with pytest.raises(DyBitError, match=r"bits of the pair .* must be an integer from 2 to 8, not"):
-            mode(*bits)
-
-
-class TestEnergy:
-    TABLE = EnergyTable.of(
-        {"mac_w8a8": 2.0, "activation_sram_bit": 0, "weight_sram_bit": 0, "sum_sram_bit": 0, "dram_bit": 10.0}
-    )
-
-    def test_is_the_sum_over_events(self):
-        work = Workload("w", (Gemm("g", 8, 32, 32),))
-        cost = simulate(work, (8, 8), Config(energy=self.TABLE))
-        assert cost.joules == 2.0 * 8 * 32 * 32 + 10.0 * 8 * cost.traffic
-        assert simulate(work, (8, 8)).joules is None
-
-    def test_memory_events_count_every_fold(self):
-        counts = dict(layer_cost(Gemm("g", 10, 64, 64), (8, 8), Config(rows=32, columns=32)).counts)
-        assert counts["activation_sram_bit"] == 8 * 10 * 64 + 4 * 10 * 32 * 8
-        assert counts["weight_sram_bit"] == 2 * 8 * 64 * 64
-        assert counts["sum_sram_bit"] == 2 * (1 + 2) * 10 * 32 * Config().sum_word
-
-    def test_a_missing_cost_is_an_error(self):
-        work = Workload("w", (Gemm("g", 8, 32, 32),))
-        with pytest.raises(DyBitError, match="no cost for 'mac_w4a4', which happens 8192 times"):
-            _ = simulate(work, (4, 4), Config(energy=self.TABLE)).joules
-        with pytest.raises(DyBitError, match="unknown name 'mac_w4a2'; did you mean"):
-            EnergyTable.of({"mac_w4a2": 1.0})
-        with pytest.raises(DyBitError, match=r"energy of dram_bit must be .* not -1"):
-            EnergyTable.of({"dram_bit": -1})
-
-
-class TestConfig:
-    def test_toml_gives_the_config_back(self, tmp_path):
-        config = Config(rows=8, dram_bytes_per_cycle=12.5, fuse="together", narrowest=4, energy=TestEnergy.TABLE)
-        assert Config.from_toml(config.to_toml()) == config
-        (tmp_path / "accel.toml").write_text(Config(columns=16).to_toml(), encoding="utf-8")
-        assert Config.load(tmp_path / "accel.toml") == Config(columns=16)
-        assert Config.from_toml("") == Config()
-
-    @pytest.mark.parametrize(
-        ("text", "words"),
-        [
-            ("rows = 0", "rows must be a positive integer, not 0"),
-            ("columns = 2.5", "columns must be a positive integer, not 2.5"),
-            ("row = 8", "config has the unknown name 'row'; did you mean 'rows'"),
-            ("rows = ", "config is not TOML"),
-            ("frequency = 0", "frequency must be a positive finite number, not 0"),
-            ("dram_bytes_per_cycle = inf", "dram_bytes_per_cycle must be a positive finite number, not inf"),
-            ("schedule = 'os'", "schedule must be one of jit, scalesim, not 'os'"),
-            ("narrowest = 3", "narrowest must be one of 2, 4, 8, not 3"),
-            ("pack_depthwise = 1", "pack_depthwise must be true or false, not 1"),
-            ("weight_sram = 4096", "weight_sram must hold two tiles of weights, 8192 bytes for 32 x 32, not 4096"),
-            ("sum_sram = 100", "sum_sram must hold one row of partial sums, 544 bytes for 32 x 32, not 100"),
-            ("activation_sram = 32", "activation_sram must hold two rows of activations, 64 bytes"),
-            ("energy = 3", "energy must be a table of costs, not 3"),
-            ("[energy]\ndrambit = 3", "unknown name 'drambit'; did you mean 'dram_bit'"),
-        ],
-    )
-    def test_bad_configs_get_one_clear_error(self, text, words):
-        with pytest.raises(DyBitError, match=words):
-            Config.from_toml(text)
-
-    def test_files(self, tmp_path):
-        with pytest.raises(DyBitError, match="config must be a readable TOML file"):
-            Config.load(tmp_path / "none.toml")
 
 
 class TestBits:

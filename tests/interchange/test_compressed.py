@@ -6,37 +6,22 @@ import struct
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from helpers import cuts, damaged, flips
+from interchange_cases import RECIPES, parts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dybit import Recipe, quantize_, safe_files
 from dybit.errors import CheckpointError, DyBitError
-from dybit.interchange import read_compressed, read_gguf, save_compressed, write_gguf
-from dybit.interchange.blocks import Blocks, from_blocks, to_blocks
-from dybit.tensors.encoding import quantize
-from dybit.tensors.quantized_tensor import TensorSpec
-
-RECIPES = {
-    "mxfp4": {"weights": "s4r2", "group_size": 32, "scale": "pow2"},
-    "nvfp4": {"weights": "s4r2", "group_size": 16, "scale": "e4m3"},
-}
+from dybit.interchange import read_compressed, save_compressed
 
 
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4), nn.LayerNorm(4)).eval()
-
-
-def weight(kind, rows=5, columns=64, family="s4r2", spread=4.0):
-    torch.manual_seed(1)
-    fields = RECIPES[kind]
-    spec = TensorSpec(family, (rows, columns), "group", fields["group_size"], fields["scale"], "group")
-    return quantize(torch.randn(rows, columns) * torch.exp(spread * torch.randn(rows, 1)), spec)
 
 
 def saved(tmp_path, kind, head=False):
@@ -87,53 +72,6 @@ def test_there_and_back(tmp_path, kind):
     assert type(again[2]) is nn.Linear and again[0].weight_specs["weight"].group_size == RECIPES[kind]["group_size"]
 
 
-def test_nvfp4_with_a_power_of_two_is_exact():
-    original = weight("nvfp4")
-    power = torch.tensor([2.0**-5])
-    original = type(original)(original.spec, original.packed, original.scale, None, power)
-    blocks = to_blocks(original, "w")
-    assert blocks.divisor == 64
-    assert torch.equal(from_blocks(blocks, "w").dequantize(), original.dequantize())
-
-
-@pytest.mark.parametrize("divisor", [1.0, 3.0, 1234.567, 1e-3])
-def test_any_nvfp4_is_read_exactly(divisor):
-    blocks = to_blocks(weight("nvfp4"), "w")
-    blocks = Blocks(blocks.packed, blocks.scale, torch.tensor([divisor]))
-    read = from_blocks(blocks, "w")
-    e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    codes = torch.stack([blocks.packed & 15, blocks.packed >> 4], dim=-1).flatten(1).long()
-    values = torch.where(codes > 7, -1.0, 1.0) * e2m1[codes & 7]
-    expected = values.view(5, -1, 16) * (blocks.scale.float() / divisor)[..., None]
-    assert torch.equal(read.dequantize(), expected.flatten(1))
-
-
-@pytest.mark.parametrize("exponent", [0, 1, 60, 127, 190, 254])
-def test_every_exponent_of_mxfp4_is_read_exactly(exponent):
-    packed = torch.arange(16, dtype=torch.uint8).view(1, 16) * 16 + 5
-    read = from_blocks(Blocks(packed, torch.full((1, 1), exponent, dtype=torch.uint8)), "w")
-    high = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
-    expected = torch.stack([torch.full((16,), 3.0, dtype=torch.float64), high], dim=1).flatten() * 2.0 ** (
-        exponent - 127
-    )
-    assert torch.equal(read.dequantize().flatten(), expected.float())
-
-
-@pytest.mark.parametrize("family", ["s4r2", "e2m1", "mxfp4"])
-def test_gguf_decodes_the_same_values(tmp_path, family):
-    gguf = pytest.importorskip("gguf")
-    original = weight("mxfp4", family=family)
-    path = write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": original}, {"norm": torch.ones(5)},
-                      architecture="llama", metadata={"llama.block_count": 1, "general.name": "x"})  # fmt: skip
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    tensor = tensors["blk.0.ffn_up.weight"]
-    values = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
-    np.testing.assert_array_equal(values.reshape(5, 64), original.dequantize().numpy())
-    found = read_gguf(path)
-    assert torch.equal(found.weights["blk.0.ffn_up.weight"].dequantize(), original.dequantize())
-    assert torch.equal(found.tensors["norm"], torch.ones(5))
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -158,19 +96,6 @@ def test_embeddings_and_unquantized_models_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DyBitError, match="is no empty directory"):
         save_compressed(quantize_(network(), Recipe(**RECIPES["mxfp4"], rules={"2": None})), tmp_path / "file")
-
-
-def test_gguf_takes_mxfp4_only(tmp_path):
-    pytest.importorskip("gguf")
-    with pytest.raises(DyBitError, match="'w' is NVFP4"):
-        write_gguf(tmp_path / "m.gguf", {"w": weight("nvfp4")})
-    assert not list(tmp_path.iterdir())
-
-
-def parts(found):
-    """All that a reader found, by name."""
-    weights = {name + suffix: part for name, w in found.weights.items() for suffix, part in w.buffers().items()}
-    return {**weights, **found.tensors, **{f"{name}, dequantized": w.dequantize() for name, w in found.weights.items()}}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -278,27 +203,3 @@ def test_an_index_must_stay_in_its_directory(tmp_path):
     index.write_text(json.dumps({"weight_map": {"0.weight_packed": "../part.safetensors"}}))
     with pytest.raises(CheckpointError, match="outside its directory"):
         read_compressed(folder)
-
-
-def test_damaged_gguf(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    fields = {"llama.block_count": 1, "general.name": "x", "llama.scale": 2.5}
-    others = {"norm": torch.randn(5), "scalar": torch.tensor(2.0), "mean": torch.randn(2, 3)}
-    path = write_gguf(tmp_path / "m.gguf", {"w": weight("mxfp4")}, others, metadata=fields)
-    assert len(gguf.GGUFReader(path).get_field("dybit.sha256").contents()) == 64
-    assert damaged(path, cuts, lambda: parts(read_gguf(path))) > 90
-    assert damaged(path, flips, lambda: parts(read_gguf(path))) > 600
-    assert damaged(path, lambda data: flips(data[:300], 500), lambda: parts(read_gguf(path))) == 500
-
-
-def test_gguf_of_others_has_no_digest(tmp_path):
-    pytest.importorskip("gguf")
-    path = write_gguf(tmp_path / "m.gguf", {"w": weight("mxfp4")})
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data.replace(b"dybit.sha256", b"other.sha256").replace(data[-40:], bytes(40)))
-    assert read_gguf(path).weights["w"].packed.shape
-    with pytest.raises(CheckpointError, match=r"m.gguf is damaged: the SHA-256 of its tensors"):
-        path.unlink()
-        path.write_bytes(data.replace(data[-40:], bytes(40)))
-        read_gguf(path)

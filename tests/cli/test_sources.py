@@ -1,0 +1,45 @@
+import os
+import sys
+
+import pytest
+from command_line import invoke
+
+PIPES = {
+    "info": ("info", "DIR", "dybit.json"),
+    "info_tensors": ("info", "DIR", "model.safetensors"),
+    "file": ("quantize", "PIPE", "-o", "out", "m.safetensors"),
+    "index": ("quantize", "PIPE", "-o", "out", "m.safetensors.index.json"),
+    "recipe": ("quantize", "torch.nn:Identity", "-o", "out", "--recipe", "PIPE", "r.json"),
+    "array": ("quantize", "torch.nn:Identity", "-o", "out", "--calibration", "PIPE", "d.npy"),
+    "text": ("evaluate", "torch.nn:Identity", "--data", "PIPE", "d.txt"),
+    "compare": ("compare", "PIPE", "m.safetensors"),
+    "import_gguf": ("import", "PIPE", "-o", "out", "m.gguf"),
+    "import_onnx": ("import", "PIPE", "-o", "out", "m.onnx"),
+    "import_config": ("import", "DIR", "-o", "out", "config.json"),
+    "workload": ("simulate", "PIPE", "w.json"),
+    "config": ("simulate", "resnet18", "--config", "PIPE", "c.toml"),
+    "run": ("report", "DIR", "search.json"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(sys.platform == "win32", reason="makes pipes")
+@pytest.mark.parametrize("name", PIPES)
+def test_pipes_are_not_waited_for(tmp_path, monkeypatch, name):
+    *words, file = PIPES[name]
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if name == "info_tensors":
+        from torch import nn
+
+        import dybit
+
+        folder.rmdir()
+        dybit.save(dybit.quantize_(nn.Sequential(nn.Linear(8, 8)), dybit.Recipe()), folder)
+        (folder / file).unlink()
+    os.mkfifo(folder / file)
+    result = invoke(*({"DIR": str(folder), "PIPE": str(folder / file)}.get(word, word) for word in words))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, (result.stderr, result.exception)
+    assert str(folder) in result.stderr and ("is a pipe, not a file" in result.stderr or "is no file" in result.stderr)
+    assert not (tmp_path / "out").exists()
