@@ -5,14 +5,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report_cases import ROWS
+from report_cases import ROWS, picture
 
 from dybit.errors import DyBitError, MissingExtraError
 from dybit.report import histogram
 from dybit.report.histogram import check_path, save, to_svg
 
 
-def test_png_and_svg(figure, tmp_path):
+def test_png_and_svg(tmp_path):
+    figure = picture()
     save(figure, tmp_path / "a.png")
     save(figure, tmp_path / "a.svg")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -21,7 +22,8 @@ def test_png_and_svg(figure, tmp_path):
     assert "A title" in text and "20.1 dB" in text and "+1" in text  # one level of nf4 lies outside
 
 
-def test_svg_is_deterministic(figure):
+def test_svg_is_deterministic():
+    figure = picture()
     assert to_svg(figure) == to_svg(figure)
 
 

@@ -1,7 +1,6 @@
 """Shared by the tests of several modules."""
 
 import numpy as np
-import pytest
 
 from dybit.report import FormatRow, histogram
 
@@ -12,6 +11,5 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def figure():
+def picture():
     return histogram(np.random.default_rng(0).normal(size=5000), ROWS, "A title", "and a line <below>")
