@@ -1,33 +1,35 @@
-"""What torch.compile gains: MiniLM's forward and SmolLM2's decoding step, FP32 and W4A8, eager and compiled.
+"""torch.compile: the forward pass of MiniLM and a decoding step of SmolLM2-135M, FP32 and W4A8, eager and compiled.
 
-    python benchmarks/compile.py [--model minilm smollm2] [--json compile.json]
-
-Everything runs paired and interleaved in one process. Times are the process's CPU time where it has one thread (a busy
-machine then disturbs less), else wall-clock time. Compiling takes a minute or two for each.
+All take turns in one process, in a new order every round. Times are medians; ratios are medians of the paired rounds
+with their quartiles. Compiling takes a minute or two for each.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import random
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
+from results import Column, Results, parser
 from transformers import StaticCache
 
 import dybit
 from dybit.demo import minilm, smollm2
-from dybit.operators import packed_weight
+from dybit.measure.timing import compare
 
-RECIPE = {"weights": 4, "group_size": 64, "activations": "int8", "activation_mode": "dynamic", "method": "absmax"}
+RECIPE = dybit.Recipe(
+    weights=4, group_size=64, activations="int8", activation_mode="dynamic", method="absmax", embeddings=None
+)
+RECIPES = {"minilm": RECIPE, "smollm2": dybit.Recipe.from_dict({**RECIPE.to_dict(), "embeddings": 4})}
+COLUMNS = (
+    Column("model", "model"),
+    Column("kind", ""),
+    Column("ms", "ms", 1),
+    Column("ratio", "times as fast as FP32, eager", 2, "×"),
+)
 
 
 class Step(torch.nn.Module):
@@ -46,8 +48,7 @@ class Step(torch.nn.Module):
 
 def contestants(name: str) -> dict[str, Callable[[], Any]]:
     exact = minilm() if name == "minilm" else smollm2(permute=False)
-    recipe = dybit.Recipe(**RECIPE, embeddings=None if name == "minilm" else 4)
-    models = {"FP32": exact, "W4A8": dybit.quantize_(copy.deepcopy(exact), recipe)}
+    models = {"FP32": exact, "W4A8": dybit.quantize_(copy.deepcopy(exact), RECIPES[name])}
     calls: dict[str, Callable[[], Any]] = {}
     for kind, model in models.items():
         if name == "minilm":
@@ -55,45 +56,28 @@ def contestants(name: str) -> dict[str, Callable[[], Any]]:
             run, arguments = model, (ids, torch.ones_like(ids))
         else:
             run, arguments = Step(model), (torch.tensor([[7]]), torch.tensor([[32]]))
-        compiled = torch.compile(run, fullgraph=True, dynamic=False)
-        calls[f"{kind} eager"] = lambda run=run, arguments=arguments: run(*arguments)
-        calls[f"{kind} compiled"] = lambda run=compiled, arguments=arguments: run(*arguments)
+        calls[f"{kind}, eager"] = partial(run, *arguments)
+        calls[f"{kind}, compiled"] = partial(torch.compile(run, fullgraph=True, dynamic=False), *arguments)
     return calls
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["minilm", "smollm2"], choices=["minilm", "smollm2"])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--model", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    reader.add_argument("--rounds", type=int, default=25)
+    options = reader.parse_args()
     warnings.filterwarnings("ignore")
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    results: dict[str, Any] = {}
-    print(f"{packed_weight.isa()}, {torch.get_num_threads()} threads, {clock.__name__}\n")
-    print("| model | | ms | times FP32 eager |\n|---|---|---|---|")
-    for name in options.model:
-        with torch.no_grad():
-            calls = contestants(name)
-            for call in calls.values():
-                call(), call()
-            times: dict[str, list[float]] = {kind: [] for kind in calls}
-            order, shuffle = list(calls), random.Random(0)
-            for _ in range(options.rounds):
-                shuffle.shuffle(order)
-                for kind in order:
-                    begin = clock()
-                    calls[kind]()
-                    times[kind].append((clock() - begin) * 1e3)
-        for kind, values in times.items():
-            pairs = [a / b for a, b in zip(times["FP32 eager"], values, strict=True)]
-            low, ratio, high = np.percentile(pairs, [25, 50, 75])
-            results[f"{name}, {kind}"] = {"ms": statistics.median(values), "ratio": [low, ratio, high]}
-            shown = f"{ratio:.2f}× ({low:.2f} to {high:.2f})"
-            print(f"| {name} | {kind} | {statistics.median(values):.1f} | {shown} |", flush=True)
-    if options.json:
-        facts = {"isa": packed_weight.isa(), "threads": torch.get_num_threads(), "clock": clock.__name__}
-        options.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+    with Results(__file__, __doc__, COLUMNS, options, RECIPES) as results:
+        for name in options.model:
+            if results.has(model=name):
+                continue
+            with torch.inference_mode():
+                calls = contestants(name)
+                for call in calls.values():
+                    call(), call()
+            for kind, time in compare(calls, seconds=1e9, rounds=options.rounds).items():
+                ratio = [time.ratio_low, time.ratio, time.ratio_high]
+                results.add(model=name, kind=kind, ms=time.median * 1e3, ratio=ratio)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
-"""Packed linear layers against FP32, torch's INT8, ONNX Runtime and llama.cpp: paired, weights from memory.
+"""Packed linear layers: dybit against FP32, torch INT8, ONNX Runtime and llama.cpp, weights read from memory.
 
-Run ``python benchmarks/linear.py`` (``--help`` for options). Every round times each contestant once, in a new order,
-on the next of several copies of its weights, so that the weights of single rows come from memory and all see the same
-disturbances. Printed are medians of the rounds, the quartiles of the paired ratios, and the share of a floor: the
-bytes of the weights over the read bandwidth, or the products over the integer peak, whichever takes longer. Both are
-measured in the same run: memory read in order, and a loop of the path's byte multiplication on registers alone
-(AMX's tiles, vpdpbusd, or vpmaddubsw, which sums have yet to follow). Significands of 16 bits have half that peak, FP32
-inputs a quarter (but of AMX, which does not multiply them, and where it is not known). With
-one thread the clock is the thread's processor time, so that other programs on the machine disturb the memory but do not
-count; with more it is the wall's. Idle threads of torch, ONNX Runtime and llama.cpp spin for some milliseconds before
-they sleep: with more than one thread every turn waits for that and is preceded by one that is not timed.
+Every round times each contestant once, in a new order, on the next of several copies of its weights. The copies hold
+more bytes than the last cache, so that the weights of single rows come from memory. Shown are medians of the rounds and
+the quartiles of the paired ratios: how many times as fast dybit is as the other. The floor is the time to read the
+weights or to multiply the bytes, whichever is longer. Its two rates are measured in the same run: memory read in order,
+and a loop of the byte multiplication of the kernels in registers alone. Significands of 16 bits have half that rate,
+FP32 inputs a quarter (except on AMX, which does not multiply them).
+
+With one thread the clock is the processor time of the thread, with more the wall clock. Idle threads of torch, ONNX
+Runtime and llama.cpp spin for some milliseconds before they sleep. With more than one thread every turn therefore waits
+and is preceded by one that is not timed.
+
+The columns are 4096 inputs (K); N is the number of outputs. Weights are in groups of 128 with a variant for each group,
+except those of W8A8, which have a scale for each output channel.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
-import json
-import platform
+import itertools
 import random
 import statistics
 import time
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from results import Column, Results, parser
 
 from dybit.formats import catalogue, packing
 from dybit.kernels import extension
@@ -36,6 +38,22 @@ from dybit.operators import packed_weight
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 Runs = list[Callable[[], object]]
+Case = tuple[str, str, str, int, int | None]  # name, weights, inputs, rows of inputs, group size
+COLUMNS = (
+    Column("layer", "layer"),
+    Column("rows", "rows"),
+    Column("outputs", "N"),
+    Column("threads", "threads"),
+    Column("isa", "kernels"),
+    Column("ms", "ms", 3),
+    Column("fp32_ms", "FP32, ms"),
+    Column("fp32", "to FP32", 2, "×"),
+    Column("int8", "to torch INT8", 2, "×"),
+    Column("onnx", "to ONNX Runtime 4-bit", 2, "×"),
+    *(Column(kind, f"to llama.cpp {kind}", 2, "×") for kind in ("Q4_0", "Q4_K", "IQ4_NL")),
+    *(Column(f"{kind}_repacked", f"to llama.cpp {kind}, repacked", 2, "×") for kind in ("Q4_0", "Q4_K", "IQ4_NL")),
+    Column("floor", "share of the floor"),
+)
 
 
 def last_cache() -> int:
@@ -273,112 +291,99 @@ def quartiles(values: list[float]) -> list[float]:
     return [float(q) for q in np.percentile(values, [25, 50, 75])]
 
 
-def cases() -> list[tuple[str, str, str, int, int | None]]:
-    """(name, weights, inputs, rows of inputs, group size)."""
+def cases() -> list[Case]:
     few = [(f"W{bits}A8", f"dybit{bits}" if bits < 8 else "s8r1", "s8r1", 1, 128) for bits in (4, 2, 3)]
     few += [
-        ("W8A8 int", "s8r1", "s8r1", 1, None),
-        ("W8A8 full run", "s8", "s8", 1, None),
-        ("W4A8 full run", "dybit4", "s8", 1, 128),
+        ("W8A8, integers", "s8r1", "s8r1", 1, None),
+        ("W8A8, both of full run", "s8", "s8", 1, None),
+        ("W4A8, inputs of full run", "dybit4", "s8", 1, 128),
     ]
     many = [("W4A8", "dybit4", "s8r1", 128, 128), ("W4A8", "dybit4", "s8r1", 512, 128)]
-    many += [("W4A4", "dybit4", "s4", 128, 128), ("W8A8 full run", "s8", "s8", 128, None)]
+    many += [("W4A4", "dybit4", "s4", 128, 128), ("W8A8, both of full run", "s8", "s8", 128, None)]
     kept = [("W4", "dybit4", "", m, 128) for m in (1, 8, 32, 128, 512)]
     kept += [("W8", "dybit8", "", m, 128) for m in (1, 32)]
     return few + many + kept
 
 
+def contestants_of(
+    case: Case, x: torch.Tensor, outputs: int, threads: int, ggml: tuple[ctypes.CDLL, ctypes.CDLL] | None
+) -> tuple[dict[str, Runs], int]:
+    """The contestants of a case by their names in a row, dybit first, and the bytes of dybit's weight."""
+    name, family, inputs, _, group = case
+    runs, size = dybit_runs(family, inputs, x, outputs, group)
+    contestants = {"dybit": runs, "fp32": float_runs(x, outputs)}
+    if name == "W4A8":
+        contestants["int8"] = int8_runs(x, outputs)
+    if name in ("W4A8", "W4") and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+        contestants["onnx"] = onnx_runs(x, outputs, threads, 4 if inputs else 1)
+    if name == "W4A8" and ggml:
+        contestants |= {kind: ggml_runs(ggml, kind, x, outputs, threads) for kind in GGML_TYPES}
+        if buffers := ggml_interleaving(ggml):
+            more = {f"{kind}_repacked": ggml_runs(ggml, kind, x, outputs, threads, buffers) for kind in GGML_TYPES}
+            contestants |= more
+    return contestants, size
+
+
 def run_case(
-    case: tuple[str, str, str, int, int | None],
-    rows: int,
+    case: Case,
+    outputs: int,
     threads: int,
     seconds: float,
-    machine: dict[str, float],
+    rates: tuple[float, float],
     ggml: tuple[ctypes.CDLL, ctypes.CDLL] | None,
 ) -> dict[str, object]:
-    name, family, inputs, m, group = case
+    """The row of a case; ``rates`` are those of :func:`bandwidth` and :func:`integer_peak`."""
+    _, _, inputs, m, _ = case
     x = torch.randn(m, 4096)
-    runs, size = dybit_runs(family, inputs, x, rows, group)
-    contestants = {"dybit": runs, "fp32": float_runs(x, rows)}
-    if name == "W4A8":
-        contestants["torch int8"] = int8_runs(x, rows)
-    if name in ("W4A8", "W4"):
-        try:
-            contestants["ort 4-bit"] = onnx_runs(x, rows, threads, 4 if inputs else 1)
-        except ImportError:
-            print("(onnxruntime and onnx are not installed: left out)")
-        if ggml and inputs:
-            contestants |= {f"llama.cpp {kind}": ggml_runs(ggml, kind, x, rows, threads) for kind in GGML_TYPES}
-            if buffers := ggml_interleaving(ggml):
-                for kind in GGML_TYPES:
-                    runs = ggml_runs(ggml, kind, x, rows, threads, buffers)
-                    contestants[f"llama.cpp {kind} interleaved"] = runs
+    contestants, size = contestants_of(case, x, outputs, threads, ggml)
     times = measure(contestants, seconds)
-    median = {key: statistics.median(value) for key, value in times.items()}
     ratios = {
         key: quartiles([a / b for a, b in zip(value, times["dybit"], strict=True)])
         for key, value in times.items()
         if key != "dybit"
     }
-    reading = size / machine["read_gb_s"] / 1e6
+    own = statistics.median(times["dybit"])
+    reading = size / rates[0] / 1e6
     slower = {"": 4, "s8": 2, "u8": 2}.get(inputs, 1)
-    known = machine["peak_gmac_s"] and (inputs or packed_weight.isa() != "amx")
-    computing = m * rows * 4096 / machine["peak_gmac_s"] / 1e6 * slower if known else 0
-    floor = max(reading, computing)
-    row = {
-        "case": name,
-        "rows": m,
-        "n": rows,
-        "group": group,
-        "threads": threads,
-        "isa": packed_weight.isa(),
-        "ms": median,
-    }
-    return row | {"faster_than": ratios, "floor_ms": floor, "floor": "read" if reading > computing else "compute"}
-
-
-def show(row: dict) -> str:
-    ratios = ", ".join(f"{k} {q[1]:.2f}× ({q[0]:.2f} to {q[2]:.2f})" for k, q in row["faster_than"].items())
-    own = row["ms"]["dybit"]
-    share = row["floor_ms"] / own
-    head = f"| {row['case']} | {row['rows']} | {row['n']} | {row['threads']} | {row['isa']} | {own:.3f} "
-    return head + f"| {row['ms']['fp32']:.2f} | {ratios} | {share:.0%} of {row['floor']} |"
+    known = rates[1] and (inputs or packed_weight.isa() != "amx")
+    computing = m * outputs * 4096 / rates[1] / 1e6 * slower if known else 0
+    floor = f"{max(reading, computing) / own:.0%} of {'reading' if reading > computing else 'computing'}"
+    return {"ms": own, "fp32_ms": statistics.median(times["fp32"]), **ratios, "floor": floor}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.5, help="of every measurement")
-    parser.add_argument("--rows", type=int, nargs="+", default=[4096, 11008], help="N of the layers; K is 4096")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--isa", nargs="+", default=[packed_weight.isa()])
-    parser.add_argument("--ggml", type=Path, help="where libggml-base and -cpu are, if not in llama-cpp-python")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--seconds", type=float, default=1.5, help="of every measurement")
+    reader.add_argument("--outputs", type=int, nargs="+", default=[4096], help="N of the layers; K is 4096")
+    reader.add_argument("--only", nargs="+", default=[], help="names of the cases, such as W4A8; default: all")
+    reader.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    reader.add_argument("--isa", nargs="+", default=[packed_weight.isa()])
+    reader.add_argument("--ggml", type=Path, help="where libggml-base and -cpu are, if not in llama-cpp-python")
+    options = reader.parse_args()
     ggml = ggml_library(options.ggml)
-    if ggml is None:
-        print("(llama-cpp-python is not installed: llama.cpp is left out)")
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    results, machines = [], []
-    for threads in dict.fromkeys(options.threads):
-        torch.set_num_threads(threads)
-        for isa in options.isa:
+    with Results(__file__, __doc__, COLUMNS, options) as results:
+        for threads, isa in itertools.product(dict.fromkeys(options.threads), options.isa):
+            cases_left = [
+                (case, outputs, key)
+                for outputs in options.outputs
+                for case in cases()
+                if not options.only or case[0] in options.only
+                for key in [{"layer": case[0], "rows": case[3], "outputs": outputs, "threads": threads, "isa": isa}]
+                if not results.has(**key)
+            ]
+            if not cases_left:
+                continue
+            torch.set_num_threads(threads)
             packed_weight.use(isa)
-            machine = {"read_gb_s": bandwidth(), "peak_gmac_s": integer_peak()}
-            machines.append({"threads": threads, "isa": isa, **machine})
-            print(f"\n{isa}, {threads} threads: reads {machine['read_gb_s']:.1f} GB/s, "
-                  f"{machine['peak_gmac_s']:.0f} · 10⁹ products/s\n")  # fmt: skip
-            print("| layer | rows | N | threads | ISA | dybit ms | FP32 ms | times faster than | share of floor |")
-            print("|---|---|---|---|---|---|---|---|---|")
-            for rows in options.rows:
-                for case in cases():
-                    results.append(run_case(case, rows, threads, options.seconds, machine, ggml))
-                    print(show(results[-1]), flush=True)
-    if options.json:
-        cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name")), platform.processor())  # fmt: skip
-        text = json.dumps({"cpu": cpu, "torch": torch.__version__, "machine": machines, "results": results}, indent=1)
-        options.json.write_text(text)
+            rates = bandwidth(), integer_peak()
+            results.fact(
+                f"Rates, {isa}, threads: {threads}",
+                f"memory reads at {rates[0]:.1f} GB/s, {rates[1]:.0f}·10⁹ products of bytes a second",
+            )
+            for case, outputs, key in cases_left:
+                results.add(**key, **run_case(case, outputs, threads, options.seconds, rates, ggml))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,36 @@
 """Anonymous memory of calibrated quantization of a transformers model whose weights stay on the disk.
 
-    python benchmarks/mapped.py [--layers 16] [--hidden 512] [--algorithm gptq]
-
 A random Llama in FP32 is written, then loaded with ``from_pretrained``, which maps the file, and quantized block by
-block. Pages of the file that the process has touched are not counted: they are the file's, and the system drops them
-when it needs room. A model of one layer goes first, so that what is loaded and allocated once does not count either.
+block. Pages of the file that the process has touched are not counted: the system drops them when it needs memory. A
+model of one layer goes first, so that what is loaded and allocated once does not count either.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
-import tempfile
 import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from results import Column, Results, parser
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dybit
+
+RECIPE = dybit.Recipe(weights=4, group_size=64)
+COLUMNS = (
+    Column("algorithm", "algorithm"),
+    Column("layers", "layers"),
+    Column("weights", "weights, MB", 1),
+    Column("codes", "codes, MB", 1),
+    Column("loading", "loading, MB", 1),
+    Column("peak", "peak, MB", 1),
+    Column("seconds", "s", 1),
+)
 
 
 def anonymous() -> int:
@@ -64,32 +71,33 @@ def quantize(folder: Path, algorithm: str, peak: PeakAnonymous) -> dict[str, flo
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder)
     loaded = anonymous() - before
-    dybit.quantize_(model, dybit.Recipe(weights=4, group_size=64), batches, algorithm=algorithm)
+    dybit.quantize_(model, RECIPE, batches, algorithm=algorithm)
     seconds = time.perf_counter() - start
     codes = sum(buffer.nbytes for buffer in model.buffers())
     figures = {"weights": size, "codes": codes, "loading": loaded, "peak": peak.bytes - before}
-    return {**{f"{name}_megabytes": round(n / 1e6, 1) for name, n in figures.items()}, "seconds": round(seconds, 1)}
+    return {**{name: count / 1e6 for name, count in figures.items()}, "seconds": seconds}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--algorithm", default="gptq", choices=["gptq", "rtn"])
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--layers", type=int, default=16)
+    reader.add_argument("--hidden", type=int, default=512)
+    reader.add_argument("--algorithms", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq"])
+    options = reader.parse_args()
     transformers.logging.disable_progress_bar()
     peak = PeakAnonymous()
     peak.start()
-    with tempfile.TemporaryDirectory() as folder:
+    with Results(__file__, __doc__, COLUMNS, options, {"W4": RECIPE}) as results, TemporaryDirectory() as folder:
         for name, layers in (("warm", 1), ("model", options.layers)):
             # In a process of its own: memory that it frees would be used again here, and go uncounted.
             process = get_context("spawn").Process(target=write, args=(Path(folder) / name, layers, options.hidden))
             process.start()
             process.join()
-        quantize(Path(folder) / "warm", options.algorithm, peak)
-        result = quantize(Path(folder) / "model", options.algorithm, peak)
-    json.dump(result, sys.stdout, indent=2)
-    print()
+        for algorithm in options.algorithms:
+            if not results.has(algorithm=algorithm):
+                quantize(Path(folder) / "warm", algorithm, peak)
+                row = quantize(Path(folder) / "model", algorithm, peak)
+                results.add(algorithm=algorithm, layers=options.layers, **row)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-"""Exported models in ONNX Runtime: size, difference from torch, and time against the FP32 model in ONNX Runtime.
+"""Exported models in ONNX Runtime: size, difference from torch, and time against the FP32 model.
 
-Run ``python benchmarks/onnx_export.py`` (``--help`` for options) with the extras ``demo`` and ``onnx``. Every width is
-exported under every preset that applies; ``fp4`` has no time, since ONNX Runtime's CPU provider does not run it. Times
-are medians of the processor time of one thread, on one sample and on one batch, with FP32 measured beside each file in
-alternation.
+Every width is exported under every preset that applies. ``fp4`` has no time, since the CPU provider of ONNX Runtime
+does not run it. Times are medians of the processor time of one thread, on one sample and on one batch, in turns with
+the FP32 model in ONNX Runtime. Needs the extras ``demo`` and ``onnx``.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime
 import torch
+from results import Column, Results, parser
 from torch import nn
 
 import dybit
@@ -28,6 +26,19 @@ from dybit import demo
 from dybit.errors import DyBitError
 from dybit.onnx import capture, export
 
+COLUMNS = (
+    Column("model", "model"),
+    Column("quantized", "quantized"),
+    Column("preset", "preset"),
+    Column("stored", "stored as"),
+    Column("megabytes", "MB"),
+    Column("share", "of FP32", 3),
+    Column("difference", "largest difference", 7),
+    Column("sample_ms", "one sample, ms"),
+    Column("sample_ratio", "times as fast", 2, "×"),
+    Column("batch_ms", "batch, ms"),
+    Column("batch_ratio", "times as fast", 2, "×"),
+)
 Make = Callable[[], tuple[nn.Module, list[Any]]]
 
 
@@ -86,45 +97,48 @@ def milliseconds(contestants: list[onnxruntime.InferenceSession], batch: Any, se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=2.0, help="of every measurement")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    reader.add_argument("--seconds", type=float, default=2.0, help="of every measurement")
+    options = reader.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    print("| model | quantized | preset | stored as | MB | of FP32 | largest difference "
-          "| ms, 1 sample | × faster than FP32 | ms, batch | × faster |")  # fmt: skip
-    print("|---" * 11 + "|")
-    for name in options.models:
-        model, batches = MODELS[name]()
-        reference = ir.to_proto(capture.capture(model, batches, 21)).SerializeToString()
-        fp32 = sum(4 * t.numel() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
-        base = session(reference)
-        for what, preset, recipe in cases():
-            quantized = copy.deepcopy(model)
-            dybit.quantize_(quantized, dybit.Recipe(**recipe), calibration=batches)
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    done = export(quantized, Path(folder) / "m.onnx", batches[:1], preset=preset)
-                except DyBitError as error:
-                    print(f"| {name} | {what} | {preset} | {error} | | | | | | | |", flush=True)
-                    continue
-                data = done.path.read_bytes()
-            ms: list[list[float]] = []
-            if preset != "fp4":
-                pair = [session(data), base]
-                one = torch.utils._pytree.tree_map(lambda x: x[:1], batches[0])
-                ms = [milliseconds(pair, batch, options.seconds) for batch in (one, batches[0])]
-            stored = ", ".join(f"{n} × {kind}" for kind, n in done.stored.items())
-            speed = " | ".join(f"{own:.2f} | {other / own:.2f}" for own, other in ms) or "– | – | – | –"
-            print(f"| {name} | {what} | {preset} | {stored} | {done.nbytes / 1e6:.2f} | {done.nbytes / fp32:.3f} | "
-                  f"{done.check.difference:.1e} | {speed} |", flush=True)  # fmt: skip
-            rows.append({"model": name, "case": what, "preset": preset, "nbytes": done.nbytes, "fp32": fp32,
-                         "difference": done.check.difference, "rms": done.check.error, "ms": ms})  # fmt: skip
-    if options.json:
-        versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-        options.json.write_text(json.dumps(versions | {"results": rows}, indent=1))
+    recipes = {what: dybit.Recipe(**fields) for what, _, fields in cases()}
+    with Results(__file__, __doc__, COLUMNS, options, recipes) as results:
+        results.fact("ONNX Runtime", onnxruntime.__version__)
+        for name in options.models:
+            model, batches = MODELS[name]()
+            exact = ir.to_proto(capture.capture(model, batches, 21)).SerializeToString()
+            for what, preset, _ in cases():
+                if not results.has(model=name, quantized=what, preset=preset):
+                    row = measure(model, batches, recipes[what], preset, exact, options.seconds)
+                    results.add(model=name, quantized=what, preset=preset, **row)
+
+
+def measure(
+    model: nn.Module, batches: list[Any], recipe: dybit.Recipe, preset: str, exact: bytes, seconds: float
+) -> dict[str, Any]:
+    """The cells of one exported model."""
+    quantized = dybit.quantize_(copy.deepcopy(model), recipe, calibration=batches)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = export(quantized, Path(folder) / "m.onnx", batches[:1], preset=preset)
+        except DyBitError as error:
+            return {"stored": str(error)}
+        data = done.path.read_bytes()
+    fp32 = sum(4 * t.numel() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
+    row = {
+        "stored": ", ".join(f"{count} × {kind}" for kind, count in done.stored.items()),
+        "megabytes": done.nbytes / 1e6,
+        "share": done.nbytes / fp32,
+        "difference": done.check.difference,
+    }
+    if preset == "fp4":
+        return row
+    sample = torch.utils._pytree.tree_map(lambda x: x[:1], batches[0])
+    for size, batch in {"sample": sample, "batch": batches[0]}.items():
+        own, other = milliseconds([session(data), session(exact)], batch, seconds)
+        row |= {f"{size}_ms": own, f"{size}_ratio": other / own}
+    return row
 
 
 if __name__ == "__main__":

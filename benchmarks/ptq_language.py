@@ -1,35 +1,41 @@
-"""Perplexity of SmolLM2-135M after post-training quantization of its linear layers, for docs/accuracy.md.
+"""Post-training quantization of the linear layers of SmolLM2-135M: perplexity and divergence from FP32.
 
-A configuration is FORMAT[:GROUP][+INPUTS[:GROUP]][?FIELD=VALUE…]/ALGORITHMS, such as dybit4:64/gptq,
-nf4:64+int8/gptq or dybit4plain?variant_granularity=tensor/plain. INPUTS are dynamic, with a scale for every token or
-for every GROUP features; FIELD is any other of a recipe; the algorithm ``plain`` is rounding to the nearest without
-calibration. Every configuration adds a line of JSON to the results, with the surprise and the divergence of every
-sequence of 512 tokens; what is there is not run again. ``--report`` prints the table, with standard errors over
-sequences, paired against the first of the configurations. Only one model is in memory while it is quantized; the
-original's logits are in a file beside the results.
-
-    python benchmarks/ptq_language.py dybit4/gptq nf4/gptq
-    python benchmarks/ptq_language.py --report dybit4/gptq nf4/gptq
+A configuration is FORMAT[:GROUP][+INPUTS[:GROUP]][?FIELD=VALUE…]/ALGORITHMS, such as ``dybit4:64/gptq``,
+``nf4:64+int8/gptq`` or ``dybit4plain?variant_granularity=tensor/plain``. INPUTS are dynamic, with a scale for every
+token or for every GROUP features. FIELD is any other field of a recipe. The algorithm ``plain`` is rounding to nearest
+without calibration. Standard errors are over sequences of 512 tokens; the last two columns are paired with the first
+configuration. Embeddings stay in FP32. Seconds are of the processor.
 """
 
-import argparse
-import json
 import math
 import os
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from results import Column, Results, parser
 
 import dybit
 import dybit.demo
+from dybit.cli.options import chain
 from dybit.layers.quantized import quantized_layers
 from dybit.models.preparation import dequantize_
 
+COLUMNS = (
+    Column("configuration", "configuration"),
+    Column("bits", "bits", 3),
+    Column("perplexity", "perplexity"),
+    Column("ratio", "of FP32", 4),
+    Column("divergence", "KL, nats", 4),
+    Column("same", "same top token", 1, " %"),
+    Column("surprise_above", "surprise above the first's, nats", 4),
+    Column("kl_above", "KL above the first's, nats", 4),
+    Column("cpu_seconds", "s", 0),
+    Column("peak_mb", "peak, MB"),
+)
 LENGTH = 512
 ROWS = 128  # logits of a sequence that are compared at once
 
@@ -59,9 +65,8 @@ def logits_of(model, inputs):
             yield batch["input_ids"][0], model(**batch).logits[0]
 
 
-def reference(options, inputs):
+def reference(file, inputs):
     """The original's logits, (sequences, tokens, vocabulary) of FP32 in a file that is mapped to memory."""
-    file = options.results.with_suffix(f".{options.evaluation}.logits.npy")
     if not file.exists():
         part = file.with_suffix(f".part{os.getpid()}")
         model = dybit.demo.smollm2()
@@ -95,9 +100,11 @@ def measure(word, data, inputs, kept):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     algorithm = word.rpartition("/")[2]
     plain = algorithm == "plain"
-    wall, cpu = time.perf_counter(), time.process_time()
-    dybit.quantize_(model, recipe(word), None if plain else data, algorithm=None if plain else algorithm.split(","))
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    start = time.process_time()
+    dybit.quantize_(
+        model, recipe(word), None if plain else data, algorithm=None if plain else chain(algorithm, calibrated=True)
+    )
+    seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bits = bits_per_weight(model)
     if recipe(word).activations is None:
@@ -105,85 +112,50 @@ def measure(word, data, inputs, kept):
     fp32, surprise, kl, top = judge(model, inputs, kept)
     return {
         "configuration": word, "bits": bits, "fp32": fp32, "surprise": surprise, "kl": kl, "top": top,
-        "cpu_seconds": round(cpu), "wall_seconds": round(wall), "threads": torch.get_num_threads(),
-        "peak_mb": peak // 1000, "before_mb": before // 1000,
+        "cpu_seconds": seconds, "peak_mb": peak // 1000, "before_mb": before // 1000,
     }  # fmt: skip
-
-
-def read(options):
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    rows = [json.loads(line) for line in lines]
-    found = {}
-    for row in rows:
-        step, rest = divmod(options.stride, row.get("stride", 1))
-        if (row["calibration"], row["evaluation"], rest) == (options.calibration, options.evaluation, 0):
-            found[row["configuration"]] = row | {name: row[name][::step] for name in ("fp32", "surprise", "kl", "top")}
-    return found
 
 
 def spread(values):
     """Mean and standard error over sequences."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return [statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0]
 
 
-def above(values, others):
-    """The mean difference and its standard error, in words."""
-    mean, error = spread([a - b for a, b in zip(values, others, strict=True)])
-    return f"{mean:+.4f} ± {error:.4f}"
-
-
-def report(options):
-    rows = read(options)
-    words = options.configurations or list(rows)
-    names = ("configuration", "bits", "perplexity", "of FP32", "KL (nats)", "same top token")
-    print(f"| {' | '.join(names)} | surprise above the first's | KL above the first's |")
-    print("|---|---|---|---|---|---|---|---|")
-    first = None
-    for word in words:
-        if word not in rows:
-            continue
-        row = rows[word]
-        first = first or row
-        ratio, error = spread([a - b for a, b in zip(row["surprise"], row["fp32"], strict=True)])
-        kl, kl_error = spread(row["kl"])
-        beside = ["", ""] if row is first else [above(row[name], first[name]) for name in ("surprise", "kl")]
-        print(
-            f"| {word} | {row['bits']:.3f} | {math.exp(statistics.mean(row['surprise'])):.2f} "
-            f"| {math.exp(ratio):.4f} ± {math.exp(ratio) * error:.4f} | {kl:.4f} ± {kl_error:.4f} "
-            f"| {100 * statistics.mean(row['top']):.1f} % | {' | '.join(beside)} |"
-        )
-    if first:
-        print(f"\nFP32 perplexity {math.exp(statistics.mean(first['fp32'])):.3f}")
+def above(row, first, name):
+    """The mean difference of two rows and its standard error, nats; None for the first row."""
+    return None if first is None else spread([a - b for a, b in zip(row[name], first[name], strict=True)])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configurations", nargs="*")
-    parser.add_argument("--calibration", type=int, default=8192, help="tokens")
-    parser.add_argument("--evaluation", type=int, default=20480, help="tokens")
-    parser.add_argument("--stride", type=int, default=1, help="evaluate on every so many-th sequence only")
-    parser.add_argument("--results", type=Path, default=Path("build/language/results.jsonl"))
-    parser.add_argument("--report", action="store_true", help="print the table only")
-    options = parser.parse_args()
-    if options.report:
-        report(options)
-        return
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    data = dybit.demo.smollm2_batches("calibration", batches=options.calibration // LENGTH)
-    inputs = dybit.demo.smollm2_batches("evaluation", batches=options.evaluation // LENGTH)
-    for word in options.configurations:
-        recipe(word)  # a bad one is an error before any work
-    kept = reference(options, inputs)
-    for word in options.configurations:
-        if word in read(options):
-            continue
-        row = measure(word, data, inputs[:: options.stride], kept[:: options.stride])
-        row |= {name: getattr(options, name) for name in ("calibration", "evaluation", "stride")}
-        with options.results.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        shown = [f"{word}: perplexity {math.exp(statistics.mean(row['surprise'])):.3f}", f"KL {np.mean(row['kl']):.4f}"]
-        print(", ".join(shown), f"{row['wall_seconds']} s, {row['peak_mb']} MB", file=sys.stderr, flush=True)
-    report(options)
+    reader = parser(__doc__)
+    reader.add_argument("configurations", nargs="*", default=["dybit4:64/auto", "nf4:64/auto", "int4:64/auto"])
+    reader.add_argument("--calibration", type=int, default=8192, help="tokens")
+    reader.add_argument("--evaluation", type=int, default=20480, help="tokens")
+    reader.add_argument("--folder", type=Path, default=Path("build/language"), help="of the logits of the original")
+    options = reader.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    recipes = {word: recipe(word) for word in options.configurations}
+    with Results(__file__, __doc__, COLUMNS, options, recipes) as results:
+        todo = [word for word in options.configurations if not results.has(configuration=word)]
+        if not todo:
+            return
+        data = dybit.demo.smollm2_batches("calibration", batches=options.calibration // LENGTH)
+        inputs = dybit.demo.smollm2_batches("evaluation", batches=options.evaluation // LENGTH)
+        kept = reference(options.folder / f"{options.evaluation}.logits.npy", inputs)
+        for word in todo:
+            row = measure(word, data, inputs, kept)
+            first = results.rows[0] if results.rows else None
+            ratio, error = spread([a - b for a, b in zip(row["surprise"], row["fp32"], strict=True)])
+            results.add(
+                **row,
+                perplexity=math.exp(statistics.mean(row["surprise"])),
+                ratio=[math.exp(ratio), math.exp(ratio) * error],
+                divergence=spread(row["kl"]),
+                same=100 * statistics.mean(row["top"]),
+                surprise_above=above(row, first, "surprise"),
+                kl_above=above(row, first, "kl"),
+            )
+            results.fact("Perplexity of FP32", f"{math.exp(statistics.mean(row['fp32'])):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,42 @@
 """Post-training quantization of the sentence encoder MiniLM-L6: how close similarities and retrieval stay to FP32.
 
-    python benchmarks/ptq_sentences.py [--weights 4,int4,nf4] [--activations 8] [--group-sizes 0,64]
-                                       [--algorithms rtn,gptq] [--texts 300] [--calibration 128] [--output result.jsonl]
-
-Every evaluated paragraph is cut in two: the rank correlation (Spearman) is that of the similarities of all pairs of
-first halves; retrieval looks up every first half among the second halves, and is judged by how often it finds the same
-one as FP32 (agreement) and by the mean reciprocal rank (MRR) of the right one, beside that of FP32. Standard errors are
-by jackknife over tenths of the paragraphs. Calibration and evaluation are disjoint texts. Group size 0 is one scale an
-output channel. Inputs are static unless --dynamic. Embeddings keep 8 bits. What --output holds is not run again.
+Every evaluated paragraph is cut in two. Spearman is the rank correlation of the similarities of all pairs of first
+halves. Retrieval looks up every first half among the second halves: shown are how often it finds the same one as FP32,
+and the mean reciprocal rank (MRR) of the right one beside that of FP32. Standard errors are by jackknife over tenths of
+the paragraphs. Calibration and evaluation are disjoint texts. Embeddings keep 8 bits. Seconds are of the processor.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
+from results import Column, Results, parser
 from torch import Tensor, nn
 
 from dybit import Recipe, quantize_
+from dybit.cli import options
 from dybit.demo import half, minilm, minilm_batches, minilm_tokenizer, prose
 from dybit.measure.fidelity import pair_spearman, similarities, sqnr
 
 PARTS = 10
+COLUMNS = (
+    Column("weights", "weights"),
+    Column("group", "group size"),
+    Column("algorithm", "algorithm"),
+    Column("spearman", "Spearman", 4),
+    Column("agreement", "retrieved as by FP32", 1, " %"),
+    Column("mrr", "MRR", 3),
+    Column("mrr_fp32", "MRR of FP32", 3),
+    Column("sqnr", "SQNR, dB"),
+    Column("seconds", "s", 0),
+)
 
 
 def halves(count: int) -> list[str]:
@@ -67,6 +75,7 @@ def jackknife(measure: Callable[[Tensor], float], count: int) -> tuple[float, fl
 
 
 def judge(exact: Tensor, found: Tensor) -> dict[str, object]:
+    """The cells of a quantized model whose embeddings are ``found``."""
     count = len(exact) // 2
     (same, right), (ours, rank) = retrieved(exact), retrieved(found)
     return {
@@ -79,49 +88,46 @@ def judge(exact: Tensor, found: Tensor) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default="4,nf4,int4", help="widths or names of formats, separated by commas")
-    parser.add_argument("--activations", default="8", help="width or format; none: floating point")
-    parser.add_argument("--dynamic", action="store_true", help="a scale for every token")
-    parser.add_argument("--group-sizes", default="0,64")
-    parser.add_argument("--algorithms", default="rtn,gptq", help="chains such as gptq+bias, separated by commas")
-    parser.add_argument("--texts", type=int, default=300, help="paragraphs to judge by")
-    parser.add_argument("--calibration", type=int, default=128, help="paragraphs")
-    parser.add_argument("--output", type=Path, help="lines of JSON")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--weights", nargs="+", default=["4", "nf4", "int4"], help="widths or names of formats")
+    reader.add_argument("--activations", default="8", help="width or format; none: floating point")
+    reader.add_argument("--dynamic", action="store_true", help="a scale for every token; default: static")
+    reader.add_argument("--group-sizes", nargs="+", type=int, default=[0, 64], help="0: a scale an output channel")
+    reader.add_argument("--algorithms", nargs="+", default=["rtn", "auto"], help="chains such as gptq,bias")
+    reader.add_argument("--texts", type=int, default=300, help="paragraphs to judge by")
+    reader.add_argument("--calibration", type=int, default=128, help="paragraphs")
+    given = reader.parse_args()
     warnings.filterwarnings("ignore")
-    model, texts = minilm(), halves(options.texts)
-    calibration = minilm_batches(batches=options.calibration // 16)
-    exact = embed(model, texts)
-    lines = options.output.read_text().splitlines() if options.output and options.output.exists() else []
-    done = {tuple(row["key"]): row for row in map(json.loads, lines)}
-    inputs = int(options.activations) if options.activations.isdigit() else options.activations
-    print("| weights | inputs | group | algorithm | Spearman | retrieval, % as FP32 | MRR (FP32) | SQNR, dB | s |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for group in map(int, options.group_sizes.split(",")):
-        for chain in options.algorithms.split(","):
-            for name in options.weights.split(","):
-                key = (name, str(inputs), options.dynamic, group, chain, options.texts, options.calibration)
-                row = done.get(key)
-                if row is None:
-                    recipe = Recipe(
-                        weights=int(name) if name.isdigit() else name,
-                        activations=None if inputs == "none" else inputs,
-                        activation_mode="dynamic" if options.dynamic else "static",
-                        group_size=group or None,
-                    )
-                    start = time.process_time()
-                    quantized = quantize_(copy.deepcopy(model), recipe, calibration, algorithm=chain.split("+"))
-                    seconds = time.process_time() - start
-                    row = {"key": key, **judge(exact, embed(quantized, texts)), "seconds": seconds}
-                    if options.output:
-                        with options.output.open("a") as stream:
-                            stream.write(json.dumps(row) + "\n")
-                how = f"{inputs}{' dynamic' if options.dynamic else ''}"
-                cells = [f"{row['spearman'][0]:.4f} ± {row['spearman'][1]:.4f}"]
-                cells += [f"{row['agreement'][0]:.1f} ± {row['agreement'][1]:.1f}"]
-                cells += [f"{row['mrr'][0]:.3f} ({row['mrr_fp32']:.3f})", f"{row['sqnr']:.2f}", f"{row['seconds']:.0f}"]
-                print(f"| {name} | {how} | {group or 'channel'} | {chain} | {' | '.join(cells)} |", flush=True)
+    mode = "dynamic" if given.dynamic else "static"
+    recipes = {
+        f"{name}, groups of {group}" if group else name: Recipe(
+            options.width("weights", name),
+            options.width("activations", given.activations),
+            activation_mode=mode,
+            group_size=group or None,
+        )
+        for group in given.group_sizes
+        for name in given.weights
+    }
+    model, texts = minilm(), halves(given.texts)
+    calibration, exact = minilm_batches(batches=given.calibration // 16), embed(model, texts)
+    with Results(__file__, __doc__, COLUMNS, given, recipes) as results:
+        for group, chain, name in itertools.product(given.group_sizes, given.algorithms, given.weights):
+            key = {"weights": name, "group": group or "output channel", "algorithm": chain}
+            if not results.has(**key):
+                recipe = recipes[f"{name}, groups of {group}" if group else name]
+                results.add(**key, **measure(model, recipe, calibration, chain, texts, exact))
+
+
+def measure(
+    model: nn.Module, recipe: Recipe, calibration: list[Any], chain: str, texts: list[str], exact: Tensor
+) -> dict[str, object]:
+    """The figures of one recipe and chain of algorithms."""
+    start = time.process_time()
+    algorithm = options.chain(chain, calibrated=True)
+    quantized = quantize_(copy.deepcopy(model), recipe, calibration, algorithm=algorithm)
+    seconds = time.process_time() - start
+    return {**judge(exact, embed(quantized, texts)), "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -1,22 +1,32 @@
-"""Post-training quantization of small classifiers: the true test accuracy, format by format, paired by seed.
+"""Post-training quantization of small classifiers, format by format: test accuracy, paired by seed.
 
-Run ``python benchmarks/ptq_small.py``; it needs scikit-learn and mnist1d. Networks and data are those of qat.py, not
-trained after the rounding: weights of 4, 3 and 2 bits per channel, inputs of 8 bits (static, the same DyBit for
-all formats), the first and the last layer with 8 bits, 500 training samples for calibration.
+Networks and data are those of ``qat.py``, not trained after the rounding. Weights have a scale for each output channel,
+inputs 8 bits (static, plain DyBit for all formats), the first and the last layer 8 bits. Calibration uses 500 training
+samples. The difference is DyBit's accuracy less the format's, the mean over seeds with its standard error.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import math
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from dybit import Recipe, quantize_
-from qat import NETWORKS, accuracy, start
+from results import Column, Results, parser
 
+from dybit import Recipe, quantize_
+from qat import NETWORKS, accuracy, paired, start
+
+COLUMNS = (
+    Column("network", "network"),
+    Column("bits", "bits"),
+    Column("algorithm", "algorithm"),
+    Column("format", "format"),
+    Column("fp32", "FP32", 2, " %"),
+    Column("accuracy", "accuracy", 2, " %"),
+    Column("difference", "DyBit − it", 2),
+)
 FORMATS: dict[str, Callable[[int], int | str]] = {
     "dybit": lambda b: f"dybit{b}",
     "nf": lambda b: f"nf{b}",
@@ -27,41 +37,38 @@ CHAINS = {"cnn": ("rtn", "adaround"), "digits": ("rtn", "adaround"), "vit": ("rt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(300, 308)))
-    parser.add_argument("--folder", type=Path, default=Path("build/small"), help="of the networks in FP32")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    reader.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    reader.add_argument("--seeds", type=int, nargs="+", default=list(range(300, 308)))
+    reader.add_argument("--folder", type=Path, default=Path("build/small"), help="of the networks in FP32")
+    options = reader.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    for network in options.networks:
-        found: dict[tuple[str, str, int], list[float]] = {}
-        exact = []
-        for seed in options.seeds:
-            data = NETWORKS[network][1](seed)
-            model = start(network, seed, data, options.folder)
-            exact.append(accuracy(model, data))
-            for bits in options.bits:
-                for chain in CHAINS[network]:
-                    for name, form in FORMATS.items():
-                        ends = {layer: {"weights": 8} for layer in NETWORKS[network][4]}
-                        recipe = Recipe(weights=form(bits), activations=8, rules=ends)
-                        rounded = quantize_(copy.deepcopy(model), recipe, [data[0][:500]], algorithm=chain.split("+"))
-                        found.setdefault((chain, name, bits), []).append(accuracy(rounded, data))
-        print(f"\n{network}: FP32 {statistics.mean(exact):.2f}, {len(exact)} seeds\n")
-        print("| format, algorithm | " + " | ".join(f"{bits} bits | DyBit − it" for bits in options.bits) + " |")
-        print("|---" * (1 + 2 * len(options.bits)) + "|", flush=True)
-        for chain in CHAINS[network]:
-            for name in FORMATS:
-                cells = [_cell(found[chain, name, b], found[chain, "dybit", b], name) for b in options.bits]
-                print(f"| {name}, `{chain}` | {' | '.join(cells)} |", flush=True)
+    with Results(__file__, __doc__, COLUMNS, options) as results:
+        for network, bits in itertools.product(options.networks, options.bits):
+            ours: dict[str, list[float]] = {}
+            for chain, name in itertools.product(CHAINS[network], FORMATS):
+                key = {"network": network, "bits": bits, "algorithm": chain, "format": name}
+                if not results.has(**key):
+                    exact, found = measure(network, bits, chain, name, options.seeds, options.folder)
+                    row = {"fp32": statistics.mean(exact), "accuracy": statistics.mean(found), "by_seed": found}
+                    results.add(**key, **row, difference=paired(ours.get(chain, []), found))
+                if name == "dybit":
+                    ours[chain] = next(r["by_seed"] for r in results.rows if key.items() <= r.items())
 
 
-def _cell(mine: list[float], ours: list[float], name: str) -> str:
-    differences = [a - b for a, b in zip(ours, mine, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    beside = "" if name == "dybit" else f"{statistics.mean(differences):+.2f} ± {error:.2f}"
-    return f"{statistics.mean(mine):.2f} | {beside}"
+def measure(
+    network: str, bits: int, chain: str, name: str, seeds: list[int], folder: Path
+) -> tuple[list[float], list[float]]:
+    """The accuracies in FP32 and of a format, seed by seed, in percent."""
+    exact, found = [], []
+    for seed in seeds:
+        data = NETWORKS[network][1](seed)
+        model = start(network, seed, data, folder)
+        exact.append(accuracy(model, data))
+        recipe = Recipe(FORMATS[name](bits), 8, rules={layer: {"weights": 8} for layer in NETWORKS[network][4]})
+        found.append(accuracy(quantize_(copy.deepcopy(model), recipe, [data[0][:500]], algorithm=chain), data))
+    return exact, found
 
 
 if __name__ == "__main__":

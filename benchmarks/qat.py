@@ -1,25 +1,26 @@
-"""Quantization-aware training of small classifiers with every format: accuracy, paired by seed, and time per step.
+"""Quantization-aware training of small classifiers, format by format: test accuracy, paired by seed.
 
-Run ``python benchmarks/qat.py``; it needs scikit-learn and mnist1d. A seed gives one network trained in FP32, from
-which every format starts, with the same batches in the same order; the first and the last layer have 8 bits (plain
-DyBit, chosen) in all of them. Results are appended to a file as JSON lines; what is in there is not run again.
-``--report`` prints the tables only, ``--overhead`` the time of a training step against FP32.
+A seed gives one network trained in FP32. Every format starts from it, with the same batches in the same order. The
+first and the last layer have 8 bits in all formats. The difference is DyBit's accuracy less the format's, the mean over
+seeds with its standard error. ``±`` behind an accuracy is the standard deviation over seeds. Seconds are of one core,
+for one training.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from results import Column, Results, parser
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from dybit import Recipe, prepare_qat_
@@ -27,6 +28,16 @@ from dybit.demo.classifiers import DigitCNN, DigitViT, SignalCNN
 from dybit.demo.toy import Labelled, digits, mnist1d
 from dybit.qat.prepare import BatchNorm
 
+COLUMNS = (
+    Column("network", "network"),
+    Column("bits", "bits"),
+    Column("format", "format"),
+    Column("fp32", "FP32", 2, " %"),
+    Column("trained", "accuracy", 2, " %"),
+    Column("difference", "DyBit − it", 2),
+    Column("seconds", "s", 1),
+)
+Rows = list[dict[str, Any]]
 BATCH = 100
 LEARNING_RATE = 1e-3  # of quantization-aware training, by Adam, falling to zero as a cosine
 
@@ -121,10 +132,9 @@ def recipe(network: str, name: str, bits: int) -> Recipe:
     )
 
 
-def run(
-    network: str, name: str, bits: int, seed: int, data: Labelled, folder: Path, batch_norm: BatchNorm
-) -> dict[str, object]:
-    """One training; returns the line of results."""
+def run(network: str, name: str, bits: int, seed: int, folder: Path, batch_norm: BatchNorm) -> dict[str, float]:
+    """One training: accuracy in FP32, after rounding and after training in percent, and seconds."""
+    data = NETWORKS[network][1](seed)
     model = start(network, seed, data, folder)
     exact = accuracy(model, data)
     begin = time.process_time()
@@ -141,126 +151,51 @@ def run(
     before = accuracy(model, data)
     train(model, data, epochs, LEARNING_RATE, seed)
     seconds = time.process_time() - begin
-    figures = {"fp32": exact, "rounded": before, "trained": accuracy(model, data), "seconds": round(seconds, 2)}
-    return {"network": network, "format": name, "bits": bits, "seed": seed, **figures}
+    return {"fp32": exact, "rounded": before, "trained": accuracy(model, data), "seconds": seconds}
 
 
-def read(file: Path) -> dict[tuple[str, str, int, int], dict[str, float]]:
-    """Results by configuration."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if line]
-    return {(row["network"], row["format"], row["bits"], row["seed"]): row for row in rows}
-
-
-def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, int, int]]:
-    """All configurations, seed by seed, so that a study that is stopped early has whole seeds."""
-    for network in options.networks:
-        for seed in options.seeds:
-            for bits in options.bits:
-                for name in options.formats:
-                    if (name, bits) not in MISSING:
-                        yield network, name, bits, seed
-
-
-def report(file: Path) -> None:
-    """Means, and paired differences to DyBit with their standard errors."""
-    rows = read(file)
-    for network in dict.fromkeys(key[0] for key in rows):
-        exact = {key[3]: row["fp32"] for key, row in rows.items() if key[0] == network}
-        widths = sorted({key[2] for key in rows if key[0] == network}, reverse=True)
-        print(f"\n{network}: FP32 {statistics.mean(exact.values()):.2f}, {len(exact)} seeds\n")
-        print("| format | " + " | ".join(f"{b} bits | DyBit − it" for b in widths) + " |")
-        print("|---" * (1 + 2 * len(widths)) + "|")
-        for name in FORMATS:
-            print(f"| {name} | " + " | ".join(_cell(rows, network, name, bits) for bits in widths) + " |")
-    print(f"\n{len(rows)} trainings, {sum(row['seconds'] for row in rows.values()) / 60:.0f} minutes of one core")
-
-
-def _cell(rows: dict[tuple[str, str, int, int], dict[str, float]], network: str, name: str, bits: int) -> str:
-    mine = {key[3]: row["trained"] for key, row in rows.items() if key[:3] == (network, name, bits)}
-    ours = {key[3]: row["trained"] for key, row in rows.items() if key[:3] == (network, "dybit", bits)}
-    differences = [ours[seed] - mine[seed] for seed in mine if seed in ours]
-    if len(differences) < 2:
-        return " | "
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    mean = f"{statistics.mean(mine.values()):.2f} ± {statistics.stdev(mine.values()):.2f}"
-    return f"{mean} | {'' if name == 'dybit' else f'{statistics.mean(differences):+.2f} ± {error:.2f}'}"
-
-
-def encoder() -> nn.Module:
-    """Two transformer layers of 256 features and a classifier: (batch, 64) to logits (batch, 10)."""
-    layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
-    stem = [nn.Unflatten(1, (64, 1)), nn.Linear(1, 256)]
-    layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    return nn.Sequential(*stem, layers, nn.AvgPool2d((64, 1)), nn.Flatten(), nn.Linear(256, 10))
-
-
-def overhead() -> None:
-    """Time of one training step against FP32: medians of interleaved steps, in process time."""
-    networks = {
-        "cnn, 12 channels": (lambda: SignalCNN(12), torch.randn(BATCH, 40)),
-        "cnn, 64 channels": (lambda: SignalCNN(64), torch.randn(BATCH, 40)),
-        "vit, 32 features": (DigitViT, torch.randn(BATCH, 64)),
-        "encoder, 256 features": (encoder, torch.randn(16, 64)),
+def measure(network: str, name: str, bits: int, options: argparse.Namespace, rows: Rows) -> dict[str, Any]:
+    """The row of one format: means over all seeds, and the figures of each seed."""
+    runs = {}
+    for seed in options.seeds:
+        runs[str(seed)] = run(network, name, bits, seed, options.folder, options.batch_norm)
+    trained = [figures["trained"] for figures in runs.values()]
+    row = {
+        "fp32": statistics.mean(figures["fp32"] for figures in runs.values()),
+        "trained": [statistics.mean(trained), statistics.stdev(trained) if len(trained) > 1 else 0.0],
+        "seconds": statistics.mean(figures["seconds"] for figures in runs.values()),
+        "runs": runs,
     }
-    print("| network | FP32, ms | W4A4 | W2A2 | INT4, both | W4 only |\n|---|---|---|---|---|---|")
-    recipes = (Recipe(weights=4, activations=4), Recipe(weights=2, activations=2))
-    recipes += (Recipe(weights="int4", activations="int4"), Recipe(weights=4))
-    for network, (make, x) in networks.items():
-        y, exact = torch.randint(0, 10, (len(x),)), make()
-        models = [exact, *(prepare_qat_(copy.deepcopy(exact), recipe, [x]) for recipe in recipes)]
-        steps = [_stepper(model, x, y) for model in models]
-        times: list[list[float]] = [[] for _ in models]
-        for round_ in range(40):
-            for step, mine in zip(steps, times, strict=True):
-                begin = time.process_time()
-                step()
-                if round_ >= 10:
-                    mine.append((time.process_time() - begin) * 1e3)
-        medians = [statistics.median(mine) for mine in times]
-        cells = [f"{medians[0]:.2f}"] + [f"{median:.2f} ({median / medians[0]:.2f}×)" for median in medians[1:]]
-        print(f"| {network} | " + " | ".join(cells) + " |")
+    ours = next(
+        (row["runs"] for row in rows if (row["network"], row["bits"], row["format"]) == (network, bits, "dybit")), {}
+    )
+    return row | {"difference": paired([figures["trained"] for figures in ours.values()], trained)}
 
 
-def _stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(model.train().parameters(), 1e-5, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
+def paired(ours: Sequence[float], others: Sequence[float]) -> list[float] | None:
+    """The mean difference of pairs and its standard error; None for fewer than two pairs."""
+    if len(others) < 2 or len(ours) != len(others):
+        return None
+    differences = [a - b for a, b in zip(ours, others, strict=True)]
+    return [statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))]
 
 
 def main() -> None:
-    """Runs what is missing, then prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--results", type=Path, default=Path("build/qat"), help="folder of results and FP32 networks")
-    parser.add_argument("--batch-norm", choices=("keep", "fold"), default="keep", help="takes a folder of its own")
-    parser.add_argument("--report", action="store_true", help="print the tables only")
-    parser.add_argument("--overhead", action="store_true", help="measure the time of a step only")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    reader.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
+    reader.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    reader.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    reader.add_argument("--folder", type=Path, default=Path("build/qat"), help="of the networks in FP32")
+    reader.add_argument("--batch-norm", choices=("keep", "fold"), default="keep")
+    options = reader.parse_args()
     torch.set_num_threads(1)
-    if options.overhead:
-        overhead()
-        return
-    file = options.results / "results.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    data: dict[tuple[str, int], Labelled] = {}
-    todo = [] if options.report else [key for key in wanted(options) if key not in read(file)]
-    for done, (network, name, bits, seed) in enumerate(todo, start=1):
-        if (network, seed) not in data:
-            data = {(network, seed): NETWORKS[network][1](seed)}
-        row = run(network, name, bits, seed, data[network, seed], options.results, options.batch_norm)
-        with file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        print(f"{done}/{len(todo)} {network} {name} {bits} bits, seed {seed}: {row['trained']:.2f}", flush=True)
-    report(file)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with Results(__file__, __doc__, COLUMNS, options) as results:
+        for network, bits, name in itertools.product(options.networks, options.bits, options.formats):
+            key = {"network": network, "bits": bits, "format": name}
+            if (name, bits) not in MISSING and not results.has(**key):
+                results.add(**key, **measure(network, name, bits, options, results.rows))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
 """Time and peak memory of quantizing SmolLM2-135M to 4 bits with all nine variants, embeddings included.
 
-    python benchmarks/quantize_smollm2.py [--group-size 64] [--output result.json]
-
-Memory is what the process holds beyond the model itself, sampled every few milliseconds; the bound is twice the model's
-largest tensor.
+Memory is what the process holds beyond the model itself, sampled every few milliseconds. The bound is twice the largest
+tensor of the model.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import threading
 import time
-from pathlib import Path
 
 import psutil
-import torch
+from results import Column, Results, parser
 
 from dybit import Recipe, quantize_
 from dybit.demo import smollm2
+
+COLUMNS = (
+    Column("group_size", "weights that share a scale"),
+    Column("weights", "weights, 10⁶", 1),
+    Column("seconds", "s", 1),
+    Column("cpu_seconds", "CPU, s", 1),
+    Column("peak", "peak beyond the model, MB", 1),
+    Column("bound", "bound, MB", 1),
+)
 
 
 class PeakMemory:
@@ -45,32 +47,27 @@ class PeakMemory:
 
 
 def main() -> None:
-    """Runs the benchmark and prints the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group-size", type=int, help="weights that share a scale; default: an output channel's")
-    parser.add_argument("--output", type=Path, help="write the result as JSON")
-    arguments = parser.parse_args()
-    model = smollm2()
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    largest = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    recipe = Recipe(weights=4, embeddings=4, variants="all", group_size=arguments.group_size)
-    start, cpu = time.perf_counter(), time.process_time()
-    with PeakMemory() as peak:
-        quantize_(model, recipe)
-    result = {
-        "recipe": recipe.to_dict(),
-        "weights": weights,
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
-        "peak_megabytes_beyond_model": round(peak.bytes / 1e6, 1),
-        "largest_tensor_megabytes": round(largest / 1e6, 1),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-    }
-    print(json.dumps(result, indent=2))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    reader = parser(__doc__)
+    reader.add_argument("--group-size", type=int, help="weights that share a scale; default: an output channel's")
+    options = reader.parse_args()
+    recipe = Recipe(weights=4, embeddings=4, variants="all", group_size=options.group_size)
+    with Results(__file__, __doc__, COLUMNS, options, {"W4": recipe}) as results:
+        if results.rows:
+            return
+        model = smollm2()
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        largest = max(parameter.nbytes for parameter in model.parameters())
+        start, cpu = time.perf_counter(), time.process_time()
+        with PeakMemory() as peak:
+            quantize_(model, recipe)
+        results.add(
+            group_size=options.group_size or "output channel",
+            weights=weights / 1e6,
+            seconds=time.perf_counter() - start,
+            cpu_seconds=time.process_time() - cpu,
+            peak=peak.bytes / 1e6,
+            bound=2 * largest / 1e6,
+        )
 
 
 if __name__ == "__main__":

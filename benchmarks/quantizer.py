@@ -1,25 +1,32 @@
-"""Rounding and quantizing by the kernels against plain torch: paired, interleaved, one thread's processor time.
+"""Rounding and quantizing a matrix: kernels against plain torch.
 
-Run ``python benchmarks/quantizer.py``. A matrix of 4096×4096 is rounded (fake quantization, to FP32 again) and
-quantized (scale and variant of every unit by least squared error, codes packed).
+Rounding is fake quantization, to FP32 again. Quantizing chooses scale and variant of every unit by least squared error
+and packs the codes. Both sides take turns; times are the processor time of one thread.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import torch
+from results import Column, Results, parser
 
 from dybit.kernels import extension
 from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
+
+COLUMNS = (
+    Column("what", "what"),
+    Column("rows", "rows"),
+    Column("columns", "columns"),
+    Column("kernels", "kernels, 10⁶ weights/s", 1),
+    Column("torch", "torch, 10⁶ weights/s", 1),
+    Column("ratio", "times as fast", 1, "×"),
+)
 
 
 def measure(run: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
@@ -35,14 +42,14 @@ def measure(run: Callable[[], object], rounds: int) -> tuple[list[float], list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--rounds", type=int, default=5)
+    reader.add_argument("--rows", type=int, default=4096)
+    reader.add_argument("--columns", type=int, default=4096)
+    options = reader.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    x, one = torch.randn(options.rows, 4096), torch.tensor([0.3])
+    x, one = torch.randn(options.rows, options.columns), torch.tensor([0.3])
 
     def quantizer(family: str, group: int | None) -> Callable[[], object]:
         granularity = "group" if group else "channel"
@@ -59,17 +66,20 @@ def main() -> None:
         "quantize, dybit4, groups of 32": quantizer("dybit4", 32),
         "quantize, dybit8, channels": quantizer("dybit8", None),
     }
-    results = []
-    print(f"{extension.isa()}\n\n| what | kernels M/s | torch M/s | times faster |\n|---|---|---|---|")
-    for name, run in cases.items():
-        rounds = options.rounds if name.startswith("round") else max(1, options.rounds // 3)
-        mine, plain = measure(run, rounds)
-        ratio = statistics.median(b / a for a, b in zip(mine, plain, strict=True))
-        speeds = [x.numel() / statistics.median(seconds) / 1e6 for seconds in (mine, plain)]
-        results.append({"what": name, "million_per_second": speeds, "ratio": ratio})
-        print(f"| {name} | {speeds[0]:.1f} | {speeds[1]:.1f} | {ratio:.1f}× |", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"isa": extension.isa(), "results": results}, indent=1))
+    with Results(__file__, __doc__, COLUMNS, options) as results:
+        for name, run in cases.items():
+            if results.has(what=name):
+                continue
+            rounds = options.rounds if name.startswith("round") else max(1, options.rounds // 3)
+            ours, plain = measure(run, rounds)
+            results.add(
+                what=name,
+                rows=options.rows,
+                columns=options.columns,
+                kernels=x.numel() / statistics.median(ours) / 1e6,
+                torch=x.numel() / statistics.median(plain) / 1e6,
+                ratio=statistics.median(b / a for a, b in zip(ours, plain, strict=True)),
+            )
 
 
 if __name__ == "__main__":

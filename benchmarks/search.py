@@ -1,16 +1,15 @@
-"""Mixed recipes against uniform ones and the paper's greedy loop, at equal cost, on real weights.
+"""Mixed precision: the search against uniform recipes and the greedy loop of the DyBit paper, at equal cost.
 
-    python benchmarks/search.py minilm [--cost accelerator|size] [--against W4A8,W4A4] [--sensitivity kl] [--json FILE]
-
-For every uniform recipe, the search and the greedy loop (on the same sensitivities, and on the RMSE of the DyBit paper)
-get its cost as their limit. All recipes are then applied to the real model, and their errors measured on data that was
-not calibrated on. ``mnist1d`` is a small convolutional network, trained here (seed 0), and has a true accuracy.
+For every uniform recipe, the search and the greedy loop (on the same sensitivities, and on the RMSE that the paper
+uses) get its cost as their limit. All recipes are then applied to the real model. Errors are measured on data that was
+not calibrated on. ``mnist1d`` is a small convolutional network, trained in the script (seed 0); points are of its
+accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import Column, Results, parser
 from torch import nn
 
 from dybit import AcceleratorCost, MaxDrop, SizeCost
@@ -28,10 +28,20 @@ from dybit.mixed_precision.cost import cost_table
 from dybit.mixed_precision.measured_model import Subject
 from dybit.mixed_precision.problem import Problem
 from dybit.mixed_precision.sensitivity import measure
-from dybit.mixed_precision.trial import Point, Trial
+from dybit.mixed_precision.trial import Trial
 
 ACCELERATOR = "8/8,6/6,4/8,4/4,2/8,2/4,2/2"
 SIZE = "8,6,5,4,3,2"
+CONTESTANTS = {"uniform": "uniform", "greedy_rmse": "greedy, RMSE", "greedy": "greedy", "search": "search"}
+COLUMNS = (
+    Column("model", "model"),
+    Column("cost", "cost"),
+    Column("equal_to", "equal to"),
+    Column("gain", "times cheaper than FP32", 2, "×"),
+    *(Column(name, f"error, {title}", 5) for name, title in CONTESTANTS.items()),
+    *(Column(f"{name}_points", f"points, {title}", 2) for name, title in CONTESTANTS.items()),
+    Column("solve_seconds", "solved in, s", 2),
+)
 
 
 class Signals(nn.Sequential):
@@ -83,86 +93,70 @@ def load(name: str, batches: int) -> tuple[nn.Module, list[Any], list[Any], Call
     return model(), *splits, None  # type: ignore[return-value]
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace, name: str, results: Results) -> None:
     """All recipes of one model."""
-    model, calibration, evaluation, score = load(options.model, options.batches)
+    model, calibration, evaluation, score = load(name, options.batches)
     cost = AcceleratorCost() if options.cost == "accelerator" else SizeCost()
     words = options.candidates or (ACCELERATOR if options.cost == "accelerator" else SIZE)
-    last = [0.0]
-
-    def progress(done: int, total: int, text: str) -> None:
-        if time.time() - last[0] > 20:
-            last[0] = time.time()
-            print(f"  {done}/{total} {text}", flush=True)
-
-    start, processor = time.time(), time.process_time()
     subject = Subject(model, calibration)
     if options.cost == "accelerator":  # the width of a table changes no time
-        for name in [n for n in subject.layers if n in subject.embeddings and not subject.ties[n]]:
-            del subject.layers[name], subject.ties[name]
+        for layer in [n for n in subject.layers if n in subject.embeddings and not subject.ties[n]]:
+            del subject.layers[layer], subject.ties[layer]
     candidates = as_candidates(words.split(","))
 
     def errors(estimate: str) -> dict[str, list[float]]:
         return measure(subject, candidates, estimate, workers=options.workers, cache=options.cache, progress=progress)  # type: ignore[arg-type]
 
     tables = (cost_table(cost, subject, candidates),)
-    groups = tuple(subject.groups())
-    problem = Problem(candidates, groups, errors(options.sensitivity), tables, subject.embeddings)
-    timing = {"seconds": time.time() - start, "cpu_seconds": time.process_time() - processor}
-    contestants = options.contestants.split(",")
-    by_rmse = replace(problem, errors=errors("rmse")) if "greedy_rmse" in contestants else problem
+    problem = Problem(candidates, tuple(subject.groups()), errors(options.sensitivity), tables, subject.embeddings)
+    by_rmse = replace(problem, errors=errors("rmse")) if "greedy_rmse" in options.contestants else problem
     trial = Trial(model, subject, problem, (MaxDrop(1e9, score),) if score else (), evaluation, progress)
-    rows = []
-    print(f"| equal to | {options.cost} × | uniform | greedy, RMSE | greedy | search |\n" + "|---" * 6 + "|")
+    results.fact(f"Unit of the errors, {name}", trial.judge.unit)
     for index, candidate in enumerate(problem.candidates):
-        if options.against and candidate.name not in options.against.split(","):
+        key = {"model": name, "cost": options.cost, "equal_to": candidate.name}
+        if (options.against and candidate.name not in options.against) or results.has(**key):
             continue
         uniform = problem.uniform(index)
         limit = problem.main.total(uniform)
         begin = time.perf_counter()
         best = problem.solve({problem.main.name: limit * (1 + 1e-12)})
-        solving = time.perf_counter() - begin
+        row: dict[str, Any] = {"gain": problem.main.base / limit, "solve_seconds": time.perf_counter() - begin}
         choices = {
             "uniform": uniform,
             "greedy_rmse": by_rmse.greedy(problem.main.name, limit),
             "greedy": problem.greedy(problem.main.name, limit),
             "search": best,
         }
-        points = {k: trial.measure(c, k) for k, c in choices.items() if c is not None and k in contestants}
-        rows.append({"equal_to": candidate.name, "solve_seconds": solving, **{k: row(p) for k, p in points.items()}})
-        cells = [cell(points.get(name)) for name in choices]
-        print(f"| {candidate.name} | {problem.main.base / limit:.2f} | {' | '.join(cells)} |", flush=True)
-    return {"model": options.model, "unit": trial.judge.unit, "score": score and score(model), **timing, "rows": rows}
+        for kind, choice in choices.items():
+            if choice is not None and kind in options.contestants:
+                point = trial.measure(choice, kind)
+                row |= {kind: point.error, f"{kind}_points": None if point.drop is None else -point.drop}
+        results.add(**key, **row)
 
 
-def row(point: Point) -> dict[str, Any]:
-    return {"error": point.error, "estimated": point.estimated_error, "drop": point.drop, "speedups": point.speedups}
-
-
-def cell(point: Point | None) -> str:
-    if point is None:
-        return "–"
-    return f"{point.error:.4g}" + (f" ({-point.drop:+.1f} points)" if point.drop is not None else "")
+def progress(done: int, total: int, text: str) -> None:
+    """Shows how far a long step is, on stderr."""
+    print(f"\r{done}/{total} {text:60.60}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["mnist1d", "minilm", "efficientnet_lite0", "smollm2"])
-    parser.add_argument("--cost", choices=["accelerator", "size"], default="accelerator")
-    parser.add_argument("--candidates")
-    parser.add_argument("--against", help="only these uniform recipes")
-    parser.add_argument("--contestants", default="uniform,greedy_rmse,greedy,search")
-    parser.add_argument("--sensitivity", default="kl")
-    parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument(
+        "models", nargs="*", default=["mnist1d"], help="among mnist1d, minilm, efficientnet_lite0, smollm2"
+    )
+    reader.add_argument("--cost", choices=["accelerator", "size"], default="accelerator")
+    reader.add_argument("--candidates", help="pairs or widths, separated by commas")
+    reader.add_argument("--against", nargs="+", help="only these uniform recipes")
+    reader.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    reader.add_argument("--sensitivity", default="kl")
+    reader.add_argument("--batches", type=int, default=2)
+    reader.add_argument("--workers", type=int, default=1)
+    reader.add_argument("--cache", type=Path)
+    options = reader.parse_args()
     warnings.filterwarnings("ignore")
-    result = run(options)
-    print({key: value for key, value in result.items() if key != "rows"})
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1, default=str))
+    with Results(__file__, __doc__, COLUMNS, options) as results:
+        for name in options.models:
+            run(options, name, results)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""What transforms of the floating-point model are worth before quantization: chains of algorithms, on real models.
+"""Transforms before quantization: what chains of algorithms gain on real models.
 
-Run ``python benchmarks/transforms.py smollm2`` (or ``minilm``, ``efficientnet``); it needs the demo's models. One row a
-chain, format and setting: ``token`` and ``group`` are dynamic 4-bit inputs with a scale for every token or for every 32
-features. Embeddings stay in FP32.
+One row for each chain, format and setting. ``token`` and ``group`` are dynamic 4-bit inputs with a scale for every
+token or for every 32 features. Embeddings stay in FP32. Needs the models of the demo.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import itertools
 import time
 import warnings
 from typing import Any
 
-import torch
+from results import Column, Results, parser
+from torch import nn
 
 from dybit import Recipe, quantize_
+from dybit.cli import options
 from dybit.demo import efficientnet_lite0, image_batches, minilm, minilm_batches, smollm2, smollm2_batches
 from dybit.measure.fidelity import Reference
 
@@ -39,46 +40,71 @@ MODELS = {
 }
 
 
+COLUMNS = (
+    Column("model", "model"),
+    Column("setting", "setting"),
+    Column("format", "format"),
+    Column("chain", "algorithms"),
+    Column("sqnr", "SQNR, dB"),
+    Column("agreement", "agreement", 1, " %"),
+    Column("kl", "KL, nats", 4),
+    Column("spearman", "Spearman", 4),
+    Column("perplexity", "perplexity"),
+    Column("seconds", "s", 0),
+)
+
+
+def recipe(setting: str, form: str) -> Recipe:
+    """The recipe of a setting with the formats of a family."""
+    fields = dict(SETTINGS[setting])
+    for field in ("weights", "activations"):
+        if form != "dybit" and field in fields:
+            fields[field] = f"{form}{fields[field]}"
+    return Recipe(embeddings=None, **fields)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["W4", "W4A4token", "W4A4group"])
-    parser.add_argument("--formats", nargs="+", default=["dybit", "int", "nf"])
-    parser.add_argument("--chains", nargs="+", default=["rtn", "equalize", "smooth", "rotate"])
-    parser.add_argument("--calibration", type=int, default=4, help="batches")
-    parser.add_argument("--evaluation", type=int, default=4, help="batches")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("models", nargs="*", default=["smollm2"], help=f"among {', '.join(MODELS)}")
+    reader.add_argument("--settings", nargs="+", choices=SETTINGS, default=["W4", "W4A4token", "W4A4group"])
+    reader.add_argument("--formats", nargs="+", default=["dybit", "int", "nf"])
+    reader.add_argument("--chains", nargs="+", default=["rtn", "equalize", "smooth", "rotate"])
+    reader.add_argument("--calibration", type=int, default=4, help="batches")
+    reader.add_argument("--evaluation", type=int, default=4, help="batches")
+    given = reader.parse_args()
     warnings.filterwarnings("ignore")
-    build, batches, shape = MODELS[options.model]
-    model = build()
-    calibration = batches("calibration", batches=options.calibration, **shape)
-    reference = Reference(model, batches("evaluation", batches=options.evaluation, **shape))
-    print(f"FP32 perplexity {reference.fidelity.perplexity}; {reference.fidelity.outputs} outputs\n")
-    print("| setting | format | chain | SQNR dB | agreement | KL | Spearman | perplexity | s |\n" + "|---" * 9 + "|")
-    for setting in options.settings:
-        for name in options.formats:
-            fields = dict(SETTINGS[setting])
-            for field in ("weights", "activations"):
-                if name != "dybit" and field in fields:
-                    fields[field] = f"{name}{fields[field]}"
-            for chain in options.chains:
-                start = time.perf_counter()
-                quantized = quantize_(
-                    copy.deepcopy(model), Recipe(embeddings=None, **fields), calibration, algorithm=chain.split(",")
-                )
-                seconds = time.perf_counter() - start
-                found = reference.judge(quantized)
-                cells = (
-                    f"{found.sqnr:.2f}", f"{100 * (found.agreement or 0):.1f}", _number(found.kl),
-                    _number(found.spearman), _number(found.perplexity, 2), f"{seconds:.0f}",
-                )  # fmt: skip
-                print(f"| {setting} | {name} | {chain} | {' | '.join(cells)} |", flush=True)
+    recipes = {f"{s}, {f}": recipe(s, f) for s, f in itertools.product(given.settings, given.formats)}
+    with Results(__file__, __doc__, COLUMNS, given, recipes) as results:
+        for name in given.models:
+            build, batches, shape = MODELS[name]
+            model = build()
+            calibration = batches("calibration", batches=given.calibration, **shape)
+            reference = Reference(model, batches("evaluation", batches=given.evaluation, **shape))
+            if not results.has(model=name, setting="FP32"):
+                results.add(model=name, setting="FP32", perplexity=reference.fidelity.perplexity)
+            for setting, form, chain in itertools.product(given.settings, given.formats, given.chains):
+                key = {"model": name, "setting": setting, "format": form, "chain": chain}
+                if not results.has(**key):
+                    results.add(**key, **measure(model, recipes[f"{setting}, {form}"], calibration, chain, reference))
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def measure(
+    model: nn.Module, recipe: Recipe, calibration: list[Any], chain: str, reference: Reference
+) -> dict[str, float | None]:
+    """The figures of one chain of algorithms."""
+    start = time.perf_counter()
+    quantized = quantize_(copy.deepcopy(model), recipe, calibration, algorithm=options.chain(chain, calibrated=True))
+    seconds = time.perf_counter() - start
+    found = reference.judge(quantized)
+    return {
+        "sqnr": found.sqnr,
+        "agreement": None if found.agreement is None else 100 * found.agreement,
+        "kl": found.kl,
+        "spearman": found.spearman,
+        "perplexity": found.perplexity,
+        "seconds": seconds,
+    }
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     main()

@@ -1,29 +1,38 @@
-"""Whole image classifiers: FP32 against packed W4A8, layer by layer and fused, paired and interleaved, 224×224.
+"""Image classifiers of 224×224 pixels: FP32 against W4A8, layer by layer and fused.
 
-Run ``python benchmarks/vision.py``; EfficientNet-Lite0 needs the demo's models, and ResNet-18 is defined here, with
-random weights: speed does not depend on them. Weights have 4 bits with a scale and a variant for every
-channel, inputs 8 bits (integers, static). Both sides run channels-last, batch norms folded.
+The models take turns in one process, in a new order every round. Times are medians; ratios are medians of the paired
+rounds with their quartiles. All models are channels-last, with batch norms merged into the convolutions. ResNet-18 is
+defined in the script and has random weights, since speed does not depend on them. EfficientNet-Lite0 is the demo's.
+``fused`` is ``dybit.fuse``.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import random
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import torch
+from results import Column, Results, compared, parser
 from torch import Tensor, nn
 
 from dybit import Recipe, fuse, quantize_
+from dybit.demo import efficientnet_lite0
+from dybit.measure.timing import compare
 from dybit.models.batch_norm import find_pairs, fold_
-from dybit.operators import packed_weight
+
+RECIPE = Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax")
+COLUMNS = (
+    Column("model", "model"),
+    Column("batch", "batch"),
+    Column("threads", "threads"),
+    Column("fp32_ms", "FP32, ms", 1),
+    Column("dybit_ms", "dybit, ms", 1),
+    Column("dybit_ratio", "times as fast", 2, "×"),
+    Column("fused_ms", "fused, ms", 1),
+    Column("fused_ratio", "times as fast", 2, "×"),
+)
 
 
 class Block(nn.Module):
@@ -55,70 +64,38 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)).eval()
 
 
-def efficientnet() -> nn.Module:
-    from dybit.demo.vision import efficientnet_lite0
-
-    return efficientnet_lite0()
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": resnet18, "EfficientNet-Lite0": efficientnet}
+MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": resnet18, "EfficientNet-Lite0": efficientnet_lite0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of every measurement")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--seconds", type=float, default=10.0, help="of every measurement")
+    reader.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    reader.add_argument("--batch", type=int, nargs="+", default=[1])
+    options = reader.parse_args()
     warnings.filterwarnings("ignore")
-    recipe = Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax")
-    results = []
-    print(
-        f"{packed_weight.isa()}\n\n| model | batch | threads | FP32 ms | dybit ms | times faster "
-        "| fused ms | times faster |\n|---|---|---|---|---|---|---|---|"
-    )
-    for name, make in MODELS.items():
-        exact = make()
-        fold_(exact, find_pairs(exact))
-        exact = exact.to(memory_format=torch.channels_last)
-        picture = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        picture = picture.to(memory_format=torch.channels_last)
-        models = {"fp32": exact, "dybit": quantize_(copy.deepcopy(exact), recipe, calibration=[picture[:1]])}
-        models["fused"] = fuse(models["dybit"])
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            clock = time.thread_time if threads == 1 else time.perf_counter
-            for batch in options.batch:
+    cases = [(threads, batch) for threads in dict.fromkeys(options.threads) for batch in options.batch]
+    with Results(__file__, __doc__, COLUMNS, options, {"W4A8": RECIPE}) as results:
+        for name, make in MODELS.items():
+            todo = [case for case in cases if not results.has(model=name, threads=case[0], batch=case[1])]
+            if not todo:
+                continue
+            models, picture = contestants(make(), max(options.batch))
+            for threads, batch in todo:
+                torch.set_num_threads(threads)
                 x = picture[:batch].contiguous(memory_format=torch.channels_last)
-                times: dict[str, list[float]] = {key: [] for key in models}
-                order, shuffle, start = list(models), random.Random(0), time.perf_counter()
-                with torch.inference_mode():
-                    for model in models.values():
-                        model(x)
-                    while len(times["fp32"]) < 5 or time.perf_counter() - start < options.seconds:
-                        shuffle.shuffle(order)
-                        for key in order:
-                            begin = clock()
-                            models[key](x)
-                            times[key].append((clock() - begin) * 1e3)
-                ratios = {
-                    key: np.percentile(np.divide(times["fp32"], times[key]), [25, 50, 75]).tolist() for key in models
-                }
-                median = {key: statistics.median(value) for key, value in times.items()}
-                results.append({"model": name, "batch": batch, "threads": threads, "ms": median, "ratio": ratios})
-                print(
-                    f"| {name} | {batch} | {threads} | {median['fp32']:.1f} | "
-                    + " | ".join(
-                        f"{median[key]:.1f} | {middle:.2f}× ({lower:.2f} to {upper:.2f})"
-                        for key, (lower, middle, upper) in ratios.items()
-                        if key != "fp32"
-                    )
-                    + " |",
-                    flush=True,
-                )
-    if options.json:
-        options.json.write_text(json.dumps({"isa": packed_weight.isa(), "results": results}, indent=1))
+                times = compare({key: partial(model, x) for key, model in models.items()}, options.seconds)
+                results.add(model=name, batch=batch, threads=threads, **compared(times))
+
+
+def contestants(exact: nn.Module, batch: int) -> tuple[dict[str, nn.Module], Tensor]:
+    """The forms of a model, and a batch of random pictures (batch, 3, 224, 224)."""
+    fold_(exact, find_pairs(exact))
+    exact = exact.to(memory_format=torch.channels_last)
+    picture = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    picture = picture.to(memory_format=torch.channels_last)
+    quantized = quantize_(copy.deepcopy(exact), RECIPE, calibration=[picture[:1]])
+    return {"fp32": exact, "dybit": quantized, "fused": fuse(quantized)}, picture
 
 
 if __name__ == "__main__":

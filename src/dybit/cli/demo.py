@@ -1,11 +1,13 @@
-"""``dybit demo``: the main job on real networks, from weights to pictures."""
+"""``dybit demo``: real networks with narrow weights, as small, as close to FP32 and as fast as they get."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 
 from dybit.cli import compare, sources
 from dybit.cli.console import Bar, grid, guarded, note, out, progress, size
-from dybit.cli.evaluate import AGREEMENT, LEGEND, measures, quantized_copy, short_name
+from dybit.cli.evaluate import AGREEMENT, LEGEND, measures, quantized_copy
 from dybit.cli.quantize import float_bytes
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
@@ -23,47 +25,103 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dybit.measure.fidelity import Fidelity, Kind, Reference
+    from dybit.measure.timing import Timing
+    from dybit.report.bars import Network
 
-_RECIPES = (Recipe(weights=8, activations=8), Recipe(weights=4, activations=8), Recipe(weights=4))
 _PICTURED = ("dybit4spare", "dybit4plain", "s4", "nf4", "e2m1", "int4")
 _PICTURED_WEIGHTS = 1_500_000
 _LEAST_COLUMNS = 16  # a depthwise channel of nine weights with a scale of its own says little about a format
-_POOR = 0.8  # an agreement below it is worth a word
+_TIMING_SECONDS = 3.0
+_NEXT = (
+    "dybit quantize dybit.demo:minilm -o minilm-w4a8 --weights 4 --group-size 64 --activations int8 "
+    "--activation-mode dynamic --calibration dybit.demo:minilm_batches --algorithm auto"
+)
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Trial:
+    """What is done to a network.
+
+    Attributes:
+        name: A short name, such as ``W4A8``.
+        recipe: The recipe.
+        words: The recipe in words.
+        algorithm: As for ``quantize_``.
+    """
+
+    name: str
+    recipe: Recipe
+    words: str
+    algorithm: str = "auto"
+
+
+@dataclass(frozen=True)
+class Subject:
     """A network of the demo.
 
     Attributes:
-        title: For people.
+        title: Its name.
         batches: Function of :mod:`dybit.demo` that gives its data.
         inputs: What an input is.
-        limit: Batches to use.
-        recipes: What to try.
+        calibration: Batches to calibrate on.
+        evaluation: Batches to judge by.
+        trials: What to do to it.
     """
 
     title: str
     batches: str
     inputs: str
-    limit: int
-    recipes: tuple[Recipe, ...] = _RECIPES
+    calibration: int
+    evaluation: int
+    trials: tuple[Trial, ...]
 
 
-_SUBJECTS = {
-    "minilm": _Subject("MiniLM-L6-v2 (sentence encoder)", "minilm_batches", "paragraphs", 8),
-    "efficientnet_lite0": _Subject("EfficientNet-Lite0 (ImageNet classifier)", "image_batches", "crops", 8),
-    "smollm2": _Subject(
-        "SmolLM2-135M (language model, FP32 = dequantized Q4_1)", "smollm2_batches", "tokens", 3, _RECIPES[2:]
+def _trials(narrow: Recipe, words: str, wide: Recipe, wide_words: str) -> tuple[Trial, ...]:
+    return (
+        Trial("W4A8, nearest", narrow, words, "rtn"),
+        Trial("W8A8", wide, wide_words),
+        Trial("W4A8", narrow, words),
+    )
+
+
+def _encoder(weights: int, group_size: int | None) -> Recipe:
+    return Recipe(weights=weights, group_size=group_size, activations="int8", activation_mode="dynamic")
+
+
+_EIGHT = {"weights": 8, "group_size": None}
+_W4 = Recipe(weights=4, group_size=64)
+SUBJECTS = {
+    "minilm": Subject(
+        "MiniLM-L6-v2 (sentence encoder)", "minilm_batches", "paragraphs", 8, 8,
+        _trials(
+            _encoder(4, 64), "groups of 64 weights, INT8 inputs with a scale a token",
+            _encoder(8, None), "a scale an output channel, INT8 inputs with a scale a token",
+        ),
     ),
-}
+    "efficientnet_lite0": Subject(
+        "EfficientNet-Lite0 (ImageNet classifier)", "image_batches", "crops", 20, 30,
+        _trials(
+            Recipe(
+                weights=4, activations="int8", group_size=16,
+                rules={"_conv_stem*": _EIGHT, "*_depthwise_conv*": _EIGHT, "_fc": _EIGHT},
+            ),
+            "groups of 16 weights, INT8 inputs; 8-bit weights in the first and depthwise convolutions and the head",
+            Recipe(weights=8, activations="int8"), "a scale an output channel, INT8 inputs",
+        ),
+    ),
+    "smollm2": Subject(
+        "SmolLM2-135M (language model, FP32 = dequantized Q4_1)", "smollm2_batches", "tokens", 16, 3,
+        (Trial("W4, nearest", _W4, "groups of 64 weights", "rtn"), Trial("W4", _W4, "groups of 64 weights")),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One recipe on one network."""
+    """A trial on one network. ``same``: the saved model was loaded bit for bit."""
 
-    name: str
+    trial: Trial
+    chain: str
     fidelity: Fidelity
     stored: int
     seconds: float
@@ -76,79 +134,95 @@ def demo(
         "demo-output"
     ),
     models: Annotated[
-        str, typer.Option(help=f"Names separated by commas: {', '.join(_SUBJECTS)} (1 GB of memory, a few minutes).")
+        str, typer.Option(help=f"Names separated by commas: {', '.join(SUBJECTS)} (1 GB of memory, some minutes more).")
     ] = "minilm,efficientnet_lite0",
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized checkpoints, too.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized checkpoints.")] = False,
 ) -> None:
-    """Quantize real pretrained networks; print fidelity and size, draw the 4-bit levels over their weights.
+    """Quantize real pretrained networks; print size, fidelity and speed against FP32, and draw two pictures.
 
-    W8A8: weights and activations in 8 bits; W4A8: weights in 4; W4: 4-bit weights, activations as they are; embedding
-    tables in 8 bits. Everything is rounded to the nearest, calibrated on other inputs than those it is judged by,
-    saved, and loaded again before it is judged. SQNR of the outputs in dB, agreement in %, sizes in MB.
+    W4A8: weights in 4 bits and activations in 8; embedding tables have 8 bits. The algorithm is the one that "auto"
+    chooses. One row rounds to the nearest value instead, to show what the algorithm is for. Each model is calibrated on
+    other inputs than it is judged by, saved, loaded again, and fused for speed.
 
     Example: dybit demo --output demo-output --models minilm
     """
     names = [word.strip() for word in models.split(",") if word.strip()]
-    unknown = [name for name in names if name not in _SUBJECTS]
+    unknown = [name for name in names if name not in SUBJECTS]
     if unknown or not names:
-        raise DyBitError(f"--models must be among {', '.join(_SUBJECTS)}, not {(unknown or [models])[0]!r}")
+        raise DyBitError(f"--models must be among {', '.join(SUBJECTS)}, not {(unknown or [models])[0]!r}")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DyBitError(f"--output {str(output)!r} cannot be made: {error.strerror}") from None
+    from dybit.report.bars import bars
+    from dybit.report.histogram import save
+
     begin = time.perf_counter()
-    for name in dict.fromkeys(names):
-        _show(name, _SUBJECTS[name], output, keep)
-    out().print(f"Done in {time.perf_counter() - begin:.0f} s. Pictures: {output}{'/'}", soft_wrap=True)
+    names = list(dict.fromkeys(names))
+    networks = [_show(name, SUBJECTS[name], output, keep, levels=name == names[0]) for name in names]
+    save(bars(networks), output / "results.png")
+    console = out()
+    for file, text in (
+        ("results.png", "size, time and fidelity of every row"),
+        ("levels.png", f"the values of 4-bit formats on the weights of {SUBJECTS[names[0]].title.split(' (')[0]}"),
+    ):
+        console.print(f"picture: {output / file} ({text})", soft_wrap=True)
+    console.print(f"Done in {time.perf_counter() - begin:.0f} s. Next, quantize a model to a file:", soft_wrap=True)
+    console.print(f"  {_NEXT}", style="bold", soft_wrap=True)
 
 
-def _show(name: str, subject: _Subject, folder: Path, keep: bool) -> None:
-    """One network: the table, the notes, the picture."""
+def _show(name: str, subject: Subject, folder: Path, keep: bool, levels: bool) -> Network:
+    """Runs the trials of one network and prints the table; returns what there is to draw."""
     from dybit.measure.fidelity import Reference
 
     with progress(f"loading {name}") as bar:
         model = sources.load_model(f"dybit.demo:{name}")
-        load = {"limit": subject.limit, "model": name}
-        data = sources.load_batches(f"dybit.demo:{subject.batches}", "data", split="calibration", **load)  # type: ignore[arg-type]
-        inputs = sources.load_batches(f"dybit.demo:{subject.batches}", "data", split="evaluation", **load)  # type: ignore[arg-type]
+        source = f"dybit.demo:{subject.batches}"
+        data = sources.load_batches(source, "data", split="calibration", limit=subject.calibration, model=name)
+        inputs = sources.load_batches(source, "data", split="evaluation", limit=subject.evaluation, model=name)
         bar.start(f"{name}: FP32", len(inputs))
+        fast: dict[str, nn.Module] = {"FP32": model}
+        outcomes = []
         with Reference(model, inputs, progress=bar.update) as reference:
-            outcomes = [_run(name, model, recipe, data, reference, folder, keep, bar) for recipe in subject.recipes]
+            for trial in subject.trials:
+                outcome, fast[trial.name] = _run(name, model, trial, data, reference, folder, keep, bar)
+                outcomes.append(outcome)
             kind, original = reference.kind, reference.fidelity
+        bar.start(f"{name}: timing")
+        times = _time(fast, inputs[0], bar)
         fp32 = float_bytes(model.state_dict())
-    _print(subject, original, outcomes, kind, fp32)
-    _remark(subject, outcomes, kind)
-    picture = folder / f"{name}-levels.png"
-    _draw(picture, model, subject.title)
-    out().print(f"picture: {picture}\n", soft_wrap=True)
+        if levels:
+            bar.start(f"{name}: drawing")
+            _draw(folder / "levels.png", model, subject.title)
+    _print(subject, original, outcomes, times, kind, fp32)
+    if any(not item.same for item in outcomes):
+        note("note: a model that was loaded differs from the one that was saved; this is a defect of dybit")
+    return _network(subject, outcomes, times, kind, fp32)
 
 
 def _run(
-    name: str,
-    model: nn.Module,
-    recipe: Recipe,
-    data: list[Any],
-    reference: Reference,
-    folder: Path,
-    keep: bool,
-    bar: Bar,
-) -> _Outcome:
-    """Quantizes, saves, loads into a fresh model, and judges what was loaded."""
+    name: str, model: nn.Module, trial: Trial, data: list[Any], reference: Reference, folder: Path, keep: bool, bar: Bar
+) -> tuple[_Outcome, nn.Module]:
+    """Quantizes, saves, loads into a fresh model, and fuses and judges what was loaded."""
     import dybit
-    from dybit.models.preparation import dequantize_
+    from dybit.models.plan import plan_layers
+    from dybit.ptq import chain
 
-    short = short_name(recipe)
-    quantized, seconds = quantized_copy(model, recipe, data, bar, f"{name} {short}")
-    path = dybit.save(quantized, folder / f"{name}-{short.lower()}")
+    recipes = [plan.recipe for plan in plan_layers(model, trial.recipe)]
+    algorithms = chain.resolve(trial.algorithm, model, recipes, calibrated=True)
+    quantized, seconds = quantized_copy(
+        model, trial.recipe, data, bar, f"{name} {trial.name}, {', '.join(algorithms)}", algorithms
+    )
+    path = dybit.save(quantized, folder / f"{name}-{trial.name.lower().replace(', ', '-')}")
     stored = sum(file.stat().st_size for file in path.iterdir())
     loaded = dybit.load(path, copy.deepcopy(model))
     same = _same(quantized, loaded, reference.batches[0])
     if not keep:
         shutil.rmtree(path)
-    if recipe.activations is None:  # computes the same, without unpacking the weights for every batch
-        dequantize_(loaded)
-    bar.start(f"{name} {short}: judging", len(reference.batches))
-    return _Outcome(short, reference.judge(loaded, bar.update), stored, seconds, same)
+    fast = dybit.fuse(loaded)
+    bar.start(f"{name} {trial.name}: judging", len(reference.batches))
+    fidelity = reference.judge(fast, bar.update)
+    return _Outcome(trial, ", ".join(algorithms), fidelity, stored, seconds, same), fast
 
 
 def _same(saved: nn.Module, loaded: nn.Module, batch: Any) -> bool:  # noqa: ANN401
@@ -171,35 +245,93 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
 
 
-def _print(subject: _Subject, original: Fidelity, outcomes: list[_Outcome], kind: Kind, fp32: int) -> None:
-    columns = ["", ">size", ">ratio", ">SQNR dB", AGREEMENT[kind], *([">KL nats"] if kind == "logits" else [])]
+def _time(models: Mapping[str, nn.Module], batch: Any, bar: Bar) -> dict[int, dict[str, Timing]]:  # noqa: ANN401
+    """Times all models in turns. Returns the times by the number of inputs: one, and a whole batch."""
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    from dybit.measure.timing import compare as take_turns
+    from dybit.models.running import run_batch
+
+    count = len(tree_leaves(batch)[0])
+    found = {}
+    for step, part in enumerate(sorted({1, count})):
+        inputs = tree_map(lambda x, part=part: x[:part], batch)
+        runs = {name: partial(run_batch, model, inputs) for name, model in models.items()}
+        found[part] = take_turns(runs, _TIMING_SECONDS)
+        bar.update(step + 1, 2)
+    return found
+
+
+def _print(
+    subject: Subject, original: Fidelity, outcomes: list[_Outcome], times: dict[int, dict[str, Timing]], kind: Kind,
+    fp32: int,
+) -> None:  # fmt: skip
+    """Prints the table of one network, and its recipes."""
+    from dybit.measure.timing import machine
+
     language = original.perplexity is not None
-    table = grid(*columns, ">Spearman", *([">PPL"] if language else []), ">s", "reloaded")
-    rest = [f"{original.perplexity:.2f}"] if original.perplexity is not None else []
-    table.add_row("FP32", size(fp32), "1.00", *measures(original, kind), *rest, "", "", style="dim")
+    speeds = [text for part in times for text in (f">ms, {part}", ">speed")]
+    columns = ["", "algorithm", ">size", ">ratio", *speeds, ">SQNR dB", AGREEMENT[kind]]
+    table = grid(*columns, *([">KL nats"] if kind == "logits" else []), ">Spearman", *([">PPL"] if language else []),
+                 ">s", "reloaded")  # fmt: skip
+
+    def row(name: str, chain: str, stored: int, fidelity: Fidelity) -> list[str]:
+        timed = [found[name] for found in times.values()]
+        speed = [text for time_ in timed for text in (f"{1e3 * time_.median:.1f}", f"{time_.ratio:.2f}×")]
+        rest = [f"{fidelity.perplexity:.2f}"] if fidelity.perplexity is not None else []
+        return [name, chain, size(stored), f"{fp32 / stored:.2f}", *speed, *measures(fidelity, kind), *rest]
+
+    table.add_row(*row("FP32", "", fp32, original), "", "", style="dim")
     for item in outcomes:
-        rest = [f"{item.fidelity.perplexity:.2f}"] if item.fidelity.perplexity is not None else []
         check = "equal" if item.same else "DIFFERENT"
-        cells = [f"DyBit {item.name}", size(item.stored), f"{fp32 / item.stored:.2f}", *measures(item.fidelity, kind)]
-        table.add_row(*cells, *rest, f"{item.seconds:.0f}", check)
+        cells = row(item.trial.name, item.chain, item.stored, item.fidelity)
+        table.add_row(*cells, f"{item.seconds:.0f}", check, style="bold" if item is outcomes[-1] else "")
     console = out()
     console.print(f"{subject.title}: {original.outputs:,} {subject.inputs}", style="bold", soft_wrap=True)
     console.print(table)
-    console.print(f"{LEGEND[kind]}; size: on disk; reloaded: bit for bit", style="dim", soft_wrap=True)
+    for words, names in _by_words(outcomes).items():
+        console.print(f"{', '.join(names)}: {words}", style="dim", soft_wrap=True)
+    parts = " and ".join(f"{part} at a time" for part in times)
+    console.print(
+        f"{LEGEND[kind]}; size: on disk; ms and speed: {parts}, fused, medians in turns with FP32 on {machine()}; "
+        "reloaded: bit for bit\n",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
-def _remark(subject: _Subject, outcomes: list[_Outcome], kind: Kind) -> None:
-    """Says what the figures do not show of themselves."""
-    if any(not item.same for item in outcomes):
-        note("note: a model that was loaded differs from the one that was saved; this is a defect of dybit")
-    what = {"logits": "predictions", "embeddings": "nearest neighbours"}.get(kind, "outputs")
-    poor = [item for item in outcomes if item.fidelity.agreement is not None and item.fidelity.agreement < _POOR]
-    if poor:
-        figures = ", ".join(f"{item.name} {item.fidelity.agreement:.0%}" for item in poor)
-        note(
-            f"note: rounding to the nearest keeps too few {what} of {subject.title.split(' (')[0]} at {figures}; "
-            'quantize_(…, algorithm="auto") makes up for much of the error (docs/corrections.md)'
-        )
+def _by_words(outcomes: list[_Outcome]) -> dict[str, list[str]]:
+    """The names of the rows that have a recipe, by the recipe in words."""
+    found: dict[str, list[str]] = {}
+    for item in outcomes:
+        found.setdefault(item.trial.words, []).append(item.trial.name)
+    return found
+
+
+def _network(
+    subject: Subject, outcomes: list[_Outcome], times: dict[int, dict[str, Timing]], kind: Kind, fp32: int
+) -> Network:
+    """The bars of one network."""
+    from dybit.report.bars import Measure, Network
+
+    part, timed = list(times.items())[-1]
+    names = ["FP32", *(item.trial.name for item in outcomes)]
+    sizes = [fp32, *(item.stored for item in outcomes)]
+    if kind == "values" or any(item.fidelity.agreement is None for item in outcomes):
+        title, kept = "Spearman", [1.0, *(item.fidelity.spearman or 0.0 for item in outcomes)]
+        words = [f"{value:.3f}" for value in kept]
+    else:
+        title = f"same {'top class' if kind == 'logits' else 'nearest neighbour'} as FP32"
+        kept = [1.0, *(item.fidelity.agreement or 0.0 for item in outcomes)]
+        words = [f"{100 * value:.0f} %" for value in kept]
+    milliseconds = [1e3 * timed[name].median for name in names]
+    speeds = [f"{ms:.0f} ms, {timed[name].ratio:.1f}×" for name, ms in zip(names, milliseconds, strict=True)]
+    measured = (
+        Measure("size on disk", sizes, [size(value) for value in sizes]),
+        Measure(f"time, {part} {subject.inputs}", milliseconds, speeds),
+        Measure(title, kept, words),
+    )
+    return Network(subject.title, names, measured)
 
 
 def _draw(path: Path, model: nn.Module, title: str) -> None:
