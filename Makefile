@@ -9,12 +9,12 @@ PATIENT := OMP_WAIT_POLICY=PASSIVE
 .PHONY: help demo test lint format bench sanitize neon rtl verilate synth docs dist clean
 
 help:
-	@echo "make demo    set up $(VENV) and quantize two real networks (about 3 minutes after downloads)"
+	@echo "make demo    set up $(VENV) and quantize two real networks (under 5 minutes after downloads)"
 	@echo "make test    set up $(VENV) and run the tests"
 	@echo "make lint    ruff, formatting and type checks, as CI runs them"
 	@echo "make format  mend formatting and imports"
 	@echo "make rtl     write the accelerator's Verilog; verilate, synth: check and measure it (see docs/accelerator.md)"
-	@echo "make bench   time the kernels against FP32, INT8 and ONNX Runtime (about 15 minutes)"
+	@echo "make bench   measure speed and accuracy into benchmarks/results (about 15 minutes)"
 	@echo "make docs    build the documentation into docs/_build, warnings being errors"
 	@echo "make dist    build the source archive and this platform's wheel into dist/, and check them"
 	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
@@ -47,12 +47,14 @@ verilate: $(VENV)/installed
 synth: $(VENV)/installed
 	$(BIN)/python hardware/synthesize.py
 
+# Into benchmarks/results. One that fails does not stop the others; after an interruption, those that are done are kept.
+BENCHMARKS := vision encoder generate quantizer linear ptq_vision ptq_sentences accuracy_bits
+
 bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxruntime
-	$(BIN)/python benchmarks/linear.py --json linear.json
-	$(BIN)/python benchmarks/encoder.py --json encoder.json
-	$(BIN)/python benchmarks/vision.py --json vision.json
-	$(BIN)/python benchmarks/quantizer.py --json quantizer.json
+	@failed=; for name in $(BENCHMARKS); do \
+		echo; echo "$$name"; $(BIN)/python -W ignore benchmarks/$$name.py || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 docs: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -1,0 +1,162 @@
+"""Tests of what benchmarks store, and that all of them store it so."""
+
+import argparse
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dybit.errors import DyBitError
+from dybit.measure.timing import Timing
+from dybit.recipe import Recipe
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(file for file in FOLDER.glob("*.py") if file.name != "results.py")
+_spec = importlib.util.spec_from_file_location("benchmark_results", FOLDER / "results.py")
+results = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = results
+_spec.loader.exec_module(results)
+
+DOC = "Speed of a thing.\n\nTimes are medians.\n"
+COLUMNS = (results.Column("model", "model"), results.Column("ms", "ms", 1), results.Column("ratio", "faster", 2, "×"))
+ROW = {"model": "a|b", "ms": 1 / 3, "ratio": [1.5, 2.0, 2.25]}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """A commit without changes, and no arguments of the test runner in the command."""
+    monkeypatch.setattr(results, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--rounds", "3 or more"])
+
+
+def started(folder, again=False, columns=COLUMNS):
+    options = argparse.Namespace(results=folder, again=again)
+    return results.Results("/somewhere/speed.py", DOC, columns, options, {"W4": Recipe(weights=4)})
+
+
+def stored(folder):
+    return json.loads((folder / "speed.json").read_text())
+
+
+def test_a_row_is_stored_with_all_that_it_takes_to_repeat_it(tmp_path):
+    with started(tmp_path) as record:
+        record.fact("Memory", "17 GB/s")
+        record.add(**ROW)
+    data = stored(tmp_path)
+    assert data["command"] == "python benchmarks/speed.py --rounds '3 or more'"
+    assert data["recipes"] == {"W4": Recipe(weights=4).to_dict()}
+    assert data["rows"] == [{"model": "a|b", "ms": 0.333333, "ratio": [1.5, 2.0, 2.25]}]
+    assert data["complete"] and data["facts"] == {"Memory": "17 GB/s"}
+    assert data["commit"] == "0123456789ab" and set(data["versions"]) == {"dybit", "torch", "Python"}
+    assert data["cores"] >= 1 and data["threads"] >= 1 and data["processor"] and data["kernels"]
+
+
+def test_the_page_shows_every_row_and_fact(tmp_path):
+    with started(tmp_path) as record:
+        record.fact("Memory", "17 GB/s")
+        record.add(**ROW)
+        record.add(model="c", ms=12.0)
+    page = (tmp_path / "speed.md").read_text()
+    assert page == results.page(stored(tmp_path))
+    assert "# Speed of a thing\n\nTimes are medians.\n" in page
+    assert "| a\\|b | 0.3 | 2.00× (1.50 to 2.25) |\n| c | 12.0 |  |\n" in page
+    for text in ("`python benchmarks/speed.py", "0123456789ab", "| Memory | 17 GB/s |", '| Recipe W4 | `{"version"'):
+        assert text in page
+    assert "Not complete" not in page
+
+
+def test_cells_in_words():
+    columns = [{"key": key, "digits": 2, "unit": unit} for key, unit in (("a", " %"), ("b", ""), ("c", ""), ("d", "×"))]
+    assert results.cells({"a": [81.234, 2.5], "b": 3, "d": 2.0}, columns) == ["81.23 ± 2.50 %", "3", "", "2.00×"]
+
+
+def test_columns_without_a_value_are_left_out(tmp_path):
+    with started(tmp_path, columns=(*COLUMNS, results.Column("onnx", "to ONNX Runtime"))) as record:
+        record.add(**ROW)
+    assert "ONNX" not in (tmp_path / "speed.md").read_text()
+
+
+def test_an_interrupted_measurement_is_marked_and_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt), started(tmp_path) as record:
+        record.add(**ROW)
+        raise KeyboardInterrupt
+    assert not stored(tmp_path)["complete"]
+    assert "Not complete" in (tmp_path / "speed.md").read_text()
+    with started(tmp_path) as record:
+        assert record.has(model="a|b") and not record.has(model="c")
+        record.add(model="c", ms=1.0)
+    assert stored(tmp_path)["complete"] and [row["model"] for row in stored(tmp_path)["rows"]] == ["a|b", "c"]
+
+
+@pytest.mark.parametrize("change", ["again", "command", "commit", "uncommitted"])
+def test_rows_of_another_measurement_are_not_kept(tmp_path, monkeypatch, change):
+    if change == "uncommitted":
+        monkeypatch.setattr(results, "commit", lambda: "0123456789ab, changed")
+    with started(tmp_path) as record:
+        record.add(**ROW)
+    if change == "command":
+        monkeypatch.setattr(sys, "argv", ["speed.py"])
+    if change == "commit":
+        monkeypatch.setattr(results, "commit", lambda: "ba9876543210")
+    assert not started(tmp_path, again=change == "again").rows
+
+
+def test_a_file_that_is_no_json_is_an_error(tmp_path):
+    (tmp_path / "speed.json").write_text("{")
+    with pytest.raises(DyBitError, match=r"speed\.json holds no results"):
+        started(tmp_path)
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert not results.commit().isalnum()  # no repository
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "code.py").write_text("1\n")
+    (tmp_path / "notes").write_text("1\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    (tmp_path / "notes").write_text("2\n")
+    assert results.commit() == head[:12]
+    (tmp_path / "src" / "code.py").write_text("2\n")
+    assert results.commit() == f"{head[:12]}, changed"
+
+
+def test_times_become_cells():
+    first, second = Timing(0.004, 0.003, 0.005, 1.0, 0.9, 1.1, 5), Timing(0.002, 0.001, 0.003, 2.0, 1.8, 2.2, 5)
+    row = results.compared({"fp32": first, "fused": second})
+    assert row == {"fp32_ms": 4.0, "fused_ms": 2.0, "fused_ratio": [1.8, 2.0, 2.2]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
+def test_every_benchmark_stores_its_results_so(script):
+    tree = ast.parse(script.read_text())
+    title, _, about = ast.get_docstring(tree).partition("\n\n")
+    assert "\n" not in title and title.endswith(".") and about
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert {"parser", "Results"} <= called
+    given = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert not given & {"--json", "--output", "--report"}
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_pages_are_those_of_their_files(file):
+    data = json.loads(file.read_text())
+    assert file.with_suffix(".md").read_text() == results.page(data)
+    assert data["complete"] and data["commit"].isalnum() and (FOLDER / f"{file.stem}.py").exists()
+
+
+def test_a_benchmark_runs(tmp_path):
+    words = ["--rows", "16", "--columns", "128", "--rounds", "1", "--results", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, FOLDER / "quantizer.py", *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "quantizer.json").read_text())["rows"]
+    assert len(rows) == 8 and all(row["kernels"] > 0 for row in rows)
