@@ -225,14 +225,24 @@ class Recipe(LayerRecipe):
                 break
         return None if defaults.weights is None and defaults.activations is None else defaults
 
-    def check_names(self, names: Iterable[str]) -> None:
+    def keeps(self, name: str) -> str | None:
+        """The pattern of the rule that keeps a layer in floating point, or None if no rule does."""
+        rule = next(((pattern, changes) for pattern, changes in self.rules if matches(pattern, name)), None)
+        return rule[0] if rule is not None and rule[1] is None else None
+
+    def check_names(self, names: Iterable[str], others: Iterable[str] = ()) -> None:
         """Checks that every rule matches a layer.
+
+        Args:
+            names: The layers that can be quantized.
+            others: Parts of the model that cannot; only rules that keep floating point may match them.
 
         Raises:
             DyBitError: A rule matches nothing; the message suggests the nearest name.
         """
-        known = list(names)
-        for pattern, _ in self.rules:
+        layers, others = list(names), list(others)
+        for pattern, changes in self.rules:
+            known = layers if changes is not None else [*layers, *others]
             if not any(matches(pattern, name) for name in known):
                 raise DyBitError(f"rule {pattern!r} matches no layer{_nearest(pattern.removeprefix('re:'), known)}")
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,12 @@ def convolutions():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
 
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(8, 8), nn.Bilinear(4, 2, 8)
+
+def half(): return Half().eval()
 def images(): return [torch.randn(4, 3, 8, 8)]
 
 def data(split="calibration"):
@@ -187,6 +194,26 @@ def test_rules_apply_to_a_plain_file(tmp_path):
     recipe.write_text('{"weights": 4, "rules": {"a": null}}')
     good("quantize", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "q"), "--recipe", str(recipe))
     assert list(json.loads((tmp_path / "q" / "dybit.json").read_text())["layers"]) == ["b"]
+
+
+def test_what_is_left_is_said_and_refused_by_strict(tmp_path):
+    """By a model, by a file of its tensors, and by the checkpoint of either."""
+    save_file({"layer.weight": torch.randn(8, 8), "other": torch.randn(4, 16)}, tmp_path / "m.safetensors")
+    for source, reason in (
+        ("mine:half", "not a supported kind"),
+        (tmp_path / "m.safetensors", "not named as a weight"),
+    ):
+        words = (str(source), "-o", str(tmp_path / "q"))
+        result = invoke("quantize", *words, "--strict")
+        assert result.exit_code == 2 and "strict=True, but 50 % of the weights would stay" in result.stderr
+        assert not (tmp_path / "q").exists()
+        line = "50 % of 128 weights are quantized; in floating point: "
+        for text in (good("quantize", *words), good("info", str(tmp_path / "q"))):
+            assert line in text and reason in text
+        recipe = tmp_path / "r.json"
+        recipe.write_text('{"weights": 4, "rules": {"other": null}}')
+        assert "rule 'other'" in good("quantize", *words, "--strict", "--recipe", str(recipe))
+        shutil.rmtree(tmp_path / "q")
 
 
 BAD = [

@@ -1,5 +1,6 @@
 """`dybit report`: from the directory of a search to a page."""
 
+import html
 import json
 import re
 
@@ -13,6 +14,7 @@ from dybit.accelerator.cost import AcceleratorCost
 from dybit.cli import app
 from dybit.mixed_precision.run_directory import write_run
 from dybit.mixed_precision.shape_search import search_shapes
+from dybit.models.coverage import Coverage
 from dybit.workloads.networks import network
 
 pytest.importorskip("plotly")
@@ -58,6 +60,7 @@ def test_a_page_of_a_search(run, tmp_path):
     bits = [document["candidates"][layer["chosen"]]["bits"][0] or 0 for layer in document["layers"]]
     assert chosen["weights"] == bits
     text = path.read_text(encoding="utf-8")
+    assert str(Coverage.from_dict(document["coverage"])) in html.unescape(text)
     assert f"at {speed:.2f} times as fast" in text and "dybit search &#39;a net&#39;" in text
 
 

@@ -475,6 +475,19 @@ def test_bad_arguments():
         dybit.DyBitConfig(quant_method="gptq")
 
 
+def test_what_is_left_is_said_and_refused_by_strict(tmp_path):
+    """Parameters of XLNet's own code."""
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32)
+    transformers.XLNetLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(dybit.DyBitError, match=r"strict=True, but .* 'transformer.layer.0.rel_attn'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=dybit.DyBitConfig(weights=4, strict=True))
+    with pytest.warns(dybit.DyBitWarning, match=r"of the weights stay in floating point: XLNetRelativeAttention"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=dybit.DyBitConfig(weights=4))
+    config = dybit.DyBitConfig(weights=4, rules={"*.rel_attn": None}, strict=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert "strict" not in loaded.config.quantization_config.to_dict()
+
+
 def test_a_family_that_has_grown_is_read_as_it_was_stored():
     """``dybit2`` had two members: a configuration which does not say how many means these."""
     layer = torch.nn.Linear(6, 12)

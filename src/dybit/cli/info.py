@@ -62,4 +62,6 @@ def info(
         f"{len(manifest.folded)} folded batch norms, {len(manifest.shared)} tied tensors",
         soft_wrap=True,
     )
+    if manifest.coverage is not None:
+        console.print(str(manifest.coverage), soft_wrap=True)
     print_totals(fp32 + plain, sum(file.stat().st_size for file in path.iterdir()))

@@ -51,6 +51,10 @@ Algorithms = Annotated[
 Workdir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where gptq keeps finished layers, to go on after an interruption.")
 ]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Fail if weights stay in floating point that no rule of the recipe keeps."),
+]
 Tokenizer = Annotated[
     str | None, typer.Option(help="For text: a transformers directory, a tokenizer.json, or module:function.")
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +15,14 @@ from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress
 from dybit.cli.layer_table import LayerRow, Watch, print_layers, print_totals
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
-from dybit.recipe import Recipe
+from dybit.recipe import LayerRecipe, Recipe
 from dybit.safe_files import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dybit.layers.input_spec import InputSpec
+    from dybit.models.coverage import Coverage
     from dybit.models.streaming import Job, Outcome, Stored, Text
     from dybit.tensors.quantized_tensor import TensorSpec
 
@@ -64,6 +65,7 @@ def quantize(
     tokenizer: options.Tokenizer = None,
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
+    strict: options.Strict = False,
     workers: Annotated[int, typer.Option(min=0, help="Threads, for a .safetensors; 0: one a processor.")] = 0,
     every: Annotated[bool, typer.Option("--all", help=f"Show all layers, not the first {_SHOWN_LAYERS}.")] = False,
 ) -> None:
@@ -100,7 +102,7 @@ def quantize(
             raise DyBitError(f"--calibration {calibration!r} needs a model that can be run, not the file {model!r}")
         if chain not in (None, "auto", ("rtn",)):
             raise DyBitError(f"--algorithm {algorithm!r} needs a model that can be run, not the file {model!r}")
-        rows, fp32 = _quantize_file(model, output, plan, workers)
+        rows, fp32 = _quantize_file(model, output, plan, strict, workers)
     elif not sources.is_reference(model) and Path(model).is_file():
         pickled = Path(model).suffix in _PICKLES[:6]
         what = "may be a pickle, which can run code when it is read" if pickled else "is none of these"
@@ -112,15 +114,23 @@ def quantize(
         if calibration is not None:
             data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=model,
                                         tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
-        rows, fp32 = _quantize_model(loaded, output, plan, data, chain, workdir)
+        rows, fp32 = _quantize_model(loaded, output, plan, data, chain, workdir, strict)
     print_layers(rows, None if every else _SHOWN_LAYERS)
     stored = sum(file.stat().st_size for file in output.iterdir())
     print_totals(fp32, stored)
+    out().print(str(_coverage(output)), soft_wrap=True)
     out().print(f"saved to {output}; SQNR is that of each weight, unweighted", soft_wrap=True)
     if sources.is_reference(model):
         note(f"next: dybit evaluate {output} --model {model} --data module:function")
     else:
         note(f"next: dybit info {output}")
+
+
+def _coverage(path: Path) -> Coverage | None:
+    """What a checkpoint says about itself."""
+    from dybit.models.checkpoint import read_manifest
+
+    return read_manifest(path).coverage
 
 
 def needs_calibration(recipe: Recipe, calibration: str | None) -> None:
@@ -168,18 +178,21 @@ def _quantize_model(
     data: list[object] | None,
     chain: str | tuple[str, ...] | None,
     workdir: Path | None,
+    strict: bool,
 ) -> tuple[list[LayerRow], int]:
     import dybit
 
     fp32 = float_bytes(model.state_dict())
     with progress("quantizing") as bar:
         watch = Watch(model, bar)
-        dybit.quantize_(model, recipe, calibration=data, algorithm=chain, workdir=workdir, progress=watch)
+        dybit.quantize_(
+            model, recipe, calibration=data, algorithm=chain, workdir=workdir, strict=strict, progress=watch
+        )
     dybit.save(model, output, recipe)
     return watch.rows, fp32
 
 
-def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tuple[list[LayerRow], int]:
+def _quantize_file(path: str, output: Path, recipe: Recipe, strict: bool, workers: int) -> tuple[list[LayerRow], int]:
     """Quantizes the weights in safetensors files piece by piece, as ``config.json`` beside them or their names say."""
     from dybit.models import streaming
 
@@ -191,11 +204,13 @@ def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tup
     plan = _plan_transformers(Path(path), source, recipe) or _plan_names(path, source, recipe)
     if not plan.jobs:
         raise DyBitError("the recipe keeps every tensor in floating point")
+    if strict:
+        plan.coverage.check()
     with progress("quantizing") as bar:
         try:
             outcomes = streaming.quantize_files(
                 source, plan.jobs, output, plan.entries, names=plan.names, shared=plan.shared, recipe=recipe,
-                extra=plan.extra, workers=workers, progress=bar.update,
+                coverage=plan.coverage, extra=plan.extra, workers=workers, progress=bar.update,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped") from None
@@ -208,6 +223,7 @@ def _quantize_file(path: str, output: Path, recipe: Recipe, workers: int) -> tup
 class _FilePlan:
     """What is to become of files of tensors; see :func:`dybit.models.streaming.quantize_files`."""
 
+    coverage: Coverage
     jobs: dict[str, Job] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -237,7 +253,7 @@ def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe)
         note(f"note: {error}; the result will load with dybit.load only")
         return None
     found = plan_files(path.parent, [key for key, stored in source.items() if stored.dtype in FLOATS], recipe)
-    plan = _FilePlan()
+    plan = _FilePlan(found.coverage)
     for key, weight in found.weights.items():
         how = recipe.layer(weight.layer)
         if source[key].shape != weight.shape:
@@ -273,16 +289,42 @@ def _plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> _Fil
             layers.setdefault(layer, []).append(key)
     if not layers:
         raise DyBitError(f"MODEL {path!r} has no floating-point tensor of 2 to 5 dimensions named *.weight")
-    recipe.check_names(layers)
-    plan = _FilePlan()
+    recipe.check_names(layers, source)
+    kept = {name for name in layers if _named_recipe(recipe, name).weight_family is None}
+    plan = _FilePlan(_named_coverage(source, layers, recipe, kept))
     for layer, keys in layers.items():
-        how = recipe.layer(layer, embedding=bool(_EMBEDDING.search(layer)))
-        if how is None or how.weight_family is None:
-            continue
-        for key in keys:
+        how = _named_recipe(recipe, layer)
+        for key in keys if layer not in kept else ():
             job = Job(weight_spec(how, source[key].shape), how.method, how.percentile)
             plan.add(layer, "weight", key.rpartition(".")[2], key, source[key], job, None)
     return plan
+
+
+def _named_recipe(recipe: Recipe, layer: str) -> LayerRecipe:
+    """How a layer is quantized of which only the name is known."""
+    return recipe.layer(layer, embedding=bool(_EMBEDDING.search(layer))) or LayerRecipe(weights=None)
+
+
+def _named_coverage(
+    source: Mapping[str, Stored], layers: Mapping[str, list[str]], recipe: Recipe, kept: Collection[str]
+) -> Coverage:
+    """How much of files is quantized that say nothing about the layers that their tensors belong to."""
+    from dybit.models.coverage import Coverage, Left
+    from dybit.models.streaming import FLOATS
+
+    named = {key: layer for layer, keys in layers.items() for key in keys}
+    quantized, left = 0, []
+    for key, stored in source.items():
+        count = math.prod(stored.shape)
+        if key in named and named[key] not in kept:
+            quantized += count
+        elif key in named:
+            left.append(Left(named[key], "weight", count, "the recipe keeps these weights", True))
+        elif stored.dtype in FLOATS and sum(size > 1 for size in stored.shape) > 1 and "bias" not in key:
+            rule = recipe.keeps(key)
+            reason = "not named as a weight" if rule is None else f"rule {rule!r}"
+            left.append(Left(key, "tensor", count, reason, rule is not None))
+    return Coverage.of(quantized, left)
 
 
 def _file_row(name: str, spec: TensorSpec, outcome: Outcome) -> LayerRow:

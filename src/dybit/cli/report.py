@@ -69,7 +69,8 @@ def describe(document: _Document, run: Path) -> SearchReport:
     return SearchReport(
         title=f"{document['model']} at {result.gain:.2f} {gain}",
         subtitle=f"{len(bits)} candidates for each of {len(layers)} layers, in {len(document['groups'])} groups; "
-        + ("shapes only: errors measure nothing" if shapes else f"errors estimated by {document['sensitivity']}"),
+        + ("shapes only: errors measure nothing" if shapes else f"errors estimated by {document['sensitivity']}")
+        + _covered(document),
         headline=[
             *_headline(document),
             (f"{document['error_unit']}, {error}", f"{result.error:.3g}"),
@@ -103,6 +104,14 @@ def _headline(document: _Document) -> list[tuple[str, str]]:
         better = "smaller" if cost["unit"] == "bytes" else "faster"
         found.append((f"{better} than {cost['base_name']}", f"{cost['base'] / value:.2f}×"))
     return found
+
+
+def _covered(document: _Document) -> str:
+    """The end of a sentence: the share of the weights that is quantized, and what is not; nothing for shapes."""
+    from dybit.models.coverage import Coverage
+
+    stored = document.get("coverage")
+    return "" if stored is None else f"; {Coverage.from_dict(stored)}"
 
 
 def _amount(value: float, unit: str) -> str:

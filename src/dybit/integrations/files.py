@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from dybit.errors import CheckpointError, DyBitWarning
 from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, checksum_rest, describe
 from dybit.layers.input_spec import InputSpec
+from dybit.models.coverage import Coverage, measure
 from dybit.recipe import Recipe
 from dybit.safe_files import read_json
 from dybit.tensors.quantized_tensor import TensorSpec
@@ -52,6 +53,7 @@ class FilePlan:
         names: From the keys in the file to other names, where the model has them.
         inputs: How inputs are rounded, by layer.
         tied: From names of weights that are not in the file to the keys that they are tied to.
+        coverage: How much of the model is quantized.
         config: Makes the text of the new ``config.json`` of checksums (see ``quantize_files``).
     """
 
@@ -59,6 +61,7 @@ class FilePlan:
     names: dict[str, str]
     inputs: dict[str, InputSpec | None]
     tied: dict[str, str]
+    coverage: Coverage
     config: Callable[[Mapping[str, str]], str]
 
 
@@ -141,7 +144,9 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
         new = DyBitConfig(recipe, layers=stored, tied=tied, checksums=known)
         return json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
 
-    return FilePlan(weights, names, {name: layer.input for name, layer in layers.items()}, tied, config)
+    inputs = {name: layer.input for name, layer in layers.items()}
+    coverage = measure(model, recipe, [name for name, layer in layers.items() if layer.specs])
+    return FilePlan(weights, names, inputs, tied, coverage, config)
 
 
 def _merged(

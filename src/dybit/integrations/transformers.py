@@ -24,6 +24,7 @@ from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import is_experts, layout, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.layers.swap import swap_
+from dybit.models.coverage import measure
 from dybit.models.plan import plan_layers
 from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs
 from dybit.ptq.rounding.nearest import layer_input, weight_spec
@@ -65,6 +66,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
             scales and choices, as eight hexadecimal digits; from names of other tensors to type, shape and
             CRC-32, as in ``float32 64x48:89abcdef``, for those who load them as such; those of all these
             arguments and of the model's own configuration. What has none is not checked.
+        strict: Raise an error before a weight is read if weights would stay in floating point that the recipe does not
+            keep by a rule or by ``weights=None``. It is not stored.
         format_version: Of ``layers`` and ``tied``.
         quant_method: Always ``"dybit"``.
         **fields: The fields of a recipe.
@@ -85,6 +88,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         layers: list[dict[str, Any]] | None = None,
         tied: dict[str, str] | None = None,
         checksums: dict[str, str] | None = None,
+        strict: bool = False,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **fields: Any,  # noqa: ANN401
@@ -101,6 +105,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.format_version = format_version
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(fields if recipe is None else recipe)
         self.layers = layers
+        self.strict = strict
         self.tied = tied or {}
         self.checksums = {name: str(known) for name, known in (checksums or {}).items() if name != _OWN}
         known = (checksums or {}).get(_OWN)
@@ -277,6 +282,9 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
                 getattr(plan.module, weight_names(plan.module)[0]).dtype,
                 plan.recipe,
             )
+        if self.quantization_config.strict:
+            planned = [name for name, layer in self._layers.items() if layer.specs]
+            measure(model, self.quantization_config.recipe, planned).check()
         quantized = {f"{name}.{weight}" for name, layer in self._layers.items() for weight in layer.specs}
         self._take_over(model, {t: s for t, s in table.items() if t in quantized and s in quantized})
 
@@ -338,6 +346,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         bypass_fast_path_(model, quantized_layers(model).values())
         _store_as_held_(model)
         model._dybit_recipe = self.quantization_config.recipe
+        if not self.pre_quantized:
+            measure(model, self.quantization_config.recipe).announce()
         _describe_(self.quantization_config, model)
         self._layers = {}
         return model

@@ -23,6 +23,8 @@ from dybit.mixed_precision.other_formats import compare
 from dybit.mixed_precision.search import Result
 from dybit.mixed_precision.sensitivity import write_json
 from dybit.mixed_precision.trial import Point
+from dybit.models.coverage import measure
+from dybit.models.plan import plan_layers, quantized_names
 from dybit.recipe import LayerRecipe
 from dybit.safe_files import read_json
 
@@ -93,6 +95,7 @@ def write_run(
         "layers": _layers(result),
         "rivals": _rivals(result),
         "result": _point(result.point) | {"recipe": RECIPE},
+        "coverage": _coverage(result),
         "history": [_point(point) for point in result.history],
         "uniform": [_point(point) for point in result.uniform],
         "greedy": None if result.greedy is None else _point(result.greedy),
@@ -136,6 +139,14 @@ def _layers(result: Result) -> list[dict[str, Any]]:
             rows.append(row | (_about(result, subject, name) if subject else {}))
     order = {name: index for index, name in enumerate(problem.errors)}
     return sorted(rows, key=lambda row: order[row["name"]])
+
+
+def _coverage(result: Result) -> dict[str, Any] | None:
+    """How much of the model the recipe quantizes; None for shapes."""
+    if result.subject is None:
+        return None
+    model, recipe = result.subject.model, result.recipe
+    return measure(model, recipe, quantized_names(plan_layers(model, recipe))).to_dict()
 
 
 def _rivals(result: Result) -> list[dict[str, Any]]:

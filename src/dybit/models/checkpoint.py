@@ -28,6 +28,7 @@ from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.layers.swap import set_bias_, swap_
 from dybit.models.attachments import attachments, check_attachments, expect_attached_, is_attached
 from dybit.models.batch_norm import expect_folded_, is_pair
+from dybit.models.coverage import Coverage, measure
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
 from dybit.recipe import Recipe
 from dybit.safe_files import check_regular, read_json
@@ -70,6 +71,7 @@ class Manifest:
         recipe: The recipe, if known.
         checksum: SHA-256 of the tensors' file.
         version: The version of dybit that wrote it.
+        coverage: How much of the model is quantized; None in files of earlier versions.
     """
 
     layers: dict[str, LayerEntry]
@@ -79,6 +81,7 @@ class Manifest:
     recipe: Recipe | None
     checksum: str
     version: str
+    coverage: Coverage | None = None
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], recipe: Recipe | None = None) -> Path:
@@ -111,7 +114,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Recipe | None =
     }
     recipe = recipe or getattr(model, "_dybit_recipe", None)
     parts: dict[str, Any] = {"folded": folded_pairs(model), "attached": attachments(model), "shared": shared}
-    return write(path, tensors, entries, recipe=recipe, **parts)
+    return write(path, tensors, entries, recipe=recipe, coverage=measure(model, recipe), **parts)
 
 
 def write(
@@ -123,6 +126,7 @@ def write(
     attached: Mapping[str, Mapping[str, Any]] | None = None,
     shared: Mapping[str, str] | None = None,
     recipe: Recipe | None = None,
+    coverage: Coverage | None = None,
 ) -> Path:
     """Writes a checkpoint from its parts; see :func:`save`.
 
@@ -134,6 +138,7 @@ def write(
         attached: What transforms attached.
         shared: Keys of tied tensors.
         recipe: The recipe.
+        coverage: How much of the model is quantized.
     """
     with replacing(Path(path)) as folder:
         target = folder / TENSORS
@@ -143,7 +148,13 @@ def write(
         except SafetensorError as error:  # how safetensors reports a full disk
             raise DyBitError(f"path {str(path)!r} cannot be written: {error}") from None
         text = manifest_text(
-            target, layers, folded=folded or [], shared=shared or {}, recipe=recipe, attached=attached or {}
+            target,
+            layers,
+            folded=folded or [],
+            shared=shared or {},
+            recipe=recipe,
+            attached=attached or {},
+            coverage=coverage,
         )
         (folder / MANIFEST).write_text(text)
     return Path(path)
@@ -157,6 +168,7 @@ def manifest_text(
     shared: Mapping[str, str],
     recipe: Recipe | None,
     attached: Mapping[str, Any] | None = None,
+    coverage: Coverage | None = None,
 ) -> str:
     """The contents of ``dybit.json`` for a file of tensors; see :func:`write`."""
     manifest = {
@@ -171,6 +183,8 @@ def manifest_text(
     }
     if attached:
         manifest["attached"] = dict(attached)
+    if coverage is not None:
+        manifest["coverage"] = coverage.to_dict()
     manifest["manifest_sha256"] = _digest(manifest)
     return json.dumps(manifest, indent=1) + "\n"
 
@@ -234,6 +248,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             recipe=Recipe.from_dict(data["recipe"]) if data["recipe"] is not None else None,
             checksum=str(data["sha256"]),
             version=str(data["dybit_version"]),
+            coverage=Coverage.from_dict(data["coverage"]) if "coverage" in data else None,
         )
     except DyBitError as error:
         raise CheckpointError(f"{file} has a bad entry: {error}") from None

@@ -13,6 +13,7 @@ from torch import nn
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.kinds import is_embedding, is_experts, weight_names
 from dybit.layers.quantized import quantized_layers
+from dybit.models.coverage import unsupported
 from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensors.encoding import check_weight
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -51,7 +52,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> lis
     candidates = {name: module for name, module in model.named_modules() if weight_names(module)}
     if not candidates:
         raise DyBitError(f"model {type(model).__name__} has no layer that can be quantized")
-    recipe.check_names(candidates)
+    recipe.check_names(candidates, unsupported(model))
     plans = []
     for name, module in candidates.items():
         layer = recipe.layer(name, is_embedding(module))
@@ -63,6 +64,11 @@ def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> lis
     for plan in plans if values else ():
         _check_layer(plan)
     return plans
+
+
+def quantized_names(plans: Iterable[Plan]) -> set[str]:
+    """The names of the layers whose weights a plan quantizes."""
+    return {plan.name for plan in plans if plan.recipe.weights is not None}
 
 
 def _usable(name: str, module: nn.Module, recipe: LayerRecipe) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor
 from dybit.errors import CheckpointError, DyBitError
 from dybit.formats.scaling import Method
 from dybit.models.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
+from dybit.models.coverage import Coverage
 from dybit.models.running import Progress
 from dybit.recipe import Recipe
 from dybit.safe_files import check_regular, crc32, label, parse_json, read_json
@@ -165,6 +166,7 @@ def quantize_files(
     names: Mapping[str, str] | None = None,
     shared: Mapping[str, str] | None = None,
     recipe: Recipe | None = None,
+    coverage: Coverage | None = None,
     extra: Mapping[str, Text | Path] | None = None,
     workers: int = 0,
     measure: bool = True,
@@ -183,6 +185,7 @@ def quantize_files(
         names: The new names of tensors, by key. Those of several parts of a weight are the same.
         shared: Keys of tied tensors.
         recipe: The recipe, to be stored.
+        coverage: How much of the model is quantized, to be stored.
         extra: Further files by name: the file to copy, or what makes their text of checksums: by the new names of
             tensors, of a weight the CRC-32 of its codes, scales and choices, of another what
             :func:`dybit.safe_files.label` says.
@@ -201,7 +204,7 @@ def quantize_files(
     run = _Run(source, jobs, names or {}, Path(path), measure)
     try:
         run.pieces_done(workers or os.cpu_count() or 1, progress)
-        run.finish(layers, shared or {}, recipe, extra or {})
+        run.finish(layers, shared or {}, recipe, coverage, extra or {})
     except OSError as error:
         raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror or error}") from None
     except DyBitError:
@@ -274,10 +277,12 @@ class _Run:
         layers: Mapping[str, Any],
         shared: Mapping[str, str],
         recipe: Recipe | None,
+        coverage: Coverage | None,
         extra: Mapping[str, Text | Path],
     ) -> None:
         """Adds the manifest and puts the directory in its place."""
-        text = manifest_text(self.folder / TENSORS, layers, folded=[], shared=shared, recipe=recipe)
+        file = self.folder / TENSORS
+        text = manifest_text(file, layers, folded=[], shared=shared, recipe=recipe, coverage=coverage)
         (self.folder / MANIFEST).write_text(text)
         for name, content in extra.items():
             if isinstance(content, Path):

@@ -9,7 +9,8 @@ from typing import Any, cast
 from torch import nn
 
 from dybit.models.batch_norm import find_pairs, fold_
-from dybit.models.plan import plan_layers
+from dybit.models.coverage import measure
+from dybit.models.plan import plan_layers, quantized_names
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
 from dybit.models.running import Progress
 from dybit.ptq import chain
@@ -23,6 +24,7 @@ def quantize_(
     *,
     algorithm: str | Sequence[str] | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Quantizes a model in place.
@@ -31,6 +33,9 @@ def quantize_(
     ``Conv1D`` are quantized, subclasses included; everything else stays as it is. Tied weights stay tied, a shared
     module is quantized once, weight and spectral norms are made permanent, and a batch norm that follows a quantized
     convolution is folded into it (of a model in evaluation mode).
+
+    The share of weights that is quantized is logged at level INFO; a warning names what stays in floating point if that
+    is over a tenth and the recipe does not ask for it.
 
     Args:
         model: The model. It is checked before anything is changed.
@@ -41,6 +46,8 @@ def quantize_(
             ``ALGORITHMS``), or ``"auto"`` for a good choice by architecture. None rounds to the nearest.
         workdir: A directory where ``gptq`` keeps the layers that it has finished, so that the same call goes on there
             after an interruption; made if it is not there. None keeps nothing.
+        strict: Raise an error, before anything is changed, if weights would stay in floating point that the recipe
+            does not keep by a rule or by ``weights=None``.
         progress: Called with (done, total, text) before every layer and after the last.
 
     Returns:
@@ -49,7 +56,7 @@ def quantize_(
     Raises:
         DyBitError: ``model`` is no module, is quantized already or has nothing to quantize; a weight is empty, not
             floating point or not finite; a rule matches nothing; the algorithms are no chain; calibration is missing,
-            empty or does not fit.
+            empty or does not fit; ``strict`` and something would be left.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -57,6 +64,8 @@ def quantize_(
         torch.Size([64, 64])
     """
     plans = plan_layers(model, recipe)
+    if strict:
+        measure(model, recipe, quantized_names(plans)).check()
     steps = chain.resolve(algorithm, model, [plan.recipe for plan in plans], calibrated=calibration is not None)
     if workdir is not None:
         chain.check_workdir(workdir, steps)
@@ -65,7 +74,7 @@ def quantize_(
     for plan in plans:
         make_plain_(plan.module)
     if not model.training:
-        names = {plan.name for plan in plans if plan.recipe.weights is not None}
+        names = quantized_names(plans)
         pairs = [pair for pair in find_pairs(model) if pair[0] in names]
         fold_(model, pairs)
         # Beside those of an attempt that failed later, or of an earlier quantization that was undone.
@@ -73,6 +82,7 @@ def quantize_(
     bypass_fast_path_(model, [plan.module for plan in plans])
     chain.run_(model, plans, calibration, steps, workdir=workdir, progress=progress)
     cast(Any, model)._dybit_recipe = recipe
+    measure(model, recipe).announce(stacklevel=2)
     if progress:
         progress(len(plans), len(plans), "done")
     return model
