@@ -4,14 +4,24 @@ import torch
 from helpers import Padded, conv1d
 from torch import nn
 
-from dybit.layers.kinds import channel_dim, channel_groups, channels, input_places, transposed, weight_names
+from dybit.layers.kinds import (
+    channel_dim,
+    channel_groups,
+    channels,
+    inner_weights,
+    input_places,
+    transposed,
+    weight_names,
+)
 
 
 def test_what_is_asked_about_modules():
     attention = nn.MultiheadAttention(8, 2)
     assert weight_names(attention) == ("in_proj_weight",)
     assert weight_names(nn.MultiheadAttention(8, 2, kdim=4)) == ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    assert weight_names(nn.LayerNorm(4)) == weight_names(nn.LSTM(4, 4)) == ()
+    assert weight_names(nn.LayerNorm(4)) == weight_names(nn.Bilinear(4, 4, 4)) == ()
+    assert weight_names(nn.LSTM(4, 4)) == ("weight_ih_l0", "weight_hh_l0")
+    assert inner_weights(nn.LSTM(4, 4, 2)) == ("weight_hh_l0", "weight_ih_l1", "weight_hh_l1")
     assert weight_names(Padded(1, 1, 1)) == weight_names(conv1d()) == ("weight",)
     conv = nn.ConvTranspose2d(4, 6, 1, groups=2)
     assert (transposed(conv), channel_groups(conv), channels(conv)) == (2, 2, 4)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import build, inputs
-from quantized_models import RECIPES, each_layer, quantized
+from quantized_models import RECIPES, RECURRENT, each_layer, quantized
 
 from dybit.errors import DyBitError
 from dybit.layers.quantized import quantized_layers
@@ -74,8 +74,8 @@ def test_describes_itself(name):
     if name == "transformers_conv1d":  # which has a __repr__ of its own
         return
     assert "weight=dybit8plain/channel" in text
-    if name != "embedding":
-        assert "/static" in text
+    if not name.startswith(("embedding", "bag")):
+        assert ("/dynamic" if name.startswith(RECURRENT) else "/static") in text
 
 
 def test_codes_are_not_replaced_by_values():

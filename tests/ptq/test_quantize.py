@@ -67,6 +67,7 @@ def test_containers_stay_as_they_are():
         "list.0": "QuantizedLinear",
         "list.1.deep.0": "QuantizedConv1d",
         "table": "QuantizedEmbedding",
+        "lstm": "QuantizedLSTM",
     }
     for name, module in model.named_modules():
         assert type(module) is before[name] or (isinstance(module, Quantized) and isinstance(module, before[name]))
@@ -391,7 +392,7 @@ def without_channels():
         (without_channels, "layer '1': weight must not be empty, but has shape (3, 0)"),
         (lambda: nn.Sequential(nn.Linear(2, 2, device="meta")), "layer '0': weight is on the meta device"),
         (lambda: nn.Sequential(nn.ReLU()), "model Sequential has no layer that can be quantized"),
-        (lambda: nn.LSTM(2, 2), "model LSTM has no layer that can be quantized"),
+        (lambda: nn.LSTM(2, 2), "model Bilinear has no layer that can be quantized"),
         (lambda: "model", "model must be a torch.nn.Module, not str"),
         (lambda: None, "model must be a torch.nn.Module, not NoneType"),
         (lambda: nn.Linear, "model must be a torch.nn.Module, not type"),

@@ -4,6 +4,7 @@ import random
 from functools import partial
 
 import numpy as np
+import recurrent
 import torch
 from torch import nn
 
@@ -101,6 +102,9 @@ def oracle(floating, quantized):
             weight = torch.from_numpy(numpy_weight(layer.quantized_tensor(key)))
             setattr(module, key, nn.Parameter(weight.to(layer.float_dtype), requires_grad=False))
         if layer.input_spec is None:
+            continue
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            module.forward = partial(recurrent.reference, module, round_input=partial(rounded_input, layer))
             continue
         if isinstance(module, nn.MultiheadAttention):
             module.forward = partial(attend, module)
@@ -246,6 +250,23 @@ LAYERS = {
     ),
     "attention_cross": (CrossAttention, lambda: (torch.randn(2, 4, 8), torch.randn(2, 5, 5), torch.randn(2, 5, 6))),
     "transformers_conv1d": (conv1d, lambda: (torch.randn(2, 4, 9),)),
+    "lstm": (
+        lambda: recurrent.Sequence(nn.LSTM, num_layers=2, bidirectional=True, batch_first=True),
+        lambda: (torch.randn(2, 4, 6),),
+    ),
+    "lstm_projected": (lambda: recurrent.Sequence(nn.LSTM, proj_size=3), lambda: (torch.randn(5, 2, 6),)),
+    "lstm_packed": (
+        lambda: recurrent.Sequence(nn.LSTM, packed=True, bidirectional=True),
+        lambda: (torch.randn(4, 3, 6),),
+    ),
+    "gru": (lambda: recurrent.Sequence(nn.GRU, num_layers=2, bias=False), lambda: (torch.randn(4, 2, 6),)),
+    "rnn": (lambda: recurrent.Sequence(nn.RNN, nonlinearity="relu"), lambda: (torch.randn(4, 2, 6),)),
+    "cells": (recurrent.Cells, lambda: (torch.randn(3, 2, 6),)),
+    "bag": (lambda: nn.EmbeddingBag(13, 10, padding_idx=3, mode="mean"), lambda: (tokens(13),)),
+    "bag_offsets": (
+        lambda: nn.EmbeddingBag(13, 10, mode="sum", include_last_offset=True),
+        lambda: (tokens(13).flatten(), torch.tensor([0, 4, 4, 15]), torch.rand(15)),
+    ),
     "tied": (Tied, lambda: (tokens(),)),
     "encoder": (
         lambda: nn.TransformerEncoder(

@@ -19,6 +19,7 @@ RECIPES = {
     "a8": Recipe(weights=None, embeddings=None, activations=8),
     "int8_nf4": Recipe(weights="nf4", embeddings="int4asym", activations="int8"),
 }
+RECURRENT = ("lstm", "gru", "rnn", "cells")
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
@@ -26,7 +27,7 @@ each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def quantized(name, recipe):
     """A quantized model, or None where the recipe leaves nothing to do."""
     model = build(name)
-    if recipe.weights is None and name == "embedding":
+    if recipe.weights is None and name.startswith(("embedding", "bag", *RECURRENT)):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a tied weight of which one use is kept

@@ -7,10 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dybit.kernels import extension
 from dybit.layers.attention import attend
+from dybit.layers.bag import bag_of_rows
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import expert_activation, expert_weights
-from dybit.layers.quantized import Quantized
+from dybit.layers.quantized import Quantized, original_class
+from dybit.layers.recurrent import MadeWeights, is_plain, recur, recur_once
 from dybit.operators.conv import conv
 from dybit.operators.embedding import embedding
 from dybit.operators.experts import experts, mix
@@ -102,6 +105,41 @@ class QuantizedEmbedding(Quantized):
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
         return embedding(input, self.quantized_tensor()).to(self.float_dtype)
+
+
+class QuantizedBag(Quantized):
+    """An embedding with sums or means that dequantizes only the rows that it looks up."""
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As ``nn.EmbeddingBag.forward``."""
+        rows = embedding(input.reshape(-1), self.quantized_tensor()).to(self.float_dtype)
+        return bag_of_rows(cast(nn.EmbeddingBag, self), rows, input, offsets, per_sample_weights)
+
+
+class QuantizedRecurrent(MadeWeights, Quantized):
+    """A recurrent layer or cell; where inputs are rounded, so are the states, which are made inside.
+
+    With the kernels a step costs less than torch's forward. That is given dequantized weights where there are none,
+    where it is compiled, and of subclasses with a forward of their own.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As the layer's own forward."""
+        spec = self.input_spec
+        torch_alone = torch.compiler.is_compiling() or extension.load() is None
+        if not is_plain(original_class(self)) or (spec is None and torch_alone):
+            with self.holding_weights():
+                return super().forward(*args, **kwargs)
+        weights = {name: self.quantized_tensor(name) for name in self.weight_specs}
+        rounding = (spec.format, spec.reach or 1.0, spec.group_size or 0) if spec else ("", 1.0, 0)
+
+        def multiply(x: Tensor, weight: str, bias: str) -> Tensor:
+            given, reach, group_size = rounding
+            added = self._parameters.get(bias)
+            return linear(x, weights[weight], added, input_format=given, reach=reach, input_group_size=group_size)
+
+        compute: Any = recur if isinstance(self, nn.RNNBase) else recur_once
+        return compute(self, *args, multiply=multiply, **kwargs)
 
 
 class QuantizedAttention(Quantized):

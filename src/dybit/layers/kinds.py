@@ -13,10 +13,19 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+_CELL = ("weight_ih", "weight_hh")
+
+
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # weights of transformers' experts
 
 
-SUPPORTED = (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS, *TRANSPOSED)
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
+SUPPORTED = (nn.Linear, *TABLES, nn.MultiheadAttention, *CONVOLUTIONS, *TRANSPOSED)
 
 
 def expert_weights(module: nn.Module) -> tuple[str, str]:
@@ -37,12 +46,24 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
         )
     if is_experts(module):
         return expert_weights(module)
+    if isinstance(module, RECURRENT):
+        held: Any = module
+        names = [name for part in held._all_weights for name in part] if isinstance(module, nn.RNNBase) else _CELL
+        return tuple(name for name in names if name.startswith("weight"))
     return ("weight",) if isinstance(module, SUPPORTED) or _is_conv1d(module) else ()
 
 
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module is an embedding table."""
-    return isinstance(module, nn.Embedding)
+    return isinstance(module, TABLES)
+
+
+def inner_weights(module: nn.Module) -> tuple[str, ...]:
+    """The weights that multiply what a layer makes itself, where calibration does not look: states, hidden features."""
+    if is_experts(module):
+        return (EXPERTS[2],)
+    outer = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+    return tuple(name for name in weight_names(module) if name not in outer) if isinstance(module, RECURRENT) else ()
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -62,8 +83,12 @@ def is_experts(module: nn.Module) -> bool:
 def input_places(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int | str]:
     """Where in the arguments of a call the inputs are: positions and names.
 
-    Query, key and value of attention, in this order; of other layers the first floating-point tensor.
+    Query, key and value of attention, in this order; the sequence of recurrent layers, which may be packed; of other
+    layers the first floating-point tensor.
     """
+    if isinstance(module, RECURRENT):  # also a packed sequence; the others are states
+        first: list[int | str] = [0] if args else [name for name in kwargs if name != "hx"]
+        return first[:1]
     places: list[int | str] = [i for i, x in enumerate(args) if _is_floating(x)]
     named: list[int | str] = [name for name, x in kwargs.items() if _is_floating(x)]
     if not isinstance(module, nn.MultiheadAttention):

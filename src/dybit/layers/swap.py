@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from dybit.layers.forwards import (
     QuantizedAttention,
+    QuantizedBag,
     QuantizedConv,
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
+    QuantizedRecurrent,
 )
 from dybit.layers.input_spec import InputSpec
-from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, named_conv1d, weight_names
+from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, named_conv1d, weight_names
 from dybit.layers.quantized import Quantized, original_class
+from dybit.layers.recurrent import forget_weights_, list_weights_
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
@@ -42,6 +45,7 @@ def swap_(
     """
     float_dtype = float_dtype or getattr(module, weight_names(module)[0]).dtype
     module.__class__ = _quantized_class(type(module), tuple(weights))  # type: ignore[arg-type]
+    forget_weights_(module)
     layer = cast(Quantized, module)
     layer.weight_specs = {name: weight.spec for name, weight in weights.items()}
     layer.input_spec = input_spec
@@ -81,6 +85,7 @@ def unswap_(layer: Quantized) -> None:
     layer.__class__ = original_class(layer)  # type: ignore[assignment]
     for name, weight in weights.items():
         layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    list_weights_(layer)
 
 
 @cache
@@ -94,6 +99,10 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
         mixin = QuantizedConv
     elif cls.forward is nn.MultiheadAttention.forward:
         mixin = QuantizedAttention
+    elif cls.forward is nn.EmbeddingBag.forward:
+        mixin = QuantizedBag
+    elif issubclass(cls, RECURRENT):
+        mixin = QuantizedRecurrent
     elif set(names) & set(EXPERTS):
         mixin = QuantizedExperts
 

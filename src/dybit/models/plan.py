@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.kinds import is_embedding, is_experts, weight_names
+from dybit.layers.kinds import inner_weights, is_embedding, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.models.coverage import unsupported
 from dybit.recipe import LayerRecipe, Recipe
@@ -72,10 +72,10 @@ def quantized_names(plans: Iterable[Plan]) -> set[str]:
 
 
 def _usable(name: str, module: nn.Module, recipe: LayerRecipe) -> bool:
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+    if is_embedding(module) and getattr(module, "max_norm", None) is not None:
         warnings.warn(f"layer {name!r} keeps floating point: max_norm changes its weights", DyBitWarning, stacklevel=4)
         return False
-    inputs_alone = recipe.activations is not None and not (is_embedding(module) or is_experts(module))
+    inputs_alone = recipe.activations is not None and not (is_embedding(module) or inner_weights(module))
     return recipe.weights is not None or inputs_alone
 
 

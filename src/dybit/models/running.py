@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from dybit.errors import DyBitError
 from dybit.layers.attention import attend
@@ -116,7 +117,8 @@ def observing(
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         places = input_places(module, args, kwargs)
-        observe(name, module, [args[place] if isinstance(place, int) else kwargs[place] for place in places])
+        found = [args[place] if isinstance(place, int) else kwargs[place] for place in places]
+        observe(name, module, [x.data if isinstance(x, PackedSequence) else x for x in found])
 
     try:
         for name, module in layers.items():

@@ -29,10 +29,10 @@ def quantize_(
 ) -> nn.Module:
     """Quantizes a model in place.
 
-    Linear layers, convolutions (transposed ones too), embeddings, ``nn.MultiheadAttention`` and transformers'
-    ``Conv1D`` are quantized, subclasses included; everything else stays as it is. Tied weights stay tied, a shared
-    module is quantized once, weight and spectral norms are made permanent, and a batch norm that follows a quantized
-    convolution is folded into it (of a model in evaluation mode).
+    Linear layers, convolutions (transposed ones too), embeddings (``nn.EmbeddingBag`` too), recurrent layers and cells,
+    ``nn.MultiheadAttention``, transformers' ``Conv1D`` and its experts are quantized, subclasses included; everything
+    else stays as it is. Tied weights stay tied, a shared module is quantized once, weight and spectral norms are made
+    permanent, and a batch norm that follows a quantized convolution is folded into it (of a model in evaluation mode).
 
     The share of weights that is quantized is logged at level INFO; a warning names what stays in floating point if that
     is over a tenth and the recipe does not ask for it.

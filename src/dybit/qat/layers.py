@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dybit.layers.attention import attend
+from dybit.layers.bag import bag_of_rows
 from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
-from dybit.layers.kinds import expert_activation, expert_weights, weight_names
+from dybit.layers.kinds import RECURRENT, expert_activation, expert_weights, weight_names
+from dybit.layers.recurrent import MadeWeights, forget_weights_, is_plain, list_weights_, recur, recur_once
 from dybit.operators.experts import mix, multiply_by_torch
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
 
@@ -123,6 +125,37 @@ class _PreparedExperts(Prepared):
         )
 
 
+class _PreparedRecurrent(MadeWeights, Prepared):
+    """A recurrent layer or cell; where inputs are rounded, so are the states, which are made inside."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As the layer's own forward."""
+        if not is_plain(floating_class(self)) or not self.rounds_input:
+            with self.holding_weights():
+                return super().forward(*args, **kwargs)
+        self.count_pass()
+        weights = {name: getattr(self, name) for name in self.prepared_weights}  # rounded once
+
+        def multiply(x: Tensor, weight: str, bias: str) -> Tensor:
+            return functional.linear(self.round_input(x), weights[weight], self._parameters.get(bias))
+
+        compute: Any = recur if isinstance(self, nn.RNNBase) else recur_once
+        return compute(self, *args, multiply=multiply, **kwargs)
+
+
+class _PreparedBag(Prepared):
+    """An embedding with sums or means that rounds only the rows that it looks up."""
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As ``nn.EmbeddingBag.forward``."""
+        self.count_pass()
+        bag, index = cast(nn.EmbeddingBag, self), input.reshape(-1)
+        weight = cast(Tensor, self._parameters["weight"])
+        rows = functional.embedding(index, weight, bag.padding_idx, None, 2.0, bag.scale_grad_by_freq, bag.sparse)
+        rows = self.weight_quantizer_of("weight").lookup(rows, index)
+        return bag_of_rows(bag, rows, input, offsets, per_sample_weights)
+
+
 def prepare_layer_(
     module: nn.Module,
     weights: Mapping[str, WeightQuantizer],
@@ -140,6 +173,7 @@ def prepare_layer_(
         static_input: What rounds static inputs, or None.
     """
     module.__class__ = _prepared_class(type(module), tuple(weights))  # type: ignore[arg-type]
+    forget_weights_(module)
     layer = cast(Prepared, module)
     layer.prepared_weights, layer.refreshed_weights, layer.input_spec = tuple(weights), refreshed, input_spec
     for name, quantizer in weights.items():
@@ -158,6 +192,7 @@ def unprepare_(layer: Prepared) -> None:
     for attribute in ("prepared_weights", "refreshed_weights", "input_spec"):
         delattr(layer, attribute)
     layer.__class__ = floating_class(layer)  # type: ignore[assignment]
+    list_weights_(layer)
 
 
 def floating_class(layer: Prepared) -> type[nn.Module]:
@@ -181,8 +216,12 @@ def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
     mixin = Prepared
     if cls.forward is nn.Embedding.forward:
         mixin = _PreparedEmbedding
+    elif cls.forward is nn.EmbeddingBag.forward:
+        mixin = _PreparedBag
     elif cls.forward is nn.MultiheadAttention.forward:
         mixin = _PreparedAttention
+    elif issubclass(cls, RECURRENT):
+        mixin = _PreparedRecurrent
     elif "down_proj" in names:
         mixin = _PreparedExperts
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.input_spec import InputSpec
-from dybit.layers.kinds import channel_groups, channels, is_embedding, is_experts, layout, weight_names
+from dybit.layers.kinds import channel_groups, channels, inner_weights, is_embedding, layout, weight_names
 from dybit.layers.swap import swap_
 from dybit.models.calibration import InputStatistics, calibrate, choose_dynamic_input, choose_input
 from dybit.models.plan import Plan, Ties
@@ -148,8 +148,8 @@ def _importance(seen: InputStatistics, name: str, spec: TensorSpec, module: nn.M
         moments = [seen.second_moment(i) for i in range(3)]
         fits = all(moment.numel() == spec.columns for moment in moments)
         return torch.stack(moments).repeat_interleave(spec.rows // 3, dim=0) if fits else None
-    if name == "down_proj" and is_experts(module):
-        return None  # its inputs are inside
+    if name in inner_weights(module):
+        return None
     groups = channel_groups(module)
     index = {"k_proj_weight": 1, "v_proj_weight": 2}.get(name, 0)
     moment = seen.second_moment(index)
@@ -165,12 +165,13 @@ def layer_input(
 ) -> tuple[InputSpec | None, Tensor | None, Tensor | None]:
     """How a layer's inputs are rounded, with the scale and offset of static ones; None for inputs that are kept.
 
-    Those of experts always have dynamic scales: half of them are made inside, where calibration does not look.
+    Those of experts and recurrent layers always have dynamic scales: some of them are made inside, where calibration
+    does not look.
     """
     families = recipe.activation_families
     if families is None or is_embedding(module):
         return None, None, None
-    if is_experts(module):
+    if inner_weights(module):
         return choose_dynamic_input(seen, families[0], recipe.activation_group_size), None, None
     if recipe.activation_mode == "dynamic":
         family = families[0]

@@ -1,0 +1,221 @@
+"""Recurrent layers and cells written out, so that every product in them is a call.
+
+Torch's own forward multiplies all steps in one operator, where the states that are made inside cannot be rounded.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from dybit.layers.kinds import RECURRENT
+
+#: Multiplies rows by the transposed weight of the first name, and adds the bias of the second, if there is one.
+Multiply = Callable[[Tensor, str, str], Tensor]
+_Step = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+_HELD = threading.local()
+
+
+def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply) -> tuple[Any, Any]:  # noqa: ANN401
+    """Computes what the forward of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` does.
+
+    Args:
+        module: The layer; its weights are not read.
+        input: As the layer takes it: (steps, batch, features), batch first, without a batch, or a ``PackedSequence``.
+        hx: The first states, as the layer takes them.
+        multiply: Called for every product.
+
+    Returns:
+        As the layer's forward: outputs and last states.
+    """
+    packed = isinstance(input, PackedSequence)
+    alone = not packed and input.dim() == 2
+    if packed:
+        data, sizes = input.data, input.batch_sizes.tolist()
+    else:
+        sequence = input.unsqueeze(1) if alone else input.transpose(0, 1) if module.batch_first else input
+        data, sizes = sequence.flatten(0, 1), [sequence.shape[1]] * sequence.shape[0]
+    if not sizes:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    directions = 2 if module.bidirectional else 1
+    states = _first_states(module, hx, sizes[0], data, alone)
+    if packed and hx is not None and input.sorted_indices is not None:
+        states = [state.index_select(1, input.sorted_indices) for state in states]
+    last: list[list[Tensor]] = []
+    for layer in range(module.num_layers):
+        parts = []
+        for direction in range(directions):
+            suffix = f"l{layer}{'_reverse' if direction else ''}"
+            mine = [state[layer * directions + direction] for state in states]
+            part, final = _pass(module, data, sizes, mine, suffix, multiply)
+            parts.append(part)
+            last.append(final)
+        data = torch.cat(parts, dim=-1)
+        if layer + 1 < module.num_layers:
+            data = nn.functional.dropout(data, module.dropout, module.training)
+    finals = [torch.stack(parts) for parts in zip(*last, strict=True)]
+    output: Any
+    if packed:
+        if input.unsorted_indices is not None:
+            finals = [state.index_select(1, input.unsorted_indices) for state in finals]
+        output = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+    else:
+        output = data.unflatten(0, (len(sizes), sizes[0]))
+        output = output.squeeze(1) if alone else output.transpose(0, 1) if module.batch_first else output
+        finals = [state.squeeze(1) for state in finals] if alone else finals
+    return output, tuple(finals) if len(finals) > 1 else finals[0]
+
+
+def recur_once(module: nn.RNNCellBase, input: Tensor, hx: Any = None, *, multiply: Multiply) -> Any:  # noqa: ANN401
+    """Computes what the forward of ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell`` does; see :func:`recur`."""
+    alone = input.dim() == 1
+    x = input.unsqueeze(0) if alone else input
+    given = [] if hx is None else list(hx) if isinstance(hx, tuple | list) else [hx]
+    count = 2 if isinstance(module, nn.LSTMCell) else 1
+    states = [state.unsqueeze(0) if alone else state for state in given]
+    states = states or [x.new_zeros(x.shape[0], module.hidden_size)] * count
+    step = _step(_mode(module), lambda h: multiply(h, "weight_hh", "bias_hh"), None)
+    found = step(multiply(x, "weight_ih", "bias_ih"), states)
+    found = [state.squeeze(0) for state in found] if alone else found
+    return tuple(found) if count > 1 else found[0]
+
+
+def _first_states(module: nn.RNNBase, hx: Any, batch: int, like: Tensor, alone: bool) -> list[Tensor]:  # noqa: ANN401
+    """The states before the first step: each (layers · directions, batch, size)."""
+    sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if module.mode == "LSTM" else 1]
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    if hx is None:
+        return [like.new_zeros(count, batch, size) for size in sizes]
+    given = list(hx) if isinstance(hx, tuple | list) else [hx]
+    states = [state.unsqueeze(1) if alone else state for state in given]
+    for state, size in zip(states, sizes, strict=True):
+        module.check_hidden_size(state, (count, batch, size))
+    return states
+
+
+def _pass(
+    module: nn.RNNBase, data: Tensor, sizes: Sequence[int], states: list[Tensor], suffix: str, multiply: Multiply
+) -> tuple[Tensor, list[Tensor]]:
+    """One direction of one layer over rows (sum of sizes, features), ``sizes`` of them at every step.
+
+    A sequence that has ended, or in the other direction has not begun, keeps its state.
+    """
+    projected = (lambda h: multiply(h, f"weight_hr_{suffix}", "")) if module.proj_size else None
+    step = _step(module.mode, lambda h: multiply(h, f"weight_hh_{suffix}", f"bias_hh_{suffix}"), projected)
+    rows = multiply(data, f"weight_ih_{suffix}", f"bias_ih_{suffix}")
+    starts = [0, *accumulate(sizes)]
+    order = range(len(sizes))
+    outputs: dict[int, Tensor] = {}
+    for place in reversed(order) if suffix.endswith("_reverse") else order:
+        count = sizes[place]
+        new = step(rows[starts[place] : starts[place] + count], [state[:count] for state in states])
+        states = [
+            one if count == old.shape[0] else torch.cat([one, old[count:]])
+            for one, old in zip(new, states, strict=True)
+        ]
+        outputs[place] = new[0]
+    return torch.cat([outputs[place] for place in order]), states
+
+
+def _step(mode: str, recurrent: Callable[[Tensor], Tensor], projected: Callable[[Tensor], Tensor] | None) -> _Step:
+    """A step of a layer: from the product with its input, and the states before, to the states after."""
+
+    def lstm(x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+        h, c = states
+        first, forget, cell, out = (x + recurrent(h)).chunk(4, dim=-1)
+        c = torch.sigmoid(forget) * c + torch.sigmoid(first) * torch.tanh(cell)
+        h = torch.sigmoid(out) * torch.tanh(c)
+        return [h if projected is None else projected(h), c]
+
+    def gru(x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+        (h,) = states
+        given, own = x.chunk(3, dim=-1), recurrent(h).chunk(3, dim=-1)
+        reset, update = (torch.sigmoid(a + b) for a, b in zip(given[:2], own[:2], strict=True))
+        new = torch.tanh(given[2] + reset * own[2])
+        return [new + update * (h - new)]
+
+    def plain(x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+        y = x + recurrent(states[0])
+        return [torch.relu(y) if mode == "RNN_RELU" else torch.tanh(y)]
+
+    return {"LSTM": lstm, "GRU": gru}.get(mode, plain)
+
+
+def _mode(cell: nn.RNNCellBase) -> str:
+    """The mode of the layer that a cell is a step of."""
+    if isinstance(cell, nn.RNNCell):
+        return f"RNN_{cell.nonlinearity.upper()}"
+    return "LSTM" if isinstance(cell, nn.LSTMCell) else "GRU"
+
+
+def is_plain(cls: type[nn.Module]) -> bool:
+    """Whether a class is a recurrent layer or cell with torch's own forward."""
+    return cls.forward in [kind.forward for kind in RECURRENT]
+
+
+class MadeWeights:
+    """Mixin of recurrent layers whose weights are made when they are read, and not kept in torch's list of them."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        held = getattr(_HELD, "weights", None)
+        return held[1] if held is not None and held[0] is self else self._made_weights()
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: object) -> None:
+        """Torch sets the list anew when parameters change."""
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return []  # torch would update its list whenever one of them is set
+
+    @_flat_weights_names.setter
+    def _flat_weights_names(self, value: object) -> None:
+        """Torch sets it when a module is unpickled."""
+
+    @property
+    def _flat_weight_refs(self) -> list[Any]:
+        return []
+
+    @_flat_weight_refs.setter
+    def _flat_weight_refs(self, value: object) -> None:
+        """As above."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there are no parameters to lay out."""
+
+    def _made_weights(self) -> list[Tensor]:
+        """The weights and biases in torch's order; none of a cell, which has no such list."""
+        return [getattr(self, name) for names in getattr(self, "_all_weights", ()) for name in names]
+
+    @contextmanager
+    def holding_weights(self) -> Iterator[None]:
+        """Has the weights made once for all reads of the body, which torch's forward does several times."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        before = getattr(_HELD, "weights", None)
+        _HELD.weights = self, self._made_weights()
+        try:
+            yield
+        finally:
+            _HELD.weights = before
+
+
+def forget_weights_(module: nn.Module) -> None:
+    """Takes torch's list of the weights from a recurrent layer, which would keep them in memory."""
+    for name in ("_flat_weights", "_flat_weight_refs"):
+        module.__dict__.pop(name, None)
+
+
+def list_weights_(module: nn.Module) -> None:
+    """Makes torch's list of the weights of a recurrent layer anew."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
