@@ -392,7 +392,7 @@ def without_channels():
         (without_channels, "layer '1': weight must not be empty, but has shape (3, 0)"),
         (lambda: nn.Sequential(nn.Linear(2, 2, device="meta")), "layer '0': weight is on the meta device"),
         (lambda: nn.Sequential(nn.ReLU()), "model Sequential has no layer that can be quantized"),
-        (lambda: nn.LSTM(2, 2), "model Bilinear has no layer that can be quantized"),
+        (lambda: nn.Bilinear(2, 2, 2), "model Bilinear has no layer that can be quantized"),
         (lambda: "model", "model must be a torch.nn.Module, not str"),
         (lambda: None, "model must be a torch.nn.Module, not NoneType"),
         (lambda: nn.Linear, "model must be a torch.nn.Module, not type"),
