@@ -78,26 +78,26 @@ sanitize: $(VENV)/installed
 		$(BIN)/pytest -p no:cacheprovider tests/kernels tests/operators tests/runtime tests/test_torch_defaults.py \
 		-k "not opcheck and not layers and not compile and not export"
 
-# The kernels alone with a program that compares every instruction set with the scalar one: here, and cross-compiled for
-# two processors, one without dot products. The scalar results are the same everywhere.
+# A program that compares every instruction set with the scalar one, without Python: here, and cross-compiled for two
+# processors, one without dot products. The scalar results are the same everywhere.
 ARM_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
-COMPARED := $(notdir $(basename $(filter-out csrc/module.cc,$(wildcard csrc/*.cc)))) compare
-vpath %.cc csrc tests/kernels
+HEADERS := $(wildcard csrc/*.h csrc/*/*.inc)
+COMPARED := $(patsubst %.cc,%.o,$(filter-out csrc/module.cc,$(wildcard csrc/*.cc csrc/*/*.cc)) tests/kernels/compare.cc)
 
 COMPILE = @mkdir -p $(@D); set -x; $(1) -std=c++20 -O3 -ffp-contract=off -fno-trapping-math -fvisibility=hidden -Wall -Wextra \
-	-Wno-maybe-uninitialized -pthread -c $< -o $@
+	-Wno-maybe-uninitialized -pthread -Icsrc -c $< -o $@
 
-build/compare/native/%.o: %.cc $(wildcard csrc/*.h csrc/*.inc)
+build/compare/native/%.o: %.cc $(HEADERS)
 	$(call COMPILE,$(CXX))
 
-build/compare/arm/%.o: %.cc $(wildcard csrc/*.h csrc/*.inc)
+build/compare/arm/%.o: %.cc $(HEADERS)
 	$(call COMPILE,$(ARM_CXX))
 
-build/compare/native/compare: $(COMPARED:%=build/compare/native/%.o)
+build/compare/native/compare: $(addprefix build/compare/native/,$(COMPARED))
 	$(CXX) $^ -pthread -o $@
 
-build/compare/arm/compare: $(COMPARED:%=build/compare/arm/%.o)
+build/compare/arm/compare: $(addprefix build/compare/arm/,$(COMPARED))
 	$(ARM_CXX) $^ -pthread -o $@
 
 neon: SHELL := /bin/bash -o pipefail

@@ -33,7 +33,7 @@ uint16_t narrow(float x) {  // to bfloat16, ties to even
   return (bits & 0x7fffffffu) > 0x7f800000u ? uint16_t(0x7fc0) : uint16_t(rounded);
 }
 
-// Calls work(x, out, count) on FP32 elements, through a buffer where they are halves.
+// Calls work(x, out, count) on FP32 elements; bfloat16 goes through a buffer.
 template <class F>
 void as_float(const void* x, void* out, bool half, int64_t start, int64_t count, F&& work) {
   if (!half) return work(static_cast<const float*>(x) + start, static_cast<float*>(out) + start, count);
@@ -102,7 +102,7 @@ Range group_range(const Units& units, int64_t group) {
   return {start, std::min(units.group, units.columns - start)};
 }
 
-// Calls work(row, group, start, length) for every unit, its elements lying in one piece.
+// Calls work(row, group, start, length) for each unit, whose elements are contiguous.
 template <class F>
 void by_units(const Units& units, int threads, F&& work) {
   by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
@@ -134,7 +134,7 @@ Codebook::Codebook(const float* boundaries, const float* level_values, const uin
 void round_units(const Codebook& book, const Units& units, const void* x, void* out, bool half, PerUnit<float> scale,
                  const float* offset, float reach, int threads) {
   const CodeKernels& k = code_kernels();
-  if (scale.data && !scale.by_row && !scale.by_group) {  // one scale for all: any cut will do
+  if (scale.data && !scale.by_row && !scale.by_group) {  // one scale for all: cut anywhere
     const int64_t count = units.rows * units.columns;
     by_rows((count + kBuffer - 1) / kBuffer, kBuffer, threads, [&](int64_t first, int64_t last) {
       as_float(x, out, half, first * kBuffer, std::min(count, last * kBuffer) - first * kBuffer,
@@ -291,7 +291,7 @@ void CoarseTable::search(const Units& units, const float* x, const float* weight
     errors.resize(size_t(kBatch) * panels_ * kMixColumns);
     lists.resize(size_t(kBatch) * cells);
     int counts[kBatch];
-    // Where few cells of a unit are in use, take only those. Empty ones add nothing, so the sums are the same.
+    // If a unit uses few cells, take only those. Empty ones add nothing, so the sums are the same.
     const bool few = std::min(units.group, units.columns) < cells / 3;
     for (int u = 0; u < in_batch; ++u) {
       const Range range = group_range(units, (begin + u) % units.groups());

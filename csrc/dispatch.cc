@@ -13,7 +13,7 @@
 #include <windows.h>
 #endif
 
-#include "packed.h"
+#include "packed_weight.h"
 
 #if defined(DYBIT_AVX_VNNI)
 #include <cpuid.h>
@@ -23,7 +23,7 @@ namespace dybit {
 namespace {
 
 #if defined(DYBIT_AVX_VNNI)
-// A bit of what the processor says of leaf 7; compilers do not all know its name.
+// Reads a bit of leaf 7 of the processor's features. Not all compilers have a name for it.
 bool has_feature(int subleaf, int register_index, int bit) {
   unsigned found[4];
   return __get_cpuid_count(7, subleaf, &found[0], &found[1], &found[2], &found[3]) && found[register_index] >> bit & 1;
@@ -87,11 +87,12 @@ std::vector<float> sample(const Kernels& kernels) {
     for (int i = 0; i < 2 << bits; ++i) {
       table[i] = int(draw() % (bits == 8 ? 8192 : 96)) - (bits == 8 ? 4096 : 48);
       // 7 bits: the form of Runs, two of the eight irregular
-      if (bits == 7) table[i] = i / 16 % 4 == 3 ? int(draw() % 8192) - 4096 : i / 16 * 100 - 800 + i % 16 * (i / 16 - 7);
+      if (bits == 7)
+        table[i] = i / 16 % 4 == 3 ? int(draw() % 8192) - 4096 : i / 16 * 100 - 800 + i % 16 * (i / 16 - 7);
     }
     std::vector<uint8_t> packed(kRows * 80), choice(kRows * 2);
     for (auto& byte : packed) byte = uint8_t(draw());
-    for (size_t i = 0; i < choice.size(); ++i) choice[i] = i % 2 ? uint8_t(draw() & 1) : 0;  // a group that shares its table
+    for (size_t i = 0; i < choice.size(); ++i) choice[i] = i % 2 ? uint8_t(draw() & 1) : 0;  // a group shares its table
     std::vector<float> scale(kRows * 2, 0.25f), x(kInputs * kColumns), steps{0.5f, 0.25f};
     for (auto& value : x) value = float(int(draw() % 4001) - 2000) / 500.0f;
     const Portable portable{packed.data(), kRows, kColumns, bits,         48,           scale.data(), true, true,

@@ -1,20 +1,20 @@
-// Which instruction set runs. The only place that asks the processor.
+// Chooses the instruction set that runs. Only this file asks the processor.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "weight.h"
+#include "kernels.h"
 
 namespace dybit {
 
-// Those that this processor has and that agreed with the scalar one at load, best last.
+// The sets that this processor has and that agreed with the scalar one at load, the fastest last.
 const std::vector<const Kernels*>& available();
 
-// The one in use: the best, or what DYBIT_ISA names.
+// The set in use: the fastest, or the one that DYBIT_ISA names.
 const Kernels& kernels();
 
-// Switches it. Throws std::invalid_argument if it is not available.
+// Switches to another set. Throws std::invalid_argument if it is not available.
 void use(const std::string& name);
 
 }  // namespace dybit

@@ -1,15 +1,15 @@
 #include "feed_forward.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "pool.h"
+#include "scratch.h"
 
 namespace dybit {
 namespace {
 
-// Rows whose results lie between the products at a time, for each thread: enough for what it costs to unpack the weights
-// for them, and few enough for their memory to stay in the cache and not to be fresh from the system at every call.
+// Rows that a thread takes at a time: enough to pay for unpacking the weights, and few enough that the results between
+// the products stay in the cache.
 constexpr int64_t kMostRows = 256, kFewestRows = 32, kHiddenBytes = int64_t(3) << 20;
 
 void multiply(const Product& p, const float* x, int64_t rows, float* y, int threads, Activation activation) {
@@ -23,9 +23,8 @@ void feed_forward(const Product& first, const Product* second, const Product& do
   const int64_t columns = first.weight->weight().columns, width = down.weight->weight().columns;
   const int64_t outputs = down.weight->weight().rows;
   const auto some = [&](int64_t from, int64_t count, int threads) {
-    static thread_local std::vector<float> kept;  // between calls, as PackedWeight::linear keeps its own
-    kept.resize(std::max(kept.size(), size_t(count * width * (second ? 2 : 1))));
-    float* const hidden = kept.data();
+    static thread_local Scratch hidden_memory;
+    float* const hidden = hidden_memory.take<float>(count * width * (second ? 2 : 1));
     multiply(first, x + from * columns, count, hidden, threads, activation);
     if (second) {
       float* const other = hidden + count * width;

@@ -1,4 +1,4 @@
-// The Python module: pointers and sizes in, nothing of torch. Arguments are checked in dybit/kernels.py.
+// The Python module. It takes addresses and sizes; dybit/kernels/ and dybit/operators/ check them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
@@ -10,9 +10,10 @@
 
 #include "codes.h"
 #include "conv.h"
+#include "depthwise.h"
 #include "dispatch.h"
 #include "feed_forward.h"
-#include "packed.h"
+#include "packed_weight.h"
 #include "peak.h"
 
 namespace nb = nanobind;
@@ -25,10 +26,10 @@ const T* pointer(uintptr_t address) {
   return reinterpret_cast<const T*>(address);
 }
 
-dybit::PackedWeight* make(uintptr_t packed, int64_t rows, int64_t columns, int bits, int64_t group_size, uintptr_t scale,
-                          bool scale_by_row, bool scale_by_group, uintptr_t choice, bool choice_by_row,
-                          bool choice_by_group, uintptr_t significands, uintptr_t steps, int books, int magnitude_bits,
-                          int max_run, bool is_signed, int64_t input_group_size) {
+dybit::PackedWeight* make(uintptr_t packed, int64_t rows, int64_t columns, int bits, int64_t group_size,
+                          uintptr_t scale, bool scale_by_row, bool scale_by_group, uintptr_t choice,
+                          bool choice_by_row, bool choice_by_group, uintptr_t significands, uintptr_t steps, int books,
+                          int magnitude_bits, int max_run, bool is_signed, int64_t input_group_size) {
   const dybit::Portable portable{pointer<uint8_t>(packed),       rows,
                                  columns,                        bits,
                                  group_size,                     pointer<float>(scale),
@@ -45,10 +46,10 @@ T* writable(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Three arguments as Python passes them: rows, columns, elements of a group.
+// Rows, columns, elements of a group.
 dybit::Units units(const std::array<int64_t, 3>& shape) { return {shape[0], shape[1], shape[2]}; }
 
-// An address (0: none) and whether there is a number for every row and every group.
+// An address (0: none), whether there is a number for each row, and whether for each group.
 using Spread = std::tuple<uintptr_t, bool, bool>;
 template <class T>
 dybit::PerUnit<T> per_unit(const Spread& spread) {
@@ -63,8 +64,8 @@ void define_codes(nb::module_& m) {
         return new dybit::Codebook(pointer<float>(boundaries), pointer<float>(values), pointer<uint8_t>(codes), count);
       }))
       .def("round",
-           [](const dybit::Codebook& self, const Shape& shape, uintptr_t x, uintptr_t out, bool half, const Spread& scale,
-              uintptr_t offset, float reach, int threads) {
+           [](const dybit::Codebook& self, const Shape& shape, uintptr_t x, uintptr_t out, bool half,
+              const Spread& scale, uintptr_t offset, float reach, int threads) {
              dybit::round_units(self, units(shape), pointer<void>(x), writable<void>(out), half, per_unit<float>(scale),
                                 pointer<float>(offset), reach, threads);
            },
@@ -118,7 +119,8 @@ void define_codes(nb::module_& m) {
       .def("search",
            [](const dybit::CoarseTable& self, const Shape& shape, uintptr_t x, uintptr_t weights, int best,
               uintptr_t out, int threads) {
-             self.search(units(shape), pointer<float>(x), pointer<float>(weights), best, writable<int32_t>(out), threads);
+             self.search(units(shape), pointer<float>(x), pointer<float>(weights), best, writable<int32_t>(out),
+                         threads);
            },
            released)
       .def("search_histogram",
@@ -128,15 +130,15 @@ void define_codes(nb::module_& m) {
            released);
 }
 
-// A product as Python passes it: the weight, and the addresses of bias, scale and offset (0: none) and the reach.
+// The weight, the addresses of bias, scale and offset (0: none), and the reach.
 using Passed = std::tuple<const dybit::PackedWeight*, uintptr_t, uintptr_t, uintptr_t, float>;
 
 dybit::Product product(const Passed& p) {
-  return {std::get<0>(p), pointer<float>(std::get<1>(p)), pointer<float>(std::get<2>(p)), pointer<float>(std::get<3>(p)),
-          std::get<4>(p)};
+  return {std::get<0>(p), pointer<float>(std::get<1>(p)), pointer<float>(std::get<2>(p)),
+          pointer<float>(std::get<3>(p)), std::get<4>(p)};
 }
 
-// The first products, one or two, and the last.
+// `first` has one or two products.
 void feed_forward(const std::vector<Passed>& first, const Passed& down, int activation, uintptr_t x, int64_t rows,
                   uintptr_t y, int threads) {
   const dybit::Product second = product(first.back());
@@ -157,7 +159,7 @@ bool convolve(const T& self, uintptr_t x, int batch, const dybit::Extent& size, 
   return self.run(input, writable<float>(y), pointer<float>(bias), threads);
 }
 
-// An image as Python passes it: address, kind, zeros before and after in three dimensions, channels, elements of a place.
+// Address, kind, zeros before and after in three dimensions, channels, elements of a place.
 using Picture = std::tuple<uintptr_t, int, dybit::Extent, dybit::Extent, int, int>;
 
 dybit::Image image(const Picture& p) {
@@ -169,13 +171,14 @@ dybit::Image image(const Picture& p) {
 using Rounded = std::tuple<int, int, bool, float, float>;
 
 dybit::Rounding rounding(const Rounded& r) {
-  return {std::get<0>(r), std::get<1>(r), std::get<2>(r), false, 1.0f, std::get<3>(r), std::get<4>(r)};
+  const float offset = std::get<4>(r);
+  return dybit::InputFormat{true, std::get<0>(r), std::get<1>(r), std::get<2>(r), 0}.rounding(std::get<3>(r), &offset);
 }
 
 template <class T>
-bool convolve_image(const T& self, const Picture& x, int batch, const dybit::Extent& size, float scale, uintptr_t offset,
-                    uintptr_t bias, uintptr_t y, uintptr_t addend, float low, float high, const Picture& out, const Rounded& format,
-                    int threads) {
+bool convolve_image(const T& self, const Picture& x, int batch, const dybit::Extent& size, float scale,
+                    uintptr_t offset, uintptr_t bias, uintptr_t y, uintptr_t addend, float low, float high,
+                    const Picture& out, const Rounded& format, int threads) {
   const dybit::Image result = image(out);
   const dybit::Finish finish{writable<float>(y), pointer<float>(addend),          low,
                              high,               result.data ? &result : nullptr, rounding(format)};
@@ -191,15 +194,15 @@ void define_convolutions(nb::module_& m) {
         },
         released);
   nb::class_<dybit::Conv>(m, "Conv")
-      .def(nb::new_([](std::vector<const dybit::PackedWeight*> weights, const Extents& extents, int channels, int groups,
-                       bool channel_major) {
+      .def(nb::new_([](std::vector<const dybit::PackedWeight*> weights, const Extents& extents, int channels,
+                       int groups, bool channel_major) {
         return new dybit::Conv(std::move(weights), geometry(extents, channels, groups, channel_major));
       }))
       .def("run", &convolve<dybit::Conv>, released)
       .def("run_image", &convolve_image<dybit::Conv>, released);
   nb::class_<dybit::Depthwise>(m, "Depthwise")
-      .def(nb::new_([](uintptr_t significands, uintptr_t scales, const Extents& extents, int channels, int magnitude_bits,
-                       int max_run, bool is_signed) {
+      .def(nb::new_([](uintptr_t significands, uintptr_t scales, const Extents& extents, int channels,
+                       int magnitude_bits, int max_run, bool is_signed) {
         return new dybit::Depthwise(pointer<float>(significands), pointer<float>(scales),
                                     geometry(extents, channels, channels, false),
                                     {true, magnitude_bits, max_run, is_signed, 0});
@@ -236,8 +239,8 @@ NB_MODULE(_kernels, m) {
           "linear",
           [](const dybit::PackedWeight& self, uintptr_t x, int64_t rows, uintptr_t y, uintptr_t bias, uintptr_t scale,
              uintptr_t offset, float reach, int threads, int activation) {
-            self.linear(pointer<float>(x), rows, reinterpret_cast<float*>(y), pointer<float>(bias), pointer<float>(scale),
-                        pointer<float>(offset), reach, threads, dybit::Activation(activation));
+            self.linear(pointer<float>(x), rows, reinterpret_cast<float*>(y), pointer<float>(bias),
+                        pointer<float>(scale), pointer<float>(offset), reach, threads, dybit::Activation(activation));
           },
           nb::call_guard<nb::gil_scoped_release>())
       .def(
@@ -247,7 +250,7 @@ NB_MODULE(_kernels, m) {
           },
           nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("isa", [](const dybit::PackedWeight& self) { return std::string(self.kernels().name); })
-      .def_prop_ro("storage", [](const dybit::PackedWeight& self) { return self.weight().storage; })
+      .def_prop_ro("storage", [](const dybit::PackedWeight& self) { return int(self.weight().storage); })
       .def_prop_ro("kind", [](const dybit::PackedWeight& self) { return int(self.kind()); })
       .def_prop_ro("nbytes", &dybit::PackedWeight::bytes);
   m.def("feed_forward", &feed_forward, released);

@@ -14,7 +14,7 @@
 namespace dybit {
 namespace {
 
-#include "fetch.inc"
+#include "generic/prefetch.inc"
 
 }  // namespace
 

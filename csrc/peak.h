@@ -1,4 +1,4 @@
-// What a machine can do at most, for the floors that benchmarks state. Must not know Python or torch.
+// The most that a machine can do, which benchmarks compare with.
 #pragma once
 
 #include <cstddef>
@@ -6,11 +6,11 @@
 
 namespace dybit {
 
-// Reads memory once, in order, as the kernels read weights; returns a sum of it, so that it is not left out.
+// Reads memory once and in order, as the kernels read weights. Returns its sum, so that compilers keep the reads.
 uint64_t read_all(const uint8_t* memory, size_t bytes, int threads);
 
-// Multiplies bytes in registers alone, with the instruction of the chosen kernels; returns how many products, 0 where
-// there is no such instruction.
+// Multiplies bytes in registers with the instruction of the chosen kernels. Returns how many products; 0 without such
+// an instruction.
 int64_t multiply_bytes(int64_t count, int threads);
 
 }  // namespace dybit

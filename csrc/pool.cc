@@ -15,7 +15,7 @@
 namespace dybit {
 namespace {
 
-constexpr int kSpins = 2000;  // some microseconds: layers follow each other, and sleeping threads wake slowly
+constexpr int kSpins = 2000;  // a few microseconds: the next layer follows soon, and sleeping threads wake slowly
 
 class Pool {
  public:
@@ -84,11 +84,11 @@ class Pool {
   std::atomic<uint64_t> turn_{0};
 };
 
-// Calls a function on every thread of a team, the calling one included; GCC's OpenMP and those that stand in for it.
+// Calls a function on each thread of an OpenMP team, the calling thread included.
 using Team = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-// Torch's, where it is loaded. Its threads spin for a while after each of its operators, in the hope of the next: a pool
-// beside them would wait for their cores.
+// Torch's team, if torch is loaded. Its threads spin for a while after each operator, so a pool of our own would wait
+// for their cores.
 Team find_team() {
 #if defined(__linux__)
   if (void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD))
@@ -97,8 +97,8 @@ Team find_team() {
   return nullptr;
 }
 
-// Never destroyed: its threads wait until the process ends. A forked child has none of them, and none of the team's, so
-// it gets a new pool and no team.
+// Never destroyed: its threads wait until the process ends. A forked child has none of these threads, so it gets a new
+// pool and no team.
 std::atomic<Pool*> current{nullptr};
 std::atomic<Team> team{nullptr};
 
@@ -132,7 +132,7 @@ void parallel_for(int count, int threads, const std::function<void(int)>& work) 
   prepare();
   const Team all = team;
   if (!all) return current.load()->run(count, threads, work);
-  // As many as torch asks for, whatever the count: a smaller team would end the threads that are too many.
+  // As many threads as torch uses, whatever the count: a smaller team would end the spare threads.
   Share share{work, count};
   all(
       [](void* data) {

@@ -1,12 +1,12 @@
-// Threads for pieces of work: torch's own, or a few that wait. Must not know what the work is.
+// Threads: torch's own if torch is loaded, else a pool.
 #pragma once
 
 #include <functional>
 
 namespace dybit {
 
-// Calls work(i) for i in 0 … count-1 on up to `threads` threads, this one included, and returns when all are done.
-// In torch's threads, in a pool's own, and while another caller uses the pool, the work runs on the calling thread alone.
+// Calls work(i) for i in 0 … count-1 on up to `threads` threads, the calling one included, and returns when all are
+// done. The calling thread works alone if it belongs to torch's team or the pool, or if another caller uses the pool.
 void parallel_for(int count, int threads, const std::function<void(int)>& work);
 
 }  // namespace dybit

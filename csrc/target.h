@@ -1,5 +1,5 @@
-// Compiles a region of a file for an instruction set that the rest of the program does not assume. Standard headers
-// must be included before the region, or their inline functions would be compiled for it, too.
+// Compiles a region of a file for an instruction set that the rest of the program does not assume. Include all headers
+// before the region, or their inline functions would be compiled for that set too.
 #pragma once
 
 #define DYBIT_PRAGMA(text) _Pragma(#text)
@@ -15,8 +15,7 @@
 #define DYBIT_TARGET_END
 #endif
 
-// DYBIT_PIN keeps a sum in its vector register (x86): GCC would store every one of them in every step of the loop that they
-// are made in.
+// DYBIT_PIN keeps a sum in its vector register (x86). Without it GCC stores every sum in every step of the loop.
 #if defined(__GNUC__)
 #define DYBIT_INLINE __attribute__((always_inline))
 #define DYBIT_NOINLINE __attribute__((noinline))

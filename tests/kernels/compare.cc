@@ -1,5 +1,5 @@
-// Compares every instruction set of this machine with the scalar one, bit for bit. Needs neither Python nor torch, so
-// it also runs under emulation. Arguments: the sets that must be there, besides the scalar one. The last line of its
+// Compares every instruction set of this machine with the scalar one, bit for bit. It needs neither Python nor torch
+// and also runs under emulation. Arguments: the sets that must be present besides the scalar one. The last line of
 // output is a hash of the scalar results, which is the same on every architecture.
 #include <algorithm>
 #include <cmath>
@@ -9,10 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/codes.h"
-#include "../../csrc/conv.h"
-#include "../../csrc/dispatch.h"
-#include "../../csrc/packed.h"
+#include "codes.h"
+#include "conv.h"
+#include "depthwise.h"
+#include "dispatch.h"
+#include "packed_weight.h"
 
 using namespace dybit;
 
@@ -145,7 +146,7 @@ void linear_case(const WeightCase& w, InputFormat input, int rows, bool grouped,
     std::vector<float> y(size_t(rows) * w.rows, -1.0f);
     weight.linear(x.data(), rows, y.data(), has_bias ? bias.data() : nullptr, fixed ? &scale : nullptr,
                   moved ? &offset : nullptr, 1.5f, 1 + rows % 2, activation);
-    y.push_back(float(weight.weight().storage));
+    y.push_back(float(int(weight.weight().storage)));
     return y;
   });
 }
@@ -226,7 +227,9 @@ void codes() {
     compare("pass, " + what, [&](const Kernels& set) {
       std::vector<float> kept(count);
       const float low = book.values[0], high = book.values[kMaxLevels - 1];
-      kept.push_back(float(set.codes->pass(finite.data(), weights.data(), finite.data(), count, step, low, high, kept.data())));
+      const double slope =
+          set.codes->pass(finite.data(), weights.data(), finite.data(), count, step, low, high, kept.data());
+      kept.push_back(float(slope));
       return kept;
     });
     const int bits = 1 + i % 8;

@@ -278,11 +278,11 @@ def test_codes_whose_significands_need_16_bits_stay_bytes(bits):
             packed_weight.use(isa)
             packed = packed_weight.PackedWeight(portable(codes, fmt), packed_weight.input_format("s8"))
             if fmt.max_significand <= 127:
-                assert packed.storage == 8
+                assert packed.storage == packed_weight.Storage.BYTES
             elif not fmt.spare:
-                assert packed.storage == 9
+                assert packed.storage == packed_weight.Storage.RUNS
             else:
-                assert packed.storage in (9, 16)
+                assert packed.storage in (packed_weight.Storage.RUNS, packed_weight.Storage.WORDS)
             values = np.tile(fmt.significands * fmt.step, (17, 1)).astype(np.float32)
             np.testing.assert_array_equal(packed.dequantize().numpy(), values)
 
@@ -318,7 +318,8 @@ def test_rows_that_share_a_codebook_of_16_bits_and_rows_that_do_not(bits, patter
     weight = portable(codes, books[0], 0.5, group_size, f"dybit{bits}", choice)
     largest = max(books[i].max_significand for i in np.unique(choice))
     packed = packed_weight.PackedWeight(weight, packed_weight.input_format("s8"))
-    assert packed.storage == (9 if largest > 127 else 8)
+    storage = packed_weight.Storage
+    assert packed.storage == (storage.RUNS if largest > 127 else storage.BYTES)
     for m in (1, 2, 3, 4, 7):
         x = torch.from_numpy(rng.normal(size=(m, k)).astype(np.float32))
         for inputs in ("s8", "s8r1", "u8", ""):

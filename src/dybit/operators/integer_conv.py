@@ -34,7 +34,7 @@ CONV_SCHEMA = (
     "int[] padding, int[] dilation, int groups, "
     "str format, int[] border, float low, float high, bool keep, str out_format, int[] out_border) -> (Tensor, Tensor)"
 )
-_KINDS = {torch.int8: 1, torch.uint8: 2, torch.int16: 3}  # csrc/weight.h
+_KINDS = {torch.int8: 1, torch.uint8: 2, torch.int16: 3}  # InputKind in csrc/kernels.h
 _F32 = torch.float32
 _DENSE = 16  # channels: from here on every place starts at a multiple of 32, as products want it
 _NOTHING = (0, 1, (0, 0, 0), (0, 0, 0), 0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ __all__ = [
     "InputFormat",
     "PackedWeight",
     "Product",
+    "Storage",
     "available",
     "feed_forward",
     "input_format",
@@ -38,7 +40,7 @@ __all__ = [
     "supports",
     "use",
 ]
-ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")  # as csrc/weight.h numbers them
+ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")  # as csrc/kernels.h numbers them
 _F32, _ONE = torch.float32, (1,)
 _MAX_BOOKS = 32
 _MAX_SIGNIFICAND = 32767
@@ -104,6 +106,20 @@ def _tables(family: str) -> tuple[np.ndarray, np.ndarray] | None:
     return np.stack(tables), np.array(steps, dtype=np.float32)
 
 
+class Storage(IntEnum):
+    """How the kernels store a weight (csrc/weight.h): codes of 2 to 4 bits, or significands of 8 or 16 bits.
+
+    ``RUNS`` stores significands of 16 bits as indices of 8 bits.
+    """
+
+    CODES2 = 2
+    CODES3 = 3
+    CODES4 = 4
+    BYTES = 8
+    RUNS = 9
+    WORDS = 16
+
+
 class PackedWeight:
     """A weight in the layout of the kernels, for one format of inputs.
 
@@ -167,9 +183,9 @@ class PackedWeight:
         return int(self._weight.nbytes)
 
     @property
-    def storage(self) -> int:
-        """How weights are stored: 2, 3, 4, 8 or 16 bits, or 9 for bytes that stand for 16 bits (csrc/weight.h)."""
-        return int(self._weight.storage)
+    def storage(self) -> Storage:
+        """How the weight is stored."""
+        return Storage(self._weight.storage)
 
     def linear(
         self,
@@ -196,7 +212,7 @@ class PackedWeight:
             offset: float32 of shape (1,), or None.
             reach: Of dynamic scales.
             activation: One of :data:`ACTIVATIONS`, applied to the results while they are in the cache. Within 2e-7 of
-                the exact function, relative to results above 1 (csrc/activation.inc); torch's own are no nearer.
+                the exact function, relative to results above 1 (csrc/generic/activation.inc). Torch is no nearer.
 
         Returns:
             float32 of shape (rows, weight rows).

@@ -1,0 +1,116 @@
+#include "image.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+
+#include "codes.h"
+#include "conv_tasks.h"
+#include "dispatch.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace dybit {
+namespace {
+
+constexpr int64_t kLittle = 50000;   // elements that do not pay for a second thread
+constexpr int64_t kStep = 1 << 14;   // elements that a thread rounds at a time
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+Finish Finish::plain(float* y) { return {y, nullptr, -kInfinity, kInfinity}; }
+
+bool Finish::is_plain() const { return !addend && !image && low == -kInfinity && high == kInfinity; }
+
+void clear_border(const Image& image, int batch, const Extent& size) {
+  if (!any(image.before) && !any(image.after)) return;
+  const Extent padded = image.padded(size);
+  const size_t pixel = size_t(image.pixel()), line = pixel * padded[2];
+  uint8_t* to = image.data;
+  for (int i = 0; i < batch * padded[0] * padded[1]; ++i, to += line) {
+    const int d = i / padded[1] % padded[0] - image.before[0], h = i % padded[1] - image.before[1];
+    if (d < 0 || d >= size[0] || h < 0 || h >= size[1]) {
+      std::memset(to, 0, line);
+    } else {
+      std::memset(to, 0, pixel * image.before[2]);
+      std::memset(to + line - pixel * image.after[2], 0, pixel * image.after[2]);
+    }
+  }
+}
+
+bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& places, int channels,
+                 const Results& results) {
+  const Image* image = finish.image;
+  const int first = results.first, last = results.last, rows = results.rows;
+  const int64_t at = results.start * channels + first;
+  FinishTask task{results.data,
+                  results.stride,
+                  results.padded,
+                  finish.addend ? finish.addend + at : nullptr,
+                  finish.y ? finish.y + at : nullptr,
+                  channels,
+                  finish.low,
+                  finish.high,
+                  &finish.rounding,
+                  image ? image->kind : InputKind::kUnsigned8,
+                  nullptr,
+                  last - first,
+                  image && last == channels ? image->pitch - first : last - first};
+  if (!image) return codes.finish(task, rows);
+  const Extent padded = image->padded(places);
+  Cursor cursor(results.start, places);
+  auto target = [&] {
+    const Extent& p = cursor.place;
+    const Extent inner{p[0] + image->before[0], p[1] + image->before[1], p[2] + image->before[2]};
+    return image->data + index_of(inner, cursor.sample, padded) * image->pixel() + int64_t(first) * image->element();
+  };
+  // If nothing lies between the places of a line, they are finished as one row.
+  if (image->pitch == channels && results.stride == channels && first == 0 && last == channels) {
+    bool unknown = false;
+    for (int row = 0, count; row < rows; row += count) {
+      count = std::min(rows - row, places[2] - cursor.place[2]);
+      uint8_t* to = target();
+      task.images = &to;
+      task.channels = task.padded = count * channels;
+      unknown |= codes.finish(task, 1);
+      task.from += int64_t(count) * channels;
+      if (task.addend) task.addend += int64_t(count) * channels;
+      if (task.y) task.y += int64_t(count) * channels;
+      cursor.advance(count, places);
+    }
+    return unknown;
+  }
+  static thread_local Scratch target_memory;
+  auto** targets = target_memory.take<uint8_t*>(rows);
+  uint8_t* to = target();
+  for (int row = 0; row < rows; ++row) {
+    targets[row] = to;
+    to = cursor.advance(1, places) ? target() : to + image->pixel();
+  }
+  task.images = targets;
+  return codes.finish(task, rows);
+}
+
+bool round_to_image(const float* x, int batch, const Extent& size, const Rounding* rounding, bool by_sample,
+                    const Image& image, int threads) {
+  const CodeKernels& codes = *kernels().codes;
+  const int64_t places = volume(size), step = std::max<int64_t>(1, kStep / image.channels);
+  const int steps = int((places + step - 1) / step);
+  clear_border(image, batch, size);
+  std::atomic<bool> unknown{false};
+  parallel_for(batch * steps, places * batch * image.channels < kLittle ? 1 : threads, [&](int i) {
+    const int64_t sample = i / steps, start = i % steps * step;
+    const int rows = int(std::min(step, places - start));
+    Finish finish = Finish::plain(nullptr);
+    finish.image = &image;
+    finish.rounding = rounding[by_sample ? sample : 0];
+    const int64_t at = sample * places + start;
+    const Results given{x + at * image.channels, image.channels, false, at, rows, 0, image.channels};
+    if (finish_some(codes, finish, size, image.channels, given)) unknown = true;
+  });
+  return !unknown;
+}
+
+}  // namespace dybit

@@ -1,0 +1,61 @@
+// Images: activations as significands, between convolutions that stay in integers.
+//
+// Tensors are channels-last: [batch][depth][height][width][channels].
+#pragma once
+
+#include <cstdint>
+
+#include "extent.h"
+#include "kernels.h"
+
+namespace dybit {
+
+// Significands with a border of zeros: [batch][before + size + after][pitch]. Each place holds `channels` significands,
+// then zeros.
+struct Image {
+  uint8_t* data;
+  InputKind kind;
+  Extent before, after;
+  int channels, pitch;
+
+  int element() const { return element_bytes(kind); }
+  int64_t pixel() const { return int64_t(pitch) * element(); }  // bytes of a place
+  Extent padded(const Extent& size) const { return padded_by(before, size, after); }
+};
+
+// What follows the sums of a convolution: they are added to the addend, clamped, and given as FP32, as an image, or
+// both.
+struct Finish {
+  float* y = nullptr;             // [batch][places][channels], or null
+  const float* addend = nullptr;  // [batch][places][channels], or null
+  float low, high;
+  const Image* image = nullptr;  // or null
+  Rounding rounding{};           // of the image; static
+
+  // FP32 results as they are.
+  static Finish plain(float* y);
+  bool is_plain() const;
+};
+
+// Writes zeros to the border of an image.
+void clear_border(const Image& image, int batch, const Extent& size);
+
+// Rounds x, FP32 [batch][size][channels], to an image. Returns false if there is NaN.
+bool round_to_image(const float* x, int batch, const Extent& size, const Rounding* rounding, bool by_sample,
+                    const Image& image, int threads);
+
+// Results of a convolution that are to be finished: some channels of the places from `start` on.
+struct Results {
+  const float* data;  // [rows][stride]
+  int64_t stride;
+  bool padded;  // zeros follow the channels up to a multiple of 16
+  int64_t start;
+  int rows;
+  int first, last;  // channels
+};
+
+// Finishes results of a convolution with `channels` channels in all. Returns whether a result that is rounded is NaN.
+bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& places, int channels,
+                 const Results& results);
+
+}  // namespace dybit

@@ -1,0 +1,139 @@
+// Codebooks with AVX-512 (codes.h). Each level of a search tree is a look-up in registers.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "codes.h"
+#include "conv_tasks.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+
+#include "target.h"
+
+DYBIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+namespace dybit {
+namespace {
+
+#include "generic/unroll.inc"
+
+struct Indices {
+  __m512i v;
+  DYBIT_INLINE static Indices load_bytes(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
+  }
+  DYBIT_INLINE void store_bytes(uint8_t* p) const { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+  template <class T>
+  DYBIT_INLINE void store_as(T* p) const {
+    if constexpr (sizeof(T) == 1)
+      store_bytes(reinterpret_cast<uint8_t*>(p));
+    else
+      _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v));
+  }
+};
+
+struct Lanes {
+  __m512 v;
+  DYBIT_INLINE static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  DYBIT_INLINE static Lanes fill(float x) { return {_mm512_set1_ps(x)}; }
+  DYBIT_INLINE static Lanes first(int count) {
+    return {_mm512_maskz_mov_ps(__mmask16((1u << count) - 1), _mm512_set1_ps(1.0f))};
+  }
+  DYBIT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  DYBIT_INLINE Lanes operator+(Lanes b) const { return {_mm512_add_ps(v, b.v)}; }
+  DYBIT_INLINE Lanes operator-(Lanes b) const { return {_mm512_sub_ps(v, b.v)}; }
+  DYBIT_INLINE Lanes operator*(Lanes b) const { return {_mm512_mul_ps(v, b.v)}; }
+  DYBIT_INLINE Lanes operator/(Lanes b) const { return {_mm512_div_ps(v, b.v)}; }
+  DYBIT_INLINE Lanes plus_product(Lanes b, Lanes c) const { return {_mm512_fmadd_ps(v, b.v, c.v)}; }
+  DYBIT_INLINE Lanes minus_product(Lanes b, Lanes c) const { return {_mm512_fnmadd_ps(v, b.v, c.v)}; }
+  DYBIT_INLINE Lanes at_least(Lanes low) const { return {_mm512_max_ps(low.v, v)}; }
+  DYBIT_INLINE Lanes at_most(Lanes high) const { return {_mm512_min_ps(high.v, v)}; }
+  DYBIT_INLINE Indices nearest() const { return {_mm512_cvtps_epi32(v)}; }
+  DYBIT_INLINE Lanes or_nan_of(Lanes b) const {
+    const __mmask16 unknown = _mm512_cmp_ps_mask(b.v, b.v, _CMP_UNORD_Q);
+    return {_mm512_mask_mov_ps(v, unknown, _mm512_set1_ps(__builtin_nanf("")))};
+  }
+};
+
+// Entry i < 16 · kRegisters of a table in registers: pairs by vpermt2ps, halves chosen by the bits above.
+template <int kRegisters>
+DYBIT_INLINE inline __m512 entry(const __m512* table, __m512i i) {
+  if constexpr (kRegisters == 1) {
+    return _mm512_permutexvar_ps(i, table[0]);
+  } else if constexpr (kRegisters == 2) {
+    return _mm512_permutex2var_ps(table[0], i, table[1]);
+  } else {
+    const __mmask16 upper = _mm512_test_epi32_mask(i, _mm512_set1_epi32(8 * kRegisters));
+    return _mm512_mask_blend_ps(upper, entry<kRegisters / 2>(table, i),
+                                entry<kRegisters / 2>(table + kRegisters / 2, i));
+  }
+}
+
+template <int kSteps>
+struct Tree {
+  __m512 level[kSteps <= 4 ? 1 : 1 << (kSteps - 4)];  // the first 4 levels; then each level in 1, 2, 4 … registers
+  DYBIT_INLINE explicit Tree(const float* tree) {
+    level[0] = _mm512_load_ps(tree);
+    if constexpr (kSteps > 4)
+      unroll<(1 << (kSteps - 4)) - 1>([&](auto i) DYBIT_INLINE { level[1 + i] = _mm512_loadu_ps(tree + 15 + 16 * i); });
+  }
+  DYBIT_INLINE Indices find(Lanes x) const {
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i node = _mm512_setzero_si512();  // among those of its level
+    unroll<kSteps>([&](auto step) DYBIT_INLINE {
+      __m512 boundary;
+      if constexpr (step < 4)
+        boundary = _mm512_permutexvar_ps(_mm512_add_epi32(node, _mm512_set1_epi32((1 << step) - 1)), level[0]);
+      else
+        boundary = entry<1 << (step - 4)>(level + (1 << (step - 4)), node);
+      node = _mm512_add_epi32(node, node);
+      node = _mm512_mask_add_epi32(node, _mm512_cmp_ps_mask(boundary, x.v, _CMP_LT_OQ), node, one);
+    });
+    return {node};
+  }
+};
+
+template <int kSteps>
+struct Table {
+  __m512 low[2];
+  const float* table;
+  DYBIT_INLINE explicit Table(const float* p) : table(p) {
+    if constexpr (kSteps < 4) {
+      low[0] = _mm512_maskz_loadu_ps(__mmask16((1 << (1 << kSteps)) - 1), p);
+    } else {
+      low[0] = _mm512_loadu_ps(p);
+      if constexpr (kSteps == 5) low[1] = _mm512_loadu_ps(p + 16);
+    }
+  }
+  DYBIT_INLINE Lanes at(Indices index) const {
+    if constexpr (kSteps <= 4) return {entry<1>(low, index.v)};
+    if constexpr (kSteps == 5) return {entry<2>(low, index.v)};
+    return {_mm512_i32gather_ps(index.v, table, 4)};
+  }
+};
+
+// The sum of bytes; their number is a multiple of 32. Differences from the least byte are summed eight at a time.
+DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
+  const __m256i sign = _mm256_set1_epi8(char(-128));
+  __m256i sum = _mm256_setzero_si256();
+  for (int k = 0; k < count; k += 32) {
+    const __m256i above = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(values + k)), sign);
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(above, _mm256_setzero_si256()));
+  }
+  const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  return _mm_cvtsi128_si32(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half))) - 128 * count;
+}
+
+constexpr int kMixLanes = 4;
+#include "generic/codes.inc"
+
+}  // namespace
+
+extern const CodeKernels kAvx512Codes;
+const CodeKernels kAvx512Codes = kCodes;
+
+}  // namespace dybit
+DYBIT_TARGET_END
+#endif
