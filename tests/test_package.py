@@ -181,30 +181,13 @@ def test_unknown_names():
         _ = dybit.quantise_
 
 
-TESTED_ELSEWHERE = [
-    "accelerator.memory",
-    "cli.layer_table",
-    "interchange.imported",
-    "onnx.graph",
-    "ptq.rounding.elements",
-    "ptq.rounding.nearest",
-    "report.curves",
-    "rtl.array",
-    "rtl.edges",
-    "rtl.model",
-    "rtl.sequencer",
-    "rtl.shared",
-    "rtl.testbench",
-]
-
-
 @each_module
 def test_every_module_has_tests(path, name):
     *folders, last = name.split(".")
     if path.name in ("__init__.py", "__main__.py"):
         return
     exact = TESTS.joinpath(*folders, f"test_{last}.py")
-    assert exact.exists() or name in TESTED_ELSEWHERE, exact
+    assert exact.exists(), exact
 
 
 @each_module

@@ -1,58 +1,20 @@
 """Whole layers on the hardware: outputs bit for bit against integers, cycles against the simulator's formula."""
 
 from dataclasses import replace
-from itertools import count
 
 import numpy as np
 import pytest
 import torch
+from rtl_accelerator_cases import MEMORIES, UNSIGNED, check
 
 from dybit import Recipe, quantize_
 from dybit.accelerator import Config
-from dybit.accelerator.datapath import PIPE, datapath_factor, largest_integer, modes
+from dybit.accelerator.datapath import PIPE
 from dybit.errors import DyBitError
 from dybit.formats.format import Format, variants
-from dybit.rtl.accelerator import Accelerator, check_hardware
+from dybit.rtl.accelerator import check_hardware
 from dybit.rtl.model import Requantizer
 from dybit.rtl.program import Program, random_program
-from dybit.rtl.testbench import Testbench
-
-MEMORIES = {"activation_sram": 4096, "weight_sram": 8192, "sum_sram": 4096}
-UNSIGNED = {bits: Format(bits, signed=False) for bits in range(2, 9)}
-
-
-def check(config, programs):
-    """Runs programs one after another on one array and compares all that comes out."""
-    assert programs
-    for program, run in zip(programs, Testbench(Accelerator(config)).run(programs), strict=True):
-        assert np.array_equal(run.outputs, program.outputs), program.mode
-        assert run.cycles == run.last == program.cycles
-        assert len(np.unique(program.outputs)) > 1
-
-
-def every_mode(config, rows, k_folds, n_folds):
-    """A layer in every mode, with K and N that fill no tile, all variants among its output channels."""
-    number = count()
-    for mode in modes(config.narrowest):
-        tile_k, tile_n = config.tile(mode)
-        shape = (1, rows, (k_folds - 1) * tile_k + 1, max(n_folds * tile_n - 1, 1))
-        weights = variants(mode.weight_bits, True)
-        yield random_program(
-            config, shape, (UNSIGNED[mode.activation_bits], weights, UNSIGNED[mode.activation_bits]), next(number)
-        )
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "narrowest", "inputs"), [(2, 3, 2, 5), (2, 3, 4, 1), (4, 4, 2, 7), (4, 4, 4, 3), (1, 1, 2, 2)]
-)
-def test_arrays_in_every_mode(rows, columns, narrowest, inputs):
-    config = Config(rows=rows, columns=columns, narrowest=narrowest, **MEMORIES)
-    check(config, list(every_mode(config, inputs, 3, 2)))
-
-
-def test_an_array_of_8_by_8_in_every_mode():
-    config = Config(rows=8, columns=8, activation_sram=4096, weight_sram=16384, sum_sram=8192)
-    check(config, list(every_mode(config, 4, 2, 1)))
 
 
 def test_signed_variants_promoted_and_narrow_codes():
@@ -73,44 +35,6 @@ def test_signed_variants_promoted_and_narrow_codes():
     for seed, formats in enumerate(pairs):
         programs.append(random_program(config, (1, 4, 9, 8), formats, seed, relu=seed % 2 == 1))
     check(config, programs)
-
-
-def test_tiles_of_rows_and_passes():
-    config = Config(rows=2, columns=2, **MEMORIES)
-    formats = (UNSIGNED[4], variants(4), UNSIGNED[4])
-    check(
-        config,
-        [
-            random_program(config, (1, 7, 9, 5), formats, 1, tile=3),
-            random_program(config, (1, 8, 4, 4), formats, 2, tile=1),
-            random_program(config, (3, 3, 5, 3), formats, 3),
-            random_program(config, (2, 5, 5, 9), formats, 4, tile=2),
-        ],
-    )
-
-
-@pytest.mark.parametrize("mode", modes(), ids=lambda mode: f"w{mode.weight_bits}a{mode.activation_bits}")
-def test_partial_sums_are_exact_in_the_worst_case(mode):
-    config = Config(rows=2, columns=1, reduction=2 * mode.activations * 3, **MEMORIES)
-    k, n = config.reduction, mode.lanes
-    x = np.full((1, 2, k), (1 << mode.activation_bits) - 1)
-    output = Format(8, True, 3)
-    tops = []
-    for sign in (1, -1):  # the spare level of 2 bits has no mirror image
-
-        def top(fmt, sign=sign):
-            return int((fmt.significands * sign).max()) * datapath_factor(True, fmt.midrise)
-
-        fmt = max(variants(mode.weight_bits, True), key=top)
-        tops.append(top(fmt))
-        w = np.full((1, k, n), int(np.argmax(fmt.significands * sign)))
-        operands = (config, x, UNSIGNED[mode.activation_bits], w, (fmt,) * n)
-        largest = abs(int(Program(*operands, (Requantizer(0, 1, 0),) * n, output).sums[0, 0, 0]))
-        assert largest == largest_integer(mode.activation_bits, False) * tops[-1] * k
-        program = Program(*operands, (Requantizer.of(6 / largest),) * n, output)
-        assert np.all(output.values[program.outputs] == 6 * sign)  # one bit less and the sign would be wrong
-        assert np.array_equal(Testbench(Accelerator(config)).run([program])[0].outputs, program.outputs)
-    assert max(tops) == largest_integer(mode.weight_bits, True)
 
 
 def im2col(images, kernel, stride, padding):
