@@ -34,7 +34,7 @@ def test_rounding_every_column_to_itself_is_rounding_to_the_nearest(granularity,
     matrix = torch.randn(6, 20)
     group = 8 if granularity == "group" else None
     nearest = quantize(matrix, TensorSpec("dybit4", (6, 20), granularity, group, "fp32", granularity))
-    elements = Elements(matrix, nearest.spec, Scales(nearest.scales(), nearest.choices(), None, 0.0), parts)
+    elements = Elements(matrix, nearest.spec, Scales(nearest.scales(), nearest.choices(), 1.0, 0.0), parts)
     assert torch.equal(elements.rows(elements.weight), matrix)
     for column in range(20):
         elements.round(column, elements.weight[:, column])
