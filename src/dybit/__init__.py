@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dybit.qat.prepare import convert_ as convert_
     from dybit.qat.prepare import prepare_qat_ as prepare_qat_
     from dybit.recipe import Recipe as Recipe
-    from dybit.runtime.fuse_model import fuse as fuse
+    from dybit.runtime.fuse import fuse as fuse
 
 _HOMES = {
     "AcceleratorCost": "accelerator.cost",
@@ -53,7 +53,7 @@ _HOMES = {
     "SizeCost": "mixed_precision.cost",
     "Speedup": "mixed_precision.constraint",
     "dequantize_": "models.preparation",
-    "fuse": "runtime.fuse_model",
+    "fuse": "runtime.fuse",
     "load": "models.checkpoint",
     "prepare_qat_": "qat.prepare",
     "quantize_": "ptq.quantize",

@@ -1,25 +1,16 @@
 """Fused models: the bits of the model that they were made from, and where they hand over to it."""
 
-import copy
-import warnings
-
 import pytest
 import torch
+from runtime_fuse_model_cases import RECIPES, network
 from torch import nn
 from torch.nn import functional
 
-import dybit
-from dybit import Recipe, fuse, quantize_
+from dybit import fuse, quantize_
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.kernels import extension
-from dybit.runtime.fuse_model import Fused, FusedConv
 
 ISAS = extension.available()[1:]
-RECIPES = {
-    "int8": Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax"),
-    "dybit8": Recipe(weights=4, activations=8, granularity="channel", method="absmax"),
-    "w8a6": Recipe(weights=8, activations=6, granularity="channel", method="absmax"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -28,39 +19,6 @@ def _restore_isa():
     yield
     if before in ISAS:
         extension.use(before)
-
-
-class Net(nn.Module):
-    """What convolutional networks are made of: ways around, depthwise layers, paddings, shared inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 20, 3, 2, 1), nn.Identity(), nn.ReLU(inplace=True))
-        self.pool = nn.MaxPool2d(2, 1)
-        self.expand, self.expanded = nn.Conv2d(20, 48, 1, bias=False), nn.ReLU6()
-        self.pad, self.depthwise = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(48, 48, 3, groups=48)
-        self.project = nn.Conv2d(48, 20, 1)
-        self.left, self.right = nn.Conv2d(20, 24, 3, 2, 1), nn.Conv2d(20, 24, 1, 2)
-        self.grouped = nn.Conv2d(24, 18, (3, 1), padding=(1, 0), groups=2)
-        self.reflect = nn.Conv2d(18, 18, 3, padding=1, padding_mode="reflect")
-        self.head = nn.Linear(18, 10)
-
-    def forward(self, x):
-        x = self.pool(self.stem(x))
-        y = self.pad(functional.pad(self.expanded(self.expand(x)), (1, 0, 1, 0)))
-        y = functional.hardtanh(self.depthwise(y), 0.0, 4.0)
-        y = self.project(y)
-        y += x
-        z = torch.relu(self.left(y) + self.right(y))
-        z = self.grouped(z).clamp(min=-1.0)
-        z = torch.sigmoid(self.reflect(z)) * z
-        return self.head(z.mean((2, 3)))
-
-
-def network(recipe="int8", seed=0):
-    torch.manual_seed(seed)
-    model = Net().eval()
-    return quantize_(model, RECIPES[recipe], calibration=[torch.randn(4, 3, 19, 17)])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -154,18 +112,6 @@ def test_broadcast_additions():
         assert fused(x).shape == (2, 3, 6, 6) and torch.equal(fused(x), model(x))
 
 
-def test_nan_comes_out_as_the_model_gives_it():
-    model, x = network(), torch.randn(2, 3, 19, 17)
-    fused = fuse(model)
-    x[1, 2, 7, 8] = float("nan")
-    with torch.no_grad():
-        found = fused(x)
-        assert found[1].isnan().all() and not found[0].isnan().any()
-        torch.testing.assert_close(found, model(x), equal_nan=True)
-        model.project.bias[3] = float("nan")  # one that arises in the middle
-        assert fused(torch.randn(1, 3, 19, 17)).isnan().all()
-
-
 def test_gradients_and_other_types_run_the_model():
     model, x = network(), torch.randn(1, 3, 19, 17)
     fused = fuse(model)
@@ -174,20 +120,6 @@ def test_gradients_and_other_types_run_the_model():
     assert given.grad is not None and given.grad.abs().sum() > 0
     with torch.no_grad():
         assert torch.equal(fused(x.double()), model(x.double()))
-
-
-def test_changes_of_the_model_are_seen():
-    model, x = network(), torch.randn(1, 3, 19, 17)
-    fused = fuse(model)
-    with torch.no_grad():
-        before = fused(x)
-        model.expand.weight_scale.mul_(1.5)
-        model.left.bias.add_(0.3)
-        assert torch.equal(fused(x), model(x)) and not torch.equal(fused(x), before)
-        twin = copy.deepcopy(fused)
-        assert torch.equal(twin(x), fused(x)) and all(
-            m._prepared is None or m for m in twin.modules() if isinstance(m, FusedConv)
-        )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -221,9 +153,3 @@ def test_a_model_that_cannot_be_traced_is_named():
     model = quantize_(Branch(nn.Conv2d(3, 3, 1), nn.ReLU()).eval(), RECIPES["int8"], [torch.ones(1, 3, 4, 4)])
     with pytest.raises(DyBitError, match="cannot be traced by torch"):
         fuse(model)
-
-
-def test_names():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert isinstance(dybit.fuse(network()), Fused)
