@@ -1,10 +1,13 @@
 """Tests of the plan: which layers, by which recipe. What a model makes of it is in test_model.py."""
 
+import copy
+
 import pytest
 import torch
 from helpers import Tied
 from torch import nn
 
+from dybit import quantize_
 from dybit.errors import DyBitError
 from dybit.models.plan import Plan, Ties, plan_layers
 from dybit.recipe import LayerRecipe, Recipe
@@ -38,3 +41,16 @@ def test_ties_remember_shared_parameters_only():
     for module in (one, alone):
         ties.put(module.weight, weight)
     assert ties.get(two.weight) is weight and ties.get(alone.weight) is None
+
+
+@pytest.mark.parametrize("scale", ["e4m3", "pow2"])
+def test_weights_that_scales_cannot_hold_are_refused_before_anything_is_changed(scale):
+    model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[1].weight[0, 0] = 1e30
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DyBitError, match=r"layer '1': weight holds a magnitude of 1e\+30"):
+        quantize_(model, Recipe(weights=4, scale=scale))
+    assert type(model[0]) is nn.Linear
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert plan_layers(model, Recipe(weights=4)) and plan_layers(model, Recipe(weights=None, activations=4))

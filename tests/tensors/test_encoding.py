@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,3 +150,45 @@ def test_the_error_comes_with_the_codes():
         found, error = quantize_judged(weight, spec)
         assert torch.equal(found.packed, quantize(weight, spec).packed)
         assert error == pytest.approx((found.dequantize() - weight).square().sum().item(), rel=1e-4)
+
+
+def test_float64_values_beyond_float32_are_named():
+    weight = torch.ones(3, 4, dtype=torch.float64)
+    weight[1, 2] = -1e300
+    with pytest.raises(DyBitError, match=r"weight holds -1e\+300, beyond float32, at position \(1, 2\)"):
+        quantize(weight, TensorSpec("s4", (3, 4)))
+
+
+@pytest.mark.parametrize(("family", "reach"), [("mxfp4", 6), ("int4", 7), ("dybit4", 6)])
+def test_weights_beyond_powers_of_two_are_refused(family, reach):
+    size = 32 if family == "mxfp4" else None
+    spec = TensorSpec(family, (3, 32), "group" if size else "channel", size, "pow2")
+    weight = torch.randn(3, 32).clamp(-1, 1)
+    weight[1, 5] = 2.0**63 * reach
+    made = quantize(weight, spec)
+    assert made.dequantize()[1, 5] == weight[1, 5]
+    weight[1, 5] *= 1.01
+    with pytest.raises(DyBitError, match=r"a magnitude of .*, above .*, to which scale='pow2' reaches in"):
+        quantize(weight, spec)
+    quantize(weight, replace(spec, family="s4", scale="bf16"))
+
+
+@pytest.mark.parametrize("size", [None, 16, 24])
+def test_a_weight_that_e4m3_scales_would_lose_is_refused(size):
+    spec = TensorSpec("s4r2", (4, 40), "group" if size else "channel", size, "e4m3")
+    weight = torch.randn(4, 40)
+    weight[2, 3] = 3e4
+    with torch.no_grad():
+        made = quantize(weight, spec).dequantize()
+    rows = [0, 1, 3]  # an outlier that is not too large leaves the others as they are
+    assert (made[rows] - weight[rows]).square().sum() < 0.03 * weight[rows].square().sum()
+    weight[2, 3] = 1e30
+    with pytest.raises(DyBitError, match=r"a magnitude of 1e\+30, but most of its (channel|group)s hold at most"):
+        quantize(weight, spec)
+    assert torch.isfinite(quantize(weight, replace(spec, scale="fp32")).dequantize()).all()
+    few = torch.randn(4, 40)
+    few[2] *= 1e-30  # next to nothing: it may become zero
+    assert (quantize(few, spec).dequantize()[2].abs() < 1e-3).all()
+    zeros = torch.zeros(4, 40)
+    zeros[1, 1] = 1e30
+    assert quantize(zeros, spec).dequantize()[1, 1] == pytest.approx(1e30, rel=1e-3)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
@@ -59,7 +61,8 @@ def errors(x, scales, family, group_size=None, importance=None):
     data = x.numpy().astype(np.float64)
     for index in np.unique(choice):
         book, mask = family.books[index], choice == index
-        value[mask] = book.values[book.encode((data[mask] / scale[mask]).astype(np.float32))]
+        with np.errstate(over="ignore"):  # infinities saturate
+            value[mask] = book.values[book.encode((data[mask] / scale[mask]).astype(np.float32))]
     result = value * scale
     assert np.isfinite(result.astype(np.float32)).all()
     square = (data - result) ** 2 * (1.0 if importance is None else importance.numpy().astype(np.float64))
@@ -259,6 +262,86 @@ def test_scales_are_what_their_type_holds(x, scale_type, method):
         errors(x, result, family)  # no level overflows
 
 
+FAMILIES = sorted(
+    {family.name for bits in range(2, 9) for signed in (True, False) for family in catalogue.families(bits, signed)}
+    | {"int4z0", "int4z3", "int4z15", "s4r1spare", "s2spare", "dybit5mid"}
+)
+SIZES = [1.0, 3e-42, 1e-37, 1e-20, 1e-6, 3e5, 1e20, 1e30, 3e38]
+
+
+@st.composite
+def matrices(draw):
+    """Rows of one sign, constant, zero, with one element, of integers, or normal; each of its own magnitude."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
+    columns, common, rows = draw(st.integers(1, 20)), draw(st.sampled_from(SIZES)), []
+    for _ in range(draw(st.integers(1, 4))):
+        row = torch.randn(columns, generator=generator).clamp(-4, 4) / 4
+        kind = draw(
+            st.sampled_from(["normal", "positive", "negative", "constant", "minus", "zero", "single", "integer"])
+        )
+        if kind in ("positive", "negative"):
+            row = row.abs() if kind == "positive" else -row.abs()
+        elif kind in ("constant", "minus"):
+            row = torch.full_like(row, 0.3 if kind == "constant" else -0.3)
+        elif kind in ("zero", "single"):
+            row[kind == "single" :] = 0
+        elif kind == "integer":
+            row = (8 * row).round() / 8
+        rows.append(row * (common if draw(st.booleans()) else draw(st.sampled_from(SIZES))))
+    return torch.stack(rows)
+
+
+@settings(max_examples=100)
+@given(matrices(), st.sampled_from(FAMILIES), st.sampled_from(TYPES), st.sampled_from(["tensor", "channel", 1, 5]))
+def test_every_method_is_finite_and_not_worse_than_a_simpler_one(x, name, scale_type, shared):
+    family, size = catalogue.family(name), shared if isinstance(shared, int) else None
+    options = dict(granularity="group" if size else shared, group_size=size, scale_type=scale_type)
+    energy = (x.double().numpy() ** 2).sum()
+
+    def judged(**method):
+        scales = choose_scales(x, family, **options, **method)
+        assert bool(torch.isfinite(scales.scale).all()) and bool((scales.scale != 0).all())
+        error = errors(x, scales, family, size).sum()
+        least = 1e-36 if scale_type == "pow2" else 1e-70  # of a codebook without zero at the smallest scale
+        assert scales.error == pytest.approx(error, rel=1e-3, abs=1e-10 * energy + least)
+        return error
+
+    absmax, unclipped = judged(method="absmax"), judged(method="percentile", percentile=100)
+    assert judged(method="percentile") == unclipped == pytest.approx(absmax, rel=1e-5)
+    # Small units beside a large one have fewer E4M3 numbers where the large one's best scale is larger.
+    assert judged(method="mse") <= absmax * (1 + 1e-5) + (1e-6 if scale_type == "e4m3" else 1e-11) * energy
+    judged(method="percentile", percentile=50)
+    choose_scales(x, family, **options, importance=torch.rand(x.shape[1]))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "asym" in name or "z" in name])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_points_at_the_ends_serve_units_of_one_sign(name, sign):
+    x = sign * (torch.rand(50, 12) + 0.5)
+    family = catalogue.family(name)
+    result = choose_scales(x, family, method="absmax")
+    levels = 2 ** family.books[0].bits - 1
+    step = (x.abs().amax(1, keepdim=True) / levels).numpy()
+    if "asym" in name:
+        assert (errors(x, result, family) <= (step / 2) ** 2 * 12 * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("name", ["s4", "s8", "posit4es1", "posit8es0", "nf4", "int4asym", "dybit4spare", "nvfp4"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_e4m3_scales_reach_to_the_best_scale_of_a_tapered_format(name, granularity):
+    x, family = torch.randn(16, 256), catalogue.family(name)
+    exact = choose_scales(x, family, granularity=granularity).error
+    assert choose_scales(x, family, granularity=granularity, scale_type="e4m3").error < 1.3 * exact
+
+
+def test_e4m3_factors_of_tiny_tensors_are_normal_numbers():
+    x = torch.randn(4, 16) * 1e-36
+    result = choose_scales(x, catalogue.family("int4"), scale_type="e4m3")
+    assert float(result.scale.abs().min()) >= 2.0**-126 and result.tensor_scale >= 2.0**-117
+    assert result.error < 0.05 * float(x.double().square().sum())
+    assert choose_scales(torch.zeros(2, 4), catalogue.family("int4"), scale_type="e4m3").tensor_scale == 1
+
+
 def test_negative_scales_are_used_by_the_spare_level():
     x = torch.randn(200, 16)
     scale = choose_scales(x, catalogue.dybit(3, kind="spare")).scale
@@ -425,3 +508,9 @@ def test_choose_reach():
         for other in family.books:
             assert best <= error(other, float(other.levels[-1])) * (1 + 1e-6)
     assert choose_reach(torch.zeros(3, 4), catalogue.dybit(4))[1] > 0
+
+
+@pytest.mark.parametrize("factor", [2.0**-120, 2.0**-60, 2.0**100, 2.0**120])
+def test_the_reach_does_not_depend_on_the_magnitude(factor):
+    rows = torch.randn(64, 64)
+    assert choose_reach(rows * factor, catalogue.dybit(8)) == choose_reach(rows, catalogue.dybit(8))

@@ -277,8 +277,8 @@ def _plan_transformers(path: Path, source: Mapping[str, Stored], recipe: Recipe)
 
 def _plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> _FilePlan:
     """The plan for files that say nothing about the layers that their tensors belong to."""
+    from dybit.models.plan import weight_spec
     from dybit.models.streaming import FLOATS, Job
-    from dybit.ptq.rounding.nearest import weight_spec
 
     if recipe.activations is not None:
         raise DyBitError(f"--activations {recipe.activations} need a model that can be run, not the file {path!r}")

@@ -25,9 +25,9 @@ from dybit.layers.kinds import is_experts, layout, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.layers.swap import swap_
 from dybit.models.coverage import measure
-from dybit.models.plan import plan_layers
+from dybit.models.plan import plan_layers, weight_spec
 from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs
-from dybit.ptq.rounding.nearest import layer_input, weight_spec
+from dybit.ptq.rounding.nearest import layer_input
 from dybit.recipe import LayerRecipe, Recipe
 from dybit.safe_files import crc32, label, read_json
 from dybit.tensors.encoding import quantize

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
-from dybit.ptq.rounding.nearest import weight_spec
+from dybit.models.plan import weight_spec
 from dybit.recipe import LayerRecipe
 from dybit.tensors.encoding import quantize
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.kinds import inner_weights, is_embedding, weight_names
+from dybit.layers.kinds import inner_weights, is_embedding, layout, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.models.coverage import unsupported
 from dybit.recipe import LayerRecipe, Recipe
-from dybit.tensors.encoding import check_weight
-from dybit.tensors.quantized_tensor import QuantizedTensor
+from dybit.tensors.encoding import check_range, check_weight
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def _check_layer(plan: Plan) -> None:
                 raise DyBitError(f"layer {plan.name!r} is not initialized: run the model once first")
             try:
                 check_weight(weight)
+                if plan.recipe.weight_family is not None:
+                    check_range(weight, weight_spec(plan.recipe, tuple(weight.shape), **layout(plan.module)))
             except DyBitError as error:
                 raise DyBitError(f"layer {plan.name!r}: {error}") from None
 
@@ -147,3 +149,19 @@ class Ties:
         """Remembers the quantized form of a parameter, if other layers share it."""
         if id(parameter) in self._shared:
             self._known[id(parameter)] = parameter, weight
+
+
+def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0, row_dims: int = 1) -> TensorSpec:
+    """How a recipe that quantizes weights stores one of some shape; see ``TensorSpec``."""
+    family = recipe.weight_family
+    assert family is not None
+    return TensorSpec(
+        family.name,
+        shape,
+        recipe.scale_granularity,
+        recipe.group_size,
+        recipe.scale_type,
+        recipe.variant_granularity or recipe.scale_granularity,
+        transposed,
+        row_dims,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,9 +13,10 @@ from dybit.formats.scaling import Method
 from dybit.kernels import codes
 from dybit.kernels.code_operators import lookup, pack, spans
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
-from dybit.tensors.scale_search import Scales, choose_scales
-from dybit.tensors.scale_types import store_scales
+from dybit.tensors.scale_search import Scales, choose_scales, largest_of_groups
+from dybit.tensors.scale_types import E4M3_SPAN, largest_scale, store_scales
 
+_LARGEST = torch.finfo(torch.float32).max
 _ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,7 +38,8 @@ def quantize(
         importance: Importance of every column, of shape (columns,) or (rows, columns), or None.
 
     Raises:
-        DyBitError: ``weight`` has another shape, is not floating point, or holds NaN or infinity.
+        DyBitError: ``weight`` has another shape, is not floating point, or holds NaN or infinity; or as
+            :func:`check_range`.
     """
     return quantize_judged(weight, spec, method=method, percentile=percentile, importance=importance)[0]
 
@@ -51,6 +54,7 @@ def quantize_judged(
 ) -> tuple[QuantizedTensor, float]:
     """As :func:`quantize`, with the squared error over all elements, which the search for the scales knows."""
     check_weight(weight, spec.shape)
+    check_range(weight, spec)
     matrix = spec.to_matrix(weight.detach())
     scales = choose_scales(
         matrix,
@@ -137,7 +141,7 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """Checks that a weight can be quantized.
 
     Raises:
-        DyBitError: It is empty, not floating point, of another shape, or holds NaN or infinity.
+        DyBitError: It is empty, not floating point, of another shape, or holds NaN, infinity, or what float32 cannot.
     """
     if not weight.is_floating_point():
         raise DyBitError(f"weight must be floating point, not {weight.dtype}")
@@ -147,12 +151,48 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
         raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
     if weight.is_meta:
         raise DyBitError("weight is on the meta device and has no values")
-    if weight.dtype in _ORDERED and all(math.isfinite(float(end)) for end in torch.aminmax(weight.detach())):
+    if weight.dtype in _ORDERED and all(abs(float(end)) <= _LARGEST for end in torch.aminmax(weight.detach())):
         return  # either is NaN where any element is
     step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
     for start in range(0, weight.shape[0], step):
-        bad = ~torch.isfinite(weight.detach()[start : start + step])
+        bad = ~torch.isfinite(weight.detach()[start : start + step].float())
         if bool(bad.any()):
             first = [int(i) for i in bad.nonzero()[0]]
             first[0] += start
-            raise DyBitError(f"weight holds {float(weight[tuple(first)])} at position {tuple(first)}")
+            value = float(weight[tuple(first)])
+            beyond = ", beyond float32," if math.isfinite(value) else ""
+            raise DyBitError(f"weight holds {value}{beyond} at position {tuple(first)}")
+
+
+def check_range(weight: Tensor, spec: TensorSpec) -> None:
+    """Checks that scales of the spec's type can hold a weight.
+
+    FP32 and BF16 scales can hold every weight. Units that are far smaller than the rest of a tensor may become zero.
+
+    Args:
+        weight: Finite floating point of shape ``spec.shape``.
+        spec: How it will be stored.
+
+    Raises:
+        DyBitError: Scales are powers of two and would clip the largest weight, or they are E4M3 and most channels or
+            groups would lose precision, or become zero, beside the largest.
+    """
+    if spec.scale not in ("pow2", "e4m3"):
+        return
+    sizes = largest_of_groups(spec.to_matrix(weight.detach()), spec.group_size).float()
+    largest = float(sizes.max())
+    if spec.scale == "pow2":
+        highest = largest_scale("pow2") * max(float(np.abs(book.levels).max()) for book in spec.formats.books)
+        if largest > highest:
+            raise DyBitError(
+                f"weight holds a magnitude of {largest:.3g}, above {highest:.3g}, to which scale='pow2' reaches in "
+                f"{spec.family}; clip the weight, or use scale='fp32' or 'bf16'"
+            )
+    elif spec.granularity != "tensor" and largest:
+        middle = float(sizes[sizes > 0].median())
+        if middle * E4M3_SPAN < largest:
+            raise DyBitError(
+                f"weight holds a magnitude of {largest:.3g}, but most of its {spec.granularity}s hold at most "
+                f"{middle:.3g}, and scale='e4m3' spans a factor of {E4M3_SPAN:.0f}: these would become zero or coarse; "
+                "clip the weight, or use scale='fp32' or 'bf16'"
+            )

@@ -23,8 +23,10 @@ from dybit.formats.scaling import GRANULARITIES, METHODS, Granularity, Method, S
 from dybit.kernels import codes
 from dybit.kernels.code_operators import lookup, spans
 from dybit.tensors.coarse_search import Chunks, coarse_starts, reaches, scale_has_sign
-from dybit.tensors.scale_types import TINIEST, e4m3_factor, scale_candidates
+from dybit.tensors.scale_types import TINIEST, e4m3_factor, largest_scale, normal_numbers, scale_candidates
 
+_TOP_ROWS = 16  # that say how large E4M3 scales have to be
+_FARTHEST = 2.0**60  # a unit so much smaller than its scale is zero at this one, too
 _BLOCK = 1 << 19  # elements worked on at once: the temporaries stay in the cache
 
 
@@ -88,7 +90,13 @@ def choose_scales(
     choice_granularity = choice_granularity or granularity
     _check(matrix, granularity, group_size, choice_granularity, method, percentile)
     importance = None if importance is None else _normalized(importance, *matrix.shape)
-    tensor_scale = _e4m3_factor(matrix, family) if scale_type == "e4m3" else 1.0
+    tensor_scale = 1.0
+    if scale_type == "e4m3":
+        tensor_scale = _e4m3_factor(matrix, family.books)
+        if method == "mse":
+            largest = _largest_wanted(matrix, family, importance, granularity, group_size, choice_granularity)
+            ratio = largest / largest_scale("e4m3", tensor_scale)
+            tensor_scale *= 2.0 ** math.ceil(math.log2(max(1.0, ratio)))  # a power of two keeps the numbers
     search = _Search(family, scale_type, tensor_scale, method, percentile)
     if granularity == "tensor":
         chunks = [(block.float(), weights) for block, weights in _row_blocks(matrix, importance)]
@@ -176,16 +184,19 @@ class _Search:
                 own, or all of all chunks are one unit (``pooled``).
             pooled: Whether all is one unit.
         """
-        largest = [_largest(x) for x, _ in chunks]
+        largest = [largest_of_groups(x, None) for x, _ in chunks]
         top = torch.cat(largest).amax(0, keepdim=True) if pooled else largest[0]
         empty = top == 0
         unit = torch.where(empty, 1.0, top)
         normal = [(x / unit, h) for x, h in chunks]
-        starts = coarse_starts(self.books, normal, pooled) if self.method == "mse" else self._bounds(normal, pooled)
+        starts = self._bounds(normal, pooled)
+        if self.method == "mse":
+            coarse = coarse_starts(self.books, normal, pooled)
+            starts = [torch.cat(pair, dim=1) for pair in zip(coarse, starts, strict=True)]
+        for index, book in enumerate(self.books):  # 0 becomes the smallest scale: a level beside zero does least harm
+            starts[index] = torch.where(empty, 1.0 if bool((book.levels == 0).any()) else 0.0, starts[index])
         error, scale = self._refine(normal, unit[:, 0], starts, pooled)
-        has_zero = scale.new_tensor([float((book.levels == 0).any()) for book in self.books])
-        nothing = scale_candidates(has_zero, self.scale_type, self.tensor_scale)[0]
-        return error.T * unit.double() ** 2, torch.where(empty, nothing, scale.T)
+        return error.T * unit.double() ** 2, scale.T
 
     def _refine(self, chunks: Chunks, unit: Tensor, starts: list[Tensor], pooled: bool) -> tuple[Tensor, Tensor]:
         """Judges the starting scales exactly and improves every codebook's best: (error, scale) of (books, units)."""
@@ -197,8 +208,9 @@ class _Search:
 
         def better(best: _Trial | None, scales: Tensor) -> _Trial:
             for scale in scale_candidates(scales.clamp(-limit, limit), self.scale_type, self.tensor_scale):
-                each = zip(self.books, (scale / unit)[:, :, None], strict=True)
-                sums = torch.stack([_sums(chunks, book, relative, pooled) for book, relative in each], dim=1)
+                relative = normal_numbers(scale / unit).clamp(-_FARTHEST, _FARTHEST)
+                each = zip(self.books, relative[:, :, None], strict=True)
+                sums = torch.stack([_sums(chunks, book, factor, pooled) for book, factor in each], dim=1)
                 best = _better(best, _Trial(scale, sums[0], (sums[1] / sums[2]).float()))
             assert best is not None
             return best
@@ -214,24 +226,32 @@ class _Search:
         return best.error, best.scale
 
     def _bounds(self, chunks: Chunks, pooled: bool) -> list[Tensor]:
-        """The scales of every codebook at which nothing, or nothing but the percentile, is clipped: (units, 1 or 2)."""
+        """The scales of every codebook at which nothing, or nothing above the percentile, is clipped: (units, 1 or 2).
+
+        Args:
+            chunks: Elements of magnitude 1 at most.
+            pooled: Whether all is one unit.
+        """
+        high = torch.cat([x.amax(1) for x, _ in chunks]).clamp(min=0)
+        low = torch.cat([-x.amin(1) for x, _ in chunks]).clamp(min=0)
+        if pooled:
+            high, low = high.amax(0, keepdim=True), low.amax(0, keepdim=True)
         if self.method == "percentile":
-            share = self.percentile / 100
             magnitudes = torch.cat([x.abs().flatten() for x, _ in chunks])[None] if pooled else chunks[0][0].abs()
-            rank = max(1, math.ceil(share * magnitudes.shape[1]))
-            high = magnitudes.kthvalue(rank, dim=1).values
-            high = low = torch.where(high > 0, high, 1.0)
-        else:
-            high = torch.cat([x.amax(1) for x, _ in chunks]).clamp(min=0)
-            low = torch.cat([-x.amin(1) for x, _ in chunks]).clamp(min=0)
-            if pooled:
-                high, low = high.amax(0, keepdim=True), low.amax(0, keepdim=True)
+            rank = max(1, math.ceil(self.percentile / 100 * magnitudes.shape[1]))
+            limit = magnitudes.kthvalue(rank, dim=1).values
+            limit = torch.where(limit > 0, limit, 1.0)
+            high, low = torch.minimum(high, limit), torch.minimum(low, limit)
         return [torch.stack(_bound(book, high, low), dim=-1) for book in self.books]
 
 
-def _largest(rows: Tensor) -> Tensor:
-    """The largest magnitude of every row, (rows, 1)."""
-    return torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # without a copy of the magnitudes
+def largest_of_groups(matrix: Tensor, group_size: int | None) -> Tensor:
+    """Returns the largest magnitude of every group of columns: (rows, groups), groups being 1 for None."""
+    parts = []
+    for start, groups, length in spans(matrix.shape[1], group_size):
+        part = matrix[:, start : start + groups * length].unflatten(1, (groups, length))
+        parts.append(torch.maximum(part.amax(2), -part.amin(2)))
+    return torch.cat(parts, dim=1)
 
 
 class _Trial(NamedTuple):
@@ -250,12 +270,16 @@ def _better(best: _Trial | None, trial: _Trial) -> _Trial:
 
 
 def _bound(book: Codebook, high: Tensor, low: Tensor) -> list[Tensor]:
-    """The scales that map -low … high into the codebook's range: positive, and negative where that is a choice."""
+    """The scales that map -low … high into the codebook's range: positive, and negative where that is a choice.
+
+    A side on which the codebook has no level cannot be kept and does not count.
+    """
     top, bottom = float(book.levels[-1]), -float(book.levels[0])
 
     def fit(positive: Tensor, negative: Tensor) -> Tensor:
-        scale = positive / top
-        return torch.maximum(scale, negative / bottom) if bottom > 0 else scale
+        sides = [side / reach for side, reach in ((positive, top), (negative, bottom)) if reach > 0]
+        scale = torch.stack(sides).amax(0)
+        return torch.where(scale > 0, scale, 1 / max(top, bottom))  # all is clipped to zero, whatever the scale
 
     return [fit(high, low), -fit(low, high)] if scale_has_sign(book) else [fit(high, low)]
 
@@ -291,23 +315,57 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
     Returns:
         The codebook, and the reach, a value between its middle level and somewhat above its largest.
     """
-    largest = _largest(rows)
+    largest = largest_of_groups(rows, None)
     normal = rows / torch.where(largest > 0, largest, 1.0)
+    exponent = torch.frexp(largest.max()).exponent  # or the squares of large and of tiny rows would leave float32
+    weights = torch.ldexp(largest, -exponent).square().expand_as(normal)
     best: tuple[float, Codebook, float] | None = None
     for book in family.books:
         for reach in reaches(book, 0.5):
             unit = normal.new_full((1, 1), 1 / reach)
-            error = float(_sums([(normal, largest.square().expand_as(normal))], book, unit, pooled=True)[0])
+            error = float(_sums([(normal, weights)], book, unit, pooled=True)[0])
             if best is None or error < best[0]:
                 best = error, book, reach
     assert best is not None
     return best[1:]
 
 
-def _e4m3_factor(matrix: Tensor, family: Family) -> float:
-    """The factor of E4M3 scales, for the largest scale that the tensor can need."""
+def _e4m3_factor(matrix: Tensor, books: tuple[Codebook, ...]) -> float:
+    """The factor of E4M3 scales at which every codebook can hold the largest magnitude."""
     top = max((float(block.abs().max()) for block, _ in _row_blocks(matrix, None)), default=0.0)
-    return e4m3_factor(top / min(float(np.abs(book.levels).max()) for book in family.books))
+    one = torch.ones((), dtype=torch.float32, device="cpu")
+    bound = min(float(torch.stack(_bound(book, one, one)).abs().min()) for book in books)
+    return e4m3_factor(top * max(bound, *(1 / float(np.abs(book.levels).max()) for book in books)))
+
+
+def _largest_wanted(
+    matrix: Tensor,
+    family: Family,
+    importance: Tensor | None,
+    granularity: Granularity,
+    group_size: int | None,
+    choice_granularity: Granularity,
+) -> float:
+    """The largest scale that the search by error takes if any number can be one.
+
+    It can be larger than the scale at which nothing is clipped: a tapered codebook is finest in its middle.
+    """
+    if granularity != "tensor":
+        rows = largest_of_groups(matrix, None)[:, 0].topk(min(_TOP_ROWS, len(matrix))).indices
+        matrix, importance = (
+            matrix[rows],
+            importance[rows] if importance is not None and len(importance) > 1 else importance,
+        )
+    scale = choose_scales(
+        matrix,
+        family,
+        granularity=granularity,
+        group_size=group_size,
+        choice_granularity=choice_granularity,
+        importance=importance,
+    ).scale
+    used = largest_of_groups(matrix, group_size) > 0
+    return float((scale.abs() * (used.any() if granularity == "tensor" else used)).max())
 
 
 def _normalized(importance: Tensor, rows: int, columns: int) -> Tensor:

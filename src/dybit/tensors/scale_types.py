@@ -15,6 +15,7 @@ _POW2_EXPONENTS = (-64, 63)
 _POW2_BIAS = 64
 _E4M3_MAX = 448.0
 _E4M3_MIN = 2.0**-9
+E4M3_SPAN = _E4M3_MAX / 2.0**-6  # from the smallest that has all bits to the largest
 
 
 def scale_candidates(scale: Tensor, scale_type: ScaleType, tensor_scale: float = 1.0) -> list[Tensor]:
@@ -33,15 +34,20 @@ def scale_candidates(scale: Tensor, scale_type: ScaleType, tensor_scale: float =
         smallest = torch.full_like(ratio, _E4M3_MIN)
         ratio = torch.where(ratio == 0, torch.where(scale < 0, -smallest, smallest), ratio)
         return [ratio * tensor_scale]
-    usable = torch.where(scale < 0, scale.clamp(max=-TINIEST), scale.clamp(min=TINIEST))
+    usable = normal_numbers(scale)
     if scale_type == "bf16":
-        largest = torch.finfo(torch.bfloat16).max
+        largest = largest_scale(scale_type)
         return [usable.to(torch.bfloat16).float().clamp(-largest, largest)]
     if scale_type == "pow2":
         exponent = usable.abs().log2().clamp(*_POW2_EXPONENTS)
         sign = torch.where(scale < 0, -torch.ones_like(scale), 1.0)
         return [torch.ldexp(sign, exponent.floor()), torch.ldexp(sign, exponent.ceil())]
     return [usable]
+
+
+def normal_numbers(scale: Tensor) -> Tensor:
+    """Returns scales with those below the smallest normal float replaced by it, zero by the positive one."""
+    return torch.where(scale < 0, scale.clamp(max=-TINIEST), scale.clamp(min=TINIEST))
 
 
 def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None = None) -> Tensor:
@@ -59,10 +65,19 @@ def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | N
     return torch.where(scale.abs() > lower.abs() * math.sqrt(2), upper, lower)
 
 
-def e4m3_factor(largest_scale: float) -> float:
+def largest_scale(scale_type: ScaleType, tensor_scale: float = 1.0) -> float:
+    """Returns the largest number of a type, E4M3 ones having the factor ``tensor_scale``."""
+    if scale_type == "e4m3":
+        return _E4M3_MAX * tensor_scale
+    return 2.0 ** _POW2_EXPONENTS[1] if scale_type == "pow2" else torch.finfo(SCALE_DTYPES[scale_type]).max
+
+
+def e4m3_factor(largest: float) -> float:
     """Returns the factor that makes a tensor's largest scale the largest E4M3 number, 448, as in NVFP4."""
-    ratio = float(torch.tensor(largest_scale / _E4M3_MAX, dtype=torch.float32, device="cpu"))
-    return ratio if ratio >= TINIEST else 1.0
+    if largest == 0:
+        return 1.0
+    ratio = float(torch.tensor(largest / _E4M3_MAX, dtype=torch.float32, device="cpu"))
+    return max(ratio, TINIEST / _E4M3_MIN)  # the smallest scale must be a normal float
 
 
 def store_scales(scale: Tensor, scale_type: ScaleType, tensor_scale: float = 1.0) -> Tensor:

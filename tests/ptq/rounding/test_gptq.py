@@ -179,3 +179,10 @@ def test_bad_hessians(hessian, message):
 def test_bad_settings(field, value):
     with pytest.raises(DyBitError, match=f"{field} must be"):
         Settings(**{field: value})
+
+
+def test_weights_that_scales_cannot_hold_are_refused():
+    weight = torch.randn(4, 4)
+    weight[1, 1] = 1e30
+    with pytest.raises(DyBitError, match=r"weight holds a magnitude of 1e\+30"):
+        gptq(weight, TensorSpec("s4r2", (4, 4), scale="e4m3"), torch.eye(4))

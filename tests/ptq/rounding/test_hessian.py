@@ -7,9 +7,9 @@ from torch import nn
 
 from dybit.errors import DyBitError
 from dybit.layers.kinds import transposed, weight_names
+from dybit.models.plan import weight_spec
 from dybit.models.running import observing
 from dybit.ptq.rounding.hessian import Hessians, shrink, size
-from dybit.ptq.rounding.nearest import weight_spec
 from dybit.recipe import LayerRecipe
 
 LAYERS = {

@@ -22,7 +22,7 @@ from dybit.errors import DyBitError
 from dybit.formats.scaling import Method
 from dybit.ptq.rounding.descent import descend
 from dybit.ptq.rounding.elements import Elements
-from dybit.tensors.encoding import check_weight
+from dybit.tensors.encoding import check_range, check_weight
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 from dybit.tensors.scale_search import choose_scales
 
@@ -80,6 +80,7 @@ def gptq(
         DyBitError: ``weight`` or ``hessian`` has another shape, or is not finite.
     """
     check_weight(weight, spec.shape)
+    check_range(weight, spec)
     hessian = _checked(hessian, spec)
     parts = hessian.shape[0]
     matrix = spec.to_matrix(weight.detach()).float()

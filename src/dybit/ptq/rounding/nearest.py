@@ -18,7 +18,7 @@ from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import channel_groups, channels, inner_weights, is_embedding, layout, weight_names
 from dybit.layers.swap import swap_
 from dybit.models.calibration import InputStatistics, calibrate, choose_dynamic_input, choose_input
-from dybit.models.plan import Plan, Ties
+from dybit.models.plan import Plan, Ties, weight_spec
 from dybit.models.running import Progress
 from dybit.recipe import LayerRecipe
 from dybit.tensors.encoding import quantize
@@ -112,22 +112,6 @@ def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose:
             weights[name] = found
             ties.put(parameter, found)
     swap_(module, weights, *layer_input(recipe, module, seen))
-
-
-def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0, row_dims: int = 1) -> TensorSpec:
-    """How a recipe that quantizes weights stores one of some shape; see ``TensorSpec``."""
-    family = recipe.weight_family
-    assert family is not None
-    return TensorSpec(
-        family.name,
-        shape,
-        recipe.scale_granularity,
-        recipe.group_size,
-        recipe.scale_type,
-        recipe.variant_granularity or recipe.scale_granularity,
-        transposed,
-        row_dims,
-    )
 
 
 def _round(

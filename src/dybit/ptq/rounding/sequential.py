@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError
 from dybit.layers.kinds import inner_weights, is_embedding, layout, weight_names
 from dybit.models.calibration import InputStatistics
-from dybit.models.plan import Plan, Ties
+from dybit.models.plan import Plan, Ties, weight_spec
 from dybit.models.running import Progress, evaluating, observing, run_batch
 from dybit.ptq.rounding import blocks
 from dybit.ptq.rounding.gptq import DEFAULTS, Settings, gptq
 from dybit.ptq.rounding.hessian import Hessians, size
-from dybit.ptq.rounding.nearest import observe, quantize_layer, weight_spec
+from dybit.ptq.rounding.nearest import observe, quantize_layer
 from dybit.ptq.rounding.store import Store
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
