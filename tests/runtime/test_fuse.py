@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runtime_fuse_model_cases import RECIPES, network
+from fused_networks import RECIPES, network
 from torch import nn
 from torch.nn import functional
 

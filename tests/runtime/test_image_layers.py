@@ -2,11 +2,11 @@ import copy
 import warnings
 
 import torch
-from dybit.runtime.fuse_model import Fused
-from runtime_fuse_model_cases import network
+from fused_networks import network
 
 import dybit
 from dybit import fuse
+from dybit.runtime.fuse import Fused
 from dybit.runtime.image_layers import FusedConv
 
 
