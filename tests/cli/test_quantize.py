@@ -385,13 +385,13 @@ def test_a_thousand_flipped_bits_of_a_streamed_directory(tmp_path):
 
 
 @pytest.mark.parametrize("shards", ["5GB", "30KB"])
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "GptOss"])
 def test_experts_in_files(tmp_path, name, shards):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{name}Config")(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts_per_tok=2,
-        **{"num_local_experts" if name == "Mixtral" else "num_experts": 12},
+        layer_types=["full_attention"] * 2, **{"num_experts" if name == "Qwen2Moe" else "num_local_experts": 12},
     )  # fmt: skip
     build = getattr(transformers, f"{name}ForCausalLM")
     model = build(config).eval()

@@ -55,6 +55,8 @@ ARCHITECTURES = {
     "qwen_moe": ("Qwen2Moe", {**TEXT, **MLP, **GROUPED, "num_experts": 4, "num_experts_per_tok": 3,
                               "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
                  "Qwen2MoeForCausalLM"),
+    "gpt_oss": ("GptOss", {**TEXT, **MLP, **GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+                "GptOssForCausalLM"),
 }  # fmt: skip
 RECIPES = {
     "weights": {"weights": 4, "group_size": 32},

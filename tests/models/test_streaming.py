@@ -37,10 +37,15 @@ def specs(shape=(43, 40)):
     yield TensorSpec("nvfp4", shape, "group", 16, scale="e4m3", choice="group")
     yield TensorSpec("dybit4spare", (*shape, 3), "channel", choice="channel")
     yield TensorSpec("dybit4spare", shape, "channel", choice="channel", transposed=1)
+    stack = (9, shape[1], 6)
+    yield TensorSpec("dybit4spare", stack, "channel", choice="channel", transposed=1, row_dims=2)
+    yield TensorSpec("dybit3", stack, "group", 16, choice="group", transposed=1, row_dims=2)
 
 
 @pytest.mark.parametrize(
-    "spec", list(specs()), ids=lambda spec: f"{spec.family}-{spec.granularity}-{spec.choice}-{spec.scale}"
+    "spec",
+    list(specs()),
+    ids=lambda spec: f"{spec.family}-{spec.granularity}-{spec.choice}-{spec.scale}-{spec.row_dims}",
 )
 def test_pieces_are_the_whole(tmp_path, small_pieces, spec):
     weight, other = torch.randn(spec.shape) * 3, torch.arange(1000)

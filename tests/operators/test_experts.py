@@ -27,12 +27,21 @@ SPECS = {
     "e4m3": TensorSpec("dybit2", SHAPE, "group", 16, "e4m3", choice="tensor", row_dims=2),
     "tensor": TensorSpec("int8", SHAPE, "tensor", choice="tensor", row_dims=2),
     "nf4": TensorSpec("nf4", SHAPE, row_dims=2),  # which the kernels cannot hold
+    "transposed": TensorSpec("dybit4", (5, 48, 7), "group", 20, choice="group", row_dims=2, transposed=1),
+    "transposed_channel": TensorSpec("dybit3spare", (5, 48, 7), row_dims=2, transposed=1),
 }
 
 
 def made(name):
     torch.manual_seed(0)
-    return quantize(torch.randn(SHAPE) * torch.rand(5, 7, 1), SPECS[name])
+    weight = torch.randn(SHAPE) * torch.rand(5, 7, 1)
+    return quantize(weight.mT if SPECS[name].transposed else weight, SPECS[name])
+
+
+def dequantized(weight, dtype=torch.float32):
+    """The matrices: (experts, rows, columns)."""
+    values = weight.dequantize(dtype)
+    return values.mT if weight.spec.transposed else values
 
 
 def rows(n=11):
@@ -44,11 +53,11 @@ def rows(n=11):
 def test_against_double_precision(name):
     weight, (x, expert) = made(name), rows()
     expected = torch.stack(
-        [weight.dequantize(torch.float64)[e] @ row for e, row in zip(expert, x.double(), strict=True)]
+        [dequantized(weight, torch.float64)[e] @ row for e, row in zip(expert, x.double(), strict=True)]
     )
     y = experts(x, expert, weight)
     assert y.shape == (11, 7) and torch.allclose(y.double(), expected, atol=1e-5)
-    assert torch.allclose(multiply_by_torch(x, expert, weight.dequantize()), y, atol=1e-5)
+    assert torch.allclose(multiply_by_torch(x, expert, dequantized(weight)), y, atol=1e-5)
     operator = torch.ops.dybit.experts(
         x, expert, weight.packed, weight.scale, weight.choice, weight.tensor_scale, weight.spec.key, "", 1.0, 0
     )
@@ -59,7 +68,7 @@ def test_against_double_precision(name):
 def test_every_expert_is_a_weight_of_its_own(name):
     weight = made(name)
     for number, part in enumerate(matrices(weight)):
-        assert part.spec.shape == SHAPE[1:] and part.packed.shape == part.spec.packed_shape
+        assert part.spec.shape == weight.spec.shape[1:] and part.packed.shape == part.spec.packed_shape
         assert torch.equal(part.dequantize(), weight.dequantize()[number])
     assert matrices(weight)[0].packed.untyped_storage().data_ptr() == weight.packed.untyped_storage().data_ptr()
 
@@ -122,29 +131,47 @@ def test_bad_arguments():
 class Mixture(nn.Module):
     """Experts as transformers marks them."""
 
-    def __init__(self, gate=True):
+    def __init__(self, gate=True, transposed=False, bias=False, norm=False):
         super().__init__()
-        self.is_transposed = self.has_bias = False
-        self.has_gate = gate
-        self.register_parameter(
-            "gate_up_proj" if gate else "up_proj", nn.Parameter(torch.randn(4, 24 if gate else 12, 16))
-        )
-        self.down_proj = nn.Parameter(torch.randn(4, 16, 12))
+        self.has_gate, self.is_transposed, self.has_bias, self.has_post_expert_norm = gate, transposed, bias, norm
+        self.first = "gate_up_proj" if gate else "up_proj"
+        for name, rows, columns in ((self.first, 24 if gate else 12, 16), ("down_proj", 16, 12)):
+            weight = torch.randn(4, rows, columns)
+            self.register_parameter(name, nn.Parameter(weight.mT.contiguous() if transposed else weight))
+            if bias:
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(4, rows)))
         self.act_fn = nn.SiLU()
+        if norm:
+            self.post_expert_norm = nn.LayerNorm(16)
 
     def _apply_gate(self, x):
         gate, up = x.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
+    def multiply(self, name, number, state):
+        matrix = getattr(self, name)[number]
+        y = (matrix.T if self.is_transposed else matrix) @ state
+        return y + getattr(self, f"{name}_bias")[number] if self.has_bias else y
+
     def forward(self, hidden_states, top_k_index, top_k_weights):
         out = torch.zeros_like(hidden_states)
         for i, state in enumerate(hidden_states):
             for number, weight in zip(top_k_index[i], top_k_weights[i], strict=True):
-                first = (self.gate_up_proj if self.has_gate else self.up_proj)[number] @ state
-                out[i] += weight * (
-                    self.down_proj[number] @ (self._apply_gate(first) if self.has_gate else self.act_fn(first))
-                )
+                first = self.multiply(self.first, number, state)
+                y = self.multiply("down_proj", number, (self._apply_gate if self.has_gate else self.act_fn)(first))
+                out[i] += weight * (self.post_expert_norm(y) if self.has_post_expert_norm else y)
         return out
+
+
+MARKS = {
+    "plain": {},
+    "no_gate": {"gate": False},
+    "transposed": {"transposed": True},
+    "bias": {"bias": True},
+    "norm": {"norm": True},
+    "all": {"transposed": True, "bias": True, "norm": True},
+    "all_no_gate": {"gate": False, "transposed": True, "bias": True},
+}
 
 
 def calls(n=6):
@@ -152,10 +179,10 @@ def calls(n=6):
     return torch.randn(n, 16), torch.rand(n, 4).topk(2).indices, torch.rand(n, 2)
 
 
-@pytest.mark.parametrize("gate", [True, False])
-def test_layers(gate, tmp_path):
-    model = nn.Sequential(Mixture(gate))
-    assert is_experts(model[0]) and weight_names(model[0]) == (("gate_up_proj" if gate else "up_proj"), "down_proj")
+@pytest.mark.parametrize("marks", MARKS.values(), ids=MARKS)
+def test_layers(marks, tmp_path):
+    model = nn.Sequential(Mixture(**marks))
+    assert is_experts(model[0]) and weight_names(model[0]) == (model[0].first, "down_proj")
     recipe = dybit.Recipe(weights=4, group_size=8)
     quantized = dybit.quantize_(copy.deepcopy(model), recipe)
     assert list(quantized_layers(quantized)) == ["0"]
@@ -164,23 +191,16 @@ def test_layers(gate, tmp_path):
     x, index, weights = calls()
     assert torch.equal(quantized[0](x, index, torch.zeros(6, 4).scatter(1, index, weights)), y)
     dybit.save(quantized, tmp_path / "out")
-    assert torch.equal(dybit.load(tmp_path / "out", nn.Sequential(Mixture(gate)))[0](*calls()), y)
+    assert torch.equal(dybit.load(tmp_path / "out", nn.Sequential(Mixture(**marks)))[0](*calls()), y)
     compiled = torch.compile(quantized[0], fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (6, 9):
         assert torch.allclose(compiled(*calls(n)), quantized[0](*calls(n)), atol=1e-6)
 
 
-@pytest.mark.parametrize("mark", ["is_transposed", "has_bias", "has_post_expert_norm"])
-def test_experts_of_another_kind_are_kept(mark):
-    other = Mixture()
-    setattr(other, mark, True)
-    model = nn.Sequential(other, nn.Linear(4, 4))
-    assert list(quantized_layers(dybit.quantize_(model, dybit.Recipe(weights=4)))) == ["1"]
-
-
+@pytest.mark.parametrize("marks", [{}, MARKS["all"]], ids=["plain", "all"])
 @pytest.mark.parametrize("activations", [None, 8])
-def test_training(activations):
-    model = nn.Sequential(Mixture(), nn.Linear(16, 16))
+def test_training(activations, marks):
+    model = nn.Sequential(Mixture(**marks), nn.Linear(16, 16))
     recipe = dybit.Recipe(weights=4, activations=activations, activation_mode="dynamic")
     dybit.prepare_qat_(model, recipe)
     y = model[0](*calls())

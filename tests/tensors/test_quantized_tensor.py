@@ -191,7 +191,11 @@ def test_matrices_of_experts():
     assert "row_dims" not in TensorSpec("dybit4", (3, 5, 16)).to_dict()
     flat = quantize(weight.view(15, 16), TensorSpec("dybit4spare", (15, 16), "group", 8))
     assert torch.equal(quantize(weight, spec).dequantize(), flat.dequantize().view(3, 5, 16))
-    for fields in ({"row_dims": 2, "shape": (3, 5)}, {"row_dims": 3}, {"row_dims": 2, "transposed": 1}):
+    turned = TensorSpec("dybit4spare", (3, 16, 5), "group", 8, row_dims=2, transposed=1)
+    assert (turned.rows, turned.columns) == (15, 16) and TensorSpec.from_dict(turned.to_dict()) == turned
+    assert torch.equal(quantize(weight.mT, turned).dequantize().mT, flat.dequantize().view(3, 5, 16))
+    assert torch.equal(quantize(weight.mT, turned).packed.flatten(), flat.packed.flatten())
+    for fields in ({"row_dims": 2, "shape": (3, 5)}, {"row_dims": 3}, {"row_dims": 2, "transposed": 3}):
         with pytest.raises(DyBitError, match="row_dims must be 1, or 2 for a weight of three dimensions"):
             TensorSpec(**{"family": "dybit4", "shape": (3, 5, 16), **fields})
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from dybit.kernels import extension
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
+from dybit.layers.experts import run_experts
 from dybit.layers.input_spec import InputSpec
-from dybit.layers.kinds import expert_activation, expert_weights
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import MadeWeights, is_plain, recur, recur_once
 from dybit.operators.conv import conv
 from dybit.operators.embedding import embedding
-from dybit.operators.experts import experts, mix
+from dybit.operators.experts import experts
 from dybit.operators.linear import linear
 from dybit.operators.prepared_linear import Operands, Ready
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -156,19 +156,15 @@ class QuantizedAttention(Quantized):
 class QuantizedExperts(Quantized):
     """The experts of a mixture, all in one module: only those that are hit are multiplied, each with its rows."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers' experts: (tokens, hidden), and the experts of every token with their weights."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """As transformers' experts."""
         spec = self.input_spec
         rounding = (spec.format, spec.reach or 1.0, spec.group_size or 0) if spec else ("", 1.0, 0)
-        up, down = (self.quantized_tensor(name) for name in expert_weights(self))
-        return mix(
-            lambda x, expert: experts(x, expert, up, *rounding),
-            expert_activation(self),
-            lambda x, expert: experts(x, expert, down, *rounding),
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-        )
+
+        def product(name: str, x: Tensor, expert: Tensor) -> Tensor:
+            return experts(x, expert, self.quantized_tensor(name), *rounding)
+
+        return run_experts(self, product, *args, **kwargs)
 
 
 def is_convolution(module: nn.Module) -> bool:

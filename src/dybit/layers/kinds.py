@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, cast
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
@@ -28,14 +28,31 @@ TABLES = (nn.Embedding, nn.EmbeddingBag)
 SUPPORTED = (nn.Linear, *TABLES, nn.MultiheadAttention, *CONVOLUTIONS, *TRANSPOSED)
 
 
-def expert_weights(module: nn.Module) -> tuple[str, str]:
+# Experts of transformers that are not marked as such (see is_experts), by the name of their class: how they are called.
+_EXPERT_CLASSES = {"Llama4TextExperts": "sorted", "JetMoeParallelExperts": "counted", "Step3p7Experts": "routed"}
+
+
+def named_experts(cls: type) -> str | None:
+    """How experts of a class that transformers does not mark are called; None for other classes."""
+    own = (c.__name__ for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
+    return next((_EXPERT_CLASSES[name] for name in own if name in _EXPERT_CLASSES), None)
+
+
+def expert_kind(module: nn.Module) -> str:
+    """How a module of experts is called.
+
+    ``routed`` experts are given tokens, and the experts of every token with their weights; ``sorted`` ones as many
+    tokens for each, one expert after the other; ``counted`` ones tokens in the order of the experts, and how many each
+    has.
+    """
+    return named_experts(type(module)) or "routed"
+
+
+def expert_weights(module: nn.Module) -> tuple[str, ...]:
     """The names of the weights of a module of experts, in the order in which they are used."""
+    if expert_kind(module) == "counted":
+        return ("weight",)
     return EXPERTS[0 if getattr(module, "has_gate", True) else 1], EXPERTS[2]
-
-
-def expert_activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What lies between the two products of a module of experts."""
-    return cast(Callable[[Tensor], Tensor], module._apply_gate if getattr(module, "has_gate", True) else module.act_fn)
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
@@ -61,20 +78,24 @@ def is_embedding(module: nn.Module) -> bool:
 def inner_weights(module: nn.Module) -> tuple[str, ...]:
     """The weights that multiply what a layer makes itself, where calibration does not look: states, hidden features."""
     if is_experts(module):
-        return (EXPERTS[2],)
+        return expert_weights(module)[1:]
     outer = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
     return tuple(name for name in weight_names(module) if name not in outer) if isinstance(module, RECURRENT) else ()
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module is experts of transformers 5: matrices (out, in) stacked in parameters of three dimensions.
+def has_dynamic_inputs(module: nn.Module) -> bool:
+    """Whether inputs of a layer can only have dynamic scales: it makes some itself, or has an operator of its own."""
+    return is_experts(module) or isinstance(module, RECURRENT)
 
-    Transformers marks classes whose forward its other implementations can stand in for; so can ours. Experts with
-    biases, with norms of their own or with transposed matrices are not supported.
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is experts of transformers 5: matrices (out, in) or (in, out) stacked in parameters.
+
+    Transformers marks classes whose forward its other implementations can stand in for; so can ours.
     """
     marks = vars(module)
-    plain = (marks.get("is_transposed"), marks.get("has_bias"), marks.get("has_post_expert_norm", False))
-    if any(mark is not False for mark in plain) or not hasattr(module, "_apply_gate"):
+    marked = isinstance(marks.get("is_transposed"), bool) and isinstance(marks.get("has_bias"), bool)
+    if not (marked and hasattr(module, "_apply_gate")) and named_experts(type(module)) is None:
         return False
     held = [module._buffers.get(name, module._parameters.get(name)) for name in expert_weights(module)]
     return all(tensor is not None and tensor.ndim == (3 if tensor.is_floating_point() else 4) for tensor in held)
@@ -105,12 +126,14 @@ def channels(module: nn.Module, name: str = "weight") -> int:
     """The channels of the input that a weight multiplies."""
     weight = getattr(module, name)
     if is_experts(module):
-        return int(weight.shape[2])
+        return int(weight.shape[1 if transposed(module) else 2])
     return int(weight.shape[0]) if transposed(module) else int(weight.shape[1]) * channel_groups(module)
 
 
 def transposed(module: nn.Module) -> int:
     """0, or the channel groups of a weight that counts input channels first (see ``TensorSpec``)."""
+    if is_experts(module):
+        return int(getattr(module, "is_transposed", expert_kind(module) == "sorted"))
     return module.groups if isinstance(module, TRANSPOSED) else int(_is_conv1d(module))
 
 

@@ -19,7 +19,7 @@ from dybit.layers.forwards import (
     QuantizedRecurrent,
 )
 from dybit.layers.input_spec import InputSpec
-from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, named_conv1d, weight_names
+from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, named_conv1d, named_experts, weight_names
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import forget_weights_, list_weights_
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -103,7 +103,7 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
         mixin = QuantizedBag
     elif issubclass(cls, RECURRENT):
         mixin = QuantizedRecurrent
-    elif set(names) & set(EXPERTS):
+    elif names and (named_experts(cls) or set(names) & set(EXPERTS)):
         mixin = QuantizedExperts
 
     def reader(name: str) -> property:

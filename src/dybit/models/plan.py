@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.kinds import inner_weights, is_embedding, layout, weight_names
+from dybit.layers.kinds import has_dynamic_inputs, is_embedding, layout, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.models.coverage import unsupported
 from dybit.recipe import LayerRecipe, Recipe
@@ -75,7 +75,7 @@ def _usable(name: str, module: nn.Module, recipe: LayerRecipe) -> bool:
     if is_embedding(module) and getattr(module, "max_norm", None) is not None:
         warnings.warn(f"layer {name!r} keeps floating point: max_norm changes its weights", DyBitWarning, stacklevel=4)
         return False
-    inputs_alone = recipe.activations is not None and not (is_embedding(module) or inner_weights(module))
+    inputs_alone = recipe.activations is not None and not (is_embedding(module) or has_dynamic_inputs(module))
     return recipe.weights is not None or inputs_alone
 
 

@@ -360,7 +360,7 @@ class _Run:
         whole = count == spec.rows
         row = 0 if whole else stored.nbytes // _rows(stored, job)
         data = _read(files[stored.file], stored, piece.start * row, count * row or stored.nbytes)
-        part = spec if whole else replace(spec, shape=(count, *spec.shape[spec.row_dims :]), row_dims=1)
+        part = spec if whole else _part(spec, count)
         weight = torch.frombuffer(data, dtype=_TYPES[stored.dtype]).view(part.shape)
         try:
             codes, error = quantize_judged(weight, part, method=job.method, percentile=job.percentile)
@@ -392,9 +392,20 @@ def _rows(stored: Stored, job: Job) -> int:
     return math.prod(stored.shape) // job.spec.columns
 
 
+def _part(spec: TensorSpec, rows: int) -> TensorSpec:
+    """How some rows of a weight are stored, as a weight of their own."""
+    if spec.transposed:  # experts: whole matrices
+        return replace(spec, shape=(rows // spec.shape[2], *spec.shape[1:]))
+    return replace(spec, shape=(rows, *spec.shape[spec.row_dims :]), row_dims=1)
+
+
 def _in_one(spec: TensorSpec) -> bool:
     """Whether a weight has to be quantized as a whole."""
-    return "tensor" in (spec.granularity, spec.choice) or spec.scale == "e4m3" or bool(spec.transposed)
+    return (
+        "tensor" in (spec.granularity, spec.choice)
+        or spec.scale == "e4m3"
+        or bool(spec.transposed and spec.row_dims == 1)
+    )
 
 
 def _check_parts(source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str]) -> None:
@@ -454,7 +465,8 @@ def _pieces(source: Mapping[str, Stored], jobs: Mapping[str, Job]) -> Iterator[_
         if _in_one(spec):
             yield _Piece(key, 0, spec.rows)
         else:
-            yield from _cut(key, _rows(stored, jobs[key]), max(8, _PIECE // spec.columns // 8 * 8))
+            least = math.lcm(8, spec.shape[2]) if spec.transposed else 8
+            yield from _cut(key, _rows(stored, jobs[key]), max(1, _PIECE // spec.columns // least) * least)
 
 
 def _cut(key: str, count: int, step: int) -> Iterator[_Piece]:

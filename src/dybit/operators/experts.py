@@ -19,8 +19,9 @@ from dybit.operators.linear import Cache, _unwatched, linear, read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 # x (n, columns) of any floating type; expert (n,), integers; weight … tensor_scale as QuantizedTensor stores them, spec
-# being TensorSpec.key, of shape (experts, rows, columns). input_format is empty for inputs that are kept, else they are
-# rounded at dynamic scales of reach and input_group_size (0: a row). Returns (n, rows) of the type of x.
+# being TensorSpec.key, of shape (experts, rows, columns) or, transposed, (experts, columns, rows). input_format is
+# empty for inputs that are kept, else they are rounded at dynamic scales of reach and input_group_size (0: a row).
+# Returns (n, rows) of the type of x.
 SCHEMA = (
     "(Tensor x, Tensor expert, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, "
     "str spec, str input_format, float reach, int input_group_size) -> Tensor"
@@ -124,17 +125,18 @@ def _gradient(
     parts = matrices(QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale))
 
     def multiply(number: int, rows: Tensor) -> Tensor:
-        return rows @ parts[number].dequantize(grad.dtype)
+        return rows @ parts[number].spec.to_matrix(parts[number].dequantize(grad.dtype))
 
     return _by_expert(grad, expert, len(parts), parts[0].spec.columns, multiply)
 
 
 def _shape(x: Tensor, expert: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401  # as the operator
-    return x.new_empty(x.shape[0], read_spec(rest[4]).shape[1])
+    spec = read_spec(rest[4])
+    return x.new_empty(x.shape[0], spec.rows // spec.shape[0])
 
 
 def _gradient_shape(grad: Tensor, expert: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401  # as the operator
-    return grad.new_empty(grad.shape[0], read_spec(rest[4]).shape[2])
+    return grad.new_empty(grad.shape[0], read_spec(rest[4]).columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
@@ -170,7 +172,7 @@ def experts(
     Args:
         x: Floating point of shape (n, columns).
         expert: Integers of shape (n,); a number that is no expert's gives a row of zeros.
-        weight: Of shape (experts, rows, columns), with ``row_dims=2``.
+        weight: Of shape (experts, rows, columns) or, transposed, (experts, columns, rows), with ``row_dims=2``.
         input_format: Name of a single format, or empty to keep the inputs as they are.
         reach: The largest magnitude of an input is scaled to this value.
         input_group_size: Columns that share a scale; 0 for all.

@@ -15,10 +15,11 @@ from torch.nn import functional
 
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
+from dybit.layers.experts import run_experts
 from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
-from dybit.layers.kinds import RECURRENT, expert_activation, expert_weights, weight_names
+from dybit.layers.kinds import EXPERTS, RECURRENT, named_experts, transposed, weight_names
 from dybit.layers.recurrent import MadeWeights, forget_weights_, is_plain, list_weights_, recur, recur_once
-from dybit.operators.experts import mix, multiply_by_torch
+from dybit.operators.experts import multiply_by_torch
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -111,18 +112,16 @@ class _PreparedAttention(Prepared):
 class _PreparedExperts(Prepared):
     """The experts of a mixture; where inputs are rounded, so are those of the second product, inside."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """As transformers' experts."""
         self.count_pass()
-        up, down = (getattr(self, name) for name in expert_weights(self))  # rounded once
-        return mix(
-            lambda x, expert: multiply_by_torch(self.round_input(x), expert, up),
-            expert_activation(self),
-            lambda x, expert: multiply_by_torch(self.round_input(x), expert, down),
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-        )
+        weights = {name: getattr(self, name) for name in self.prepared_weights}  # rounded once
+
+        def product(name: str, x: Tensor, expert: Tensor) -> Tensor:
+            weight = weights[name].mT if transposed(self) else weights[name]
+            return multiply_by_torch(self.round_input(x), expert, weight)
+
+        return run_experts(self, product, *args, **kwargs)
 
 
 class _PreparedRecurrent(MadeWeights, Prepared):
@@ -222,7 +221,7 @@ def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         mixin = _PreparedAttention
     elif issubclass(cls, RECURRENT):
         mixin = _PreparedRecurrent
-    elif "down_proj" in names:
+    elif named_experts(cls) or set(names) & set(EXPERTS):
         mixin = _PreparedExperts
 
     def reader(name: str) -> property:

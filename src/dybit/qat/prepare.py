@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.kinds import inner_weights, is_embedding
+from dybit.layers.kinds import has_dynamic_inputs, is_embedding
 from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.layers.swap import swap_, unswap_
 from dybit.models.running import Progress
@@ -156,7 +156,7 @@ def _prepare_layer_(
         quantizers[name] = known[key]
     spec = layer.input_spec
     static = None
-    kept = is_embedding(layer) or inner_weights(layer)  # the latter's inputs are dynamic
+    kept = is_embedding(layer) or has_dynamic_inputs(layer)  # the latter's inputs are dynamic
     if recipe.activations is not None and recipe.activation_mode == "static" and not kept:
         static = InputQuantizer(recipe, schedule, learned)
         if spec is not None and spec.mode == "static":

@@ -39,7 +39,7 @@ class TensorSpec:
         transposed: 0 where the first dimension of the weight counts output channels; else the number of channel groups
             of a weight of shape (in, out / groups, …), as transposed convolutions and transformers' ``Conv1D`` have.
         row_dims: How many dimensions, counted from the first, number output channels: 1, or 2 for the matrices of
-            several experts in one weight of shape (experts, out, in).
+            several experts in one weight of shape (experts, out, in), with ``transposed=1`` (experts, in, out).
         members: How many of the family's codebooks, from the first, choices number: fewer than there are where an
             earlier dybit, whose family was smaller, stored the weight. 0 for all, to which that number itself turns.
 
@@ -98,13 +98,15 @@ class TensorSpec:
             raise DyBitError(f"transposed must be an integer of at least 0, not {self.transposed!r}")
         if self.transposed and self.shape[0] % self.transposed:
             raise DyBitError(f"transposed={self.transposed} does not divide the first dimension of shape {self.shape}")
-        stacked = self.row_dims == 2 and len(self.shape) == 3 and not self.transposed
+        stacked = self.row_dims == 2 and len(self.shape) == 3 and self.transposed <= 1
         if not isinstance(self.row_dims, int) or not (stacked or self.row_dims == 1):
             raise DyBitError(
-                f"row_dims must be 1, or 2 for a weight of three dimensions that is not transposed, not "
+                f"row_dims must be 1, or 2 for a weight of three dimensions and no channel groups, not "
                 f"{self.row_dims!r} with shape {self.shape} and transposed={self.transposed}"
             )
-        rows = self.shape[1] * self.transposed if self.transposed else math.prod(self.shape[: self.row_dims])
+        rows = math.prod(self.shape[: self.row_dims])
+        if self.transposed:
+            rows = self.shape[0] * self.shape[2] if stacked else self.shape[1] * self.transposed
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "columns", math.prod(self.shape) // self.rows)
 
@@ -182,6 +184,8 @@ class TensorSpec:
         """Reshapes the floating-point weight to (rows, columns); a view where it can be one."""
         if not self.transposed:
             return weight.reshape(self.rows, self.columns)
+        if self.row_dims == 2:
+            return weight.transpose(1, 2).reshape(self.rows, self.columns)
         by_group: Tensor = weight.unflatten(0, (self.transposed, -1))
         return by_group.transpose(1, 2).reshape(self.rows, self.columns)
 
@@ -189,6 +193,8 @@ class TensorSpec:
         """The inverse of :meth:`to_matrix`."""
         if not self.transposed:
             return matrix.view(self.shape)
+        if self.row_dims == 2:
+            return matrix.view(self.shape[0], self.shape[2], self.shape[1]).transpose(1, 2).contiguous()
         rest = (self.shape[0] // self.transposed, *self.shape[2:])
         # Contiguous, since the layout decides in which order a matrix product adds up.
         return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape).contiguous()

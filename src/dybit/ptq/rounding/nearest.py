@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.input_spec import InputSpec
-from dybit.layers.kinds import channel_groups, channels, inner_weights, is_embedding, layout, weight_names
+from dybit.layers.kinds import (
+    channel_groups,
+    channels,
+    has_dynamic_inputs,
+    inner_weights,
+    is_embedding,
+    layout,
+    weight_names,
+)
 from dybit.layers.swap import swap_
 from dybit.models.calibration import InputStatistics, calibrate, choose_dynamic_input, choose_input
 from dybit.models.plan import Plan, Ties, weight_spec
@@ -155,7 +163,7 @@ def layer_input(
     families = recipe.activation_families
     if families is None or is_embedding(module):
         return None, None, None
-    if inner_weights(module):
+    if has_dynamic_inputs(module):
         return choose_dynamic_input(seen, families[0], recipe.activation_group_size), None, None
     if recipe.activation_mode == "dynamic":
         family = families[0]

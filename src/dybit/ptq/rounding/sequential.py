@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
-from dybit.layers.kinds import inner_weights, is_embedding, layout, weight_names
+from dybit.layers.kinds import has_dynamic_inputs, is_embedding, layout, weight_names
 from dybit.models.calibration import InputStatistics
 from dybit.models.plan import Plan, Ties, weight_spec
 from dybit.models.running import Progress, evaluating, observing, run_batch
@@ -150,7 +150,7 @@ class _Run:
 
 
 def _is_target(plan: Plan) -> bool:
-    kept = is_embedding(plan.module) or inner_weights(plan.module)  # these are rounded to the nearest
+    kept = is_embedding(plan.module) or has_dynamic_inputs(plan.module)  # these are rounded to the nearest
     return plan.recipe.weight_family is not None and not kept
 
 
