@@ -280,8 +280,6 @@ std::vector<InputKind> kinds_of(const Rounding& r) {
   return kinds;
 }
 
-size_t size_of(InputKind kind) { return kind == InputKind::kFloat ? 4 : kind == InputKind::kSigned16 ? 2 : 1; }
-
 void roundings() {
   for (int m = 1; m <= 8; ++m)
     for (int r = 1; r <= m; ++r)
@@ -302,9 +300,9 @@ void roundings() {
             for (int row = 0; row < rows; ++row)
               for (int c = channels; c < from_stride; ++c) from[row * from_stride + c] = 0;
             if (nan) from[below(channels)] = NAN;
-            std::vector<uint8_t> image(rows * padded * size_of(kind), 99);
+            std::vector<uint8_t> image(rows * padded * element_bytes(kind), 99);
             std::vector<uint8_t*> images;
-            for (int row = 0; row < rows; ++row) images.push_back(image.data() + row * padded * size_of(kind));
+            for (int row = 0; row < rows; ++row) images.push_back(image.data() + row * padded * element_bytes(kind));
             const FinishTask task{from.data(), from_stride, bool(below(2)), adds ? addend.data() : nullptr,
                                   more ? y.data() : nullptr, stride, below(2) ? -INFINITY : 0.0f,
                                   below(2) ? INFINITY : 2.0f, &rounding, kind, images.data(), channels, padded};
@@ -318,7 +316,7 @@ void roundings() {
           });
           for (InputKind to : {InputKind::kSigned16, InputKind::kFloat})
             compare("convert", [&](const Kernels& set) {
-              std::vector<uint8_t> some(count * size_of(kind)), out(count * size_of(to));
+              std::vector<uint8_t> some(count * element_bytes(kind)), out(count * element_bytes(to));
               set.codes->significands(rounding, kind, finite.data(), count, some.data());
               set.codes->convert(kind, some.data(), count, to, out.data());
               return out;
@@ -329,7 +327,7 @@ void roundings() {
           for (const auto* source : {&x, &finite})
             compare("significands of " + std::to_string(m) + " bits, runs up to " + std::to_string(r),
                     [&](const Kernels& set) {
-                      std::vector<uint8_t> out(count * size_of(kind) + 1);
+                      std::vector<uint8_t> out(count * element_bytes(kind) + 1);
                       out.back() = set.codes->significands(rounding, kind, source->data(), count, out.data());
                       return out;
                     });
@@ -377,27 +375,30 @@ void convolutions() {
     const bool depthwise = i % 3 == 2;
     const int groups = depthwise ? 1 : between(1, 2), channels = groups * one_of({1, 3, 8, 16, 32, 37});
     const int outputs = one_of({1, 5, 16, 33}), batch = between(1, 2);
-    const Extent size{1, between(4, 9), between(4, 9)}, kernel{1, one_of({1, 3}), one_of({1, 3})};
-    const Extent stride{1, between(1, 2), between(1, 2)}, dilation{1, 1, kernel[2] == 3 && below(3) == 0 ? 2 : 1};
-    const Extent before{0, kernel[1] / 2, kernel[2] / 2};
+    const bool flat = below(2);  // one or two dimensions
+    const Extent size{flat ? 1 : between(3, 5), between(4, 9), between(4, 9)};
+    const Extent kernel{flat ? 1 : between(1, 3), one_of({1, 3}), one_of({1, 3})};
+    const Extent stride{between(1, 2), between(1, 2), between(1, 2)};
+    const Extent dilation{1, 1, kernel[2] == 3 && below(3) == 0 ? 2 : 1};
+    const Extent before{kernel[0] / 2, kernel[1] / 2, kernel[2] / 2};
     const ConvGeometry geometry{kernel, stride, dilation, before, before, channels, depthwise ? channels : groups,
                                 !depthwise && below(4) == 0};
     const InputFormat formats[] = {kInputs[1], kInputs[5], kInputs[3], kInputs[6]};
     InputFormat format = formats[below(4)];
-    const int columns = kernel[1] * kernel[2] * channels / groups;
+    const int taps = int(volume(kernel)), columns = taps * channels / groups;
     format.group_size = columns;
     std::vector<WeightCase> weights;
     const int largest = one_of({16, 16, 127});
     for (int g = 0; g < groups; ++g)
       weights.emplace_back(4, outputs, columns, columns, largest, WeightCase::kRandom);
-    std::vector<float> x = numbers(int64_t(batch) * size[1] * size[2] * channels);
+    std::vector<float> x = numbers(batch * volume(size) * channels);
     for (float& value : x) value = std::clamp(value, -5.0f, 5.0f);
     const int all = depthwise ? channels : outputs * groups;
-    std::vector<float> bias = numbers(all), scales(channels), significands(kernel[1] * kernel[2] * channels);
+    std::vector<float> bias = numbers(all), scales(channels), significands(taps * channels);
     for (auto& value : scales) value = std::fabs(uniform());
     for (auto& value : significands) value = float(between(-16, 16));
     const Extent places = geometry.output(size);
-    const int64_t count = int64_t(batch) * places[1] * places[2] * all;
+    const int64_t count = batch * volume(places) * all;
     const float scale_of_inputs = 0.04f;
     const bool fixed = below(2), fused = below(2), stores = below(2);
     const std::vector<float> addend = numbers(count);
@@ -413,8 +414,8 @@ void convolutions() {
       for (const WeightCase& w : weights) pointers.push_back(&held.emplace_back(w.portable(), format, set));
       const InputKind kind = held[0].kind();
       const InputKind to = InputKind::kUnsigned8;
-      std::vector<uint8_t> data(size_of(kind) * batch * (size[1] + 2) * (size[2] + 2) * channels);
-      std::vector<uint8_t> results(size_t(batch) * places[1] * places[2] * (all + 5), 99);
+      std::vector<uint8_t> data(element_bytes(kind) * batch * volume(geometry.padded(size)) * channels);
+      std::vector<uint8_t> results(batch * volume(places) * (all + 5), 99);
       const Image image{data.data(), kind, before, before, channels, channels};
       const Image result{results.data(), to, {}, {}, all, all + 5};
       const Rounding rounding{format.magnitude_bits, format.max_run, format.is_signed, false, 1.0f,

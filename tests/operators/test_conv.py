@@ -5,7 +5,20 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from convolutions import (
+    DEPTH_ONE,
+    DEPTH_THREE,
+    FAMILIES,
+    INPUT_FORMATS,
+    LAST,
+    alike,
+    assert_near,
+    expected,
+    geometries,
+    on_every_set,
+    rounded,
+)
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -120,6 +133,11 @@ CASES = {
     "multiplier": ((1, 4, 6, 6), (8, 1, 3, 3), {"groups": 4}),
     "line": ((2, 8, 15), (6, 8, 3), {"stride": (2,), "padding": [1, 0]}),
     "depthwise_line": ((2, 8, 15), (8, 1, 3), {"groups": 8, "padding": [1, 1]}),
+    "depthwise_volume": (
+        (1, 20, 4, 6, 5),
+        (20, 1, 2, 3, 3),
+        {"groups": 20, "padding": [1, 0, 1, 1, 1, 1], "stride": (2, 1, 1)},
+    ),
     "volume": ((1, 4, 5, 4, 6), (5, 4, 2, 3, 2), {"padding": [1, 0, 1, 1, 0, 0]}),
 }
 INPUTS = {
@@ -203,15 +221,17 @@ def test_nothing_and_one(name):
 def test_threads_give_the_same_bits():
     x, weight, bias, options = case("stem")
     x = torch.randn(3, 3, 60, 60)
-    alone = torch.randn(2, 20, 60, 60)
+    alone, volumes = torch.randn(2, 20, 60, 60), torch.randn(2, 20, 6, 30, 30)
     _, deep, deep_bias, deep_options = case("depthwise")
+    _, thick, thick_bias, thick_options = case("depthwise_volume")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             results.append(
                 (conv(x, weight, bias, **options, **INPUTS["int8"]),
-                 conv(alone, deep, deep_bias, **deep_options, **INPUTS["dynamic"]))
+                 conv(alone, deep, deep_bias, **deep_options, **INPUTS["dynamic"]),
+                 conv(volumes, thick, thick_bias, **thick_options, **INPUTS["dynamic"]))
             )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -320,3 +340,101 @@ def test_groups_that_need_different_significands():
         input_scale=torch.tensor([0.03]),
     )
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+@settings(max_examples=150)
+@given(
+    geometries(),
+    st.sampled_from(FAMILIES),
+    st.sampled_from(["channel", "group"]),
+    st.sampled_from(INPUT_FORMATS),
+    st.sampled_from(["static", "offset", "dynamic"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+@example(DEPTH_ONE, "dybit8", "channel", "s8r1", "dynamic", True, False, 0)
+@example(DEPTH_THREE, "dybit4", "channel", "int8", "static", False, True, 0)
+def test_convolutions_are_those_of_the_values(geometry, family, granularity, name, mode, has_bias, last, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x_shape, shape, *options = geometry
+    spec = TensorSpec(family, shape, granularity, 8 if granularity == "group" else None, choice=granularity)
+    weight = quantize(torch.randn(shape, generator=generator), spec, method="absmax")
+    bias = torch.randn(shape[0], generator=generator) if has_bias else None
+    x = torch.randn(x_shape, generator=generator)
+    if last and x.ndim > 3:
+        x = x.to(memory_format=LAST[x.ndim - 2])
+    scale = None if mode == "dynamic" else torch.tensor([0.03])
+    offset = torch.tensor([-1.3]) if mode == "offset" else None
+    reach = 1.5
+    given_options = dict(zip(("stride", "padding", "dilation", "groups"), options, strict=True))
+    results = on_every_set(
+        lambda: (conv(x, weight, bias, **given_options, input_format=name, input_scale=scale, input_offset=offset,
+                      reach=reach),),
+        alike(weight, options[-1]),
+    )  # fmt: skip
+    exact, magnitude = expected(rounded(x, name, scale, offset, reach), weight.dequantize(), bias, *options)
+    for (found,) in results:
+        assert_near(found, exact, magnitude)
+
+
+LAYERS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+
+
+@st.composite
+def modules(draw):
+    """A convolution layer of any kind, and a shape for its input."""
+    x_shape, shape, stride, padding, dilation, groups = draw(geometries())
+    rank = len(stride)
+    transposed = draw(st.booleans())
+    mode = "zeros" if transposed else draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    given_padding = tuple(min(padding[2 * i], padding[2 * i + 1]) for i in range(rank))
+    if not transposed and draw(st.booleans()):
+        given_padding, stride = "same", (1,) * rank
+    size = tuple(n + 5 for n in x_shape[2:])  # reflections need inputs larger than the border
+    layer = LAYERS[rank][transposed](
+        x_shape[1], shape[0], shape[2:], stride, given_padding, dilation=dilation, groups=groups, padding_mode=mode
+    )
+    return layer.eval(), (max(1, x_shape[0]), x_shape[1], *size)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=50)
+@given(modules(), st.integers(2, 8), st.sampled_from(["static", "dynamic"]), st.booleans())
+def test_modules_are_those_of_the_values(made, bits, mode, last):
+    plain, shape = made
+    x, kind = torch.randn(shape), type(plain)
+    recipe = Recipe(weights=bits, activations=8, activation_mode=mode)
+    (layer,) = quantize_(nn.Sequential(plain), recipe, calibration=[x])
+    if last and x.ndim > 3:
+        x = x.to(memory_format=LAST[x.ndim - 2])
+    with torch.no_grad():
+        found = layer(x)
+    again = kind(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, dilation=layer.dilation,
+        groups=layer.groups, padding_mode=layer.padding_mode,
+    ).double()  # fmt: skip
+    spec = layer.input_spec
+    values = rounded(x, spec.format, layer._buffers.get("input_scale"), layer._buffers.get("input_offset"), spec.reach)
+    with torch.no_grad():
+        again.weight.copy_(layer.weight)
+        again.bias.copy_(layer.bias)
+        exact = again(values)
+        again.weight.abs_(), again.bias.abs_()
+        assert_near(found, exact, again(values.abs()))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(2, 5), (1, 1), (0, 5)])
+def test_inputs_smaller_than_the_kernel_are_refused(groups, size):
+    weight = quantize(torch.randn(4, 4 // groups, 3, 3), TensorSpec("dybit4", (4, 4 // groups, 3, 3)))
+    options = {"stride": (1, 1), "padding": (0,) * 4, "dilation": (1, 1), "groups": groups}
+    with pytest.raises(DyBitError, match=r"x must be at least as large as the kernel, which covers \[3, 3\]"):
+        conv(torch.randn(1, 4, *size), weight, **options, **INPUTS["static"])
+
+
+def test_empty_samples_are_refused():
+    weight = quantize(torch.randn(4, 4, 1, 1), TensorSpec("dybit4", (4, 4, 1, 1)))
+    options = {"stride": (1, 1), "padding": (1,) * 4, "dilation": (1, 1)}
+    with pytest.raises(DyBitError, match=r"x must have no empty dimension besides the batch, but has size \[0, 5\]"):
+        conv(torch.ones(1, 4, 0, 5), weight, **options, **INPUTS["static"])

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from convolutions import (
+    DEPTH_ONE,
+    DEPTH_THREE,
+    FAMILIES,
+    INPUT_FORMATS,
+    alike,
+    assert_near,
+    expected,
+    geometries,
+    on_every_set,
+    rounded,
+)
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dybit.errors import DyBitError
@@ -204,3 +216,61 @@ def test_bad_arguments_are_named(place, value, message):
     given[place] = value
     with pytest.raises(DyBitError, match=message):
         conv_image(*given)
+
+
+@settings(max_examples=100)
+@given(
+    geometries(),
+    st.sampled_from(FAMILIES),
+    st.sampled_from(INPUT_FORMATS[:-1]),
+    st.sampled_from(["", *INPUT_FORMATS[:-1]]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+@example(DEPTH_ONE, "dybit8", "s8r1", "u8r3", False, True, 0)
+@example(DEPTH_THREE, "dybit4", "int8", "s8", True, False, 0)
+def test_convolutions_of_images_are_those_of_the_values(geometry, family, name, out_name, has_offset, adds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x_shape, shape, stride, padding, dilation, groups = geometry
+    weight = quantize(torch.randn(shape, generator=generator), TensorSpec(family, shape, "channel", choice="channel"))
+    bias, x = torch.randn(shape[0], generator=generator), torch.randn(x_shape, generator=generator)
+    scale, out_scale = torch.tensor([0.03]), torch.tensor([0.11])
+    offset = torch.tensor([-1.3]) if has_offset and not any(padding) else None
+    extra = torch.randint(0, 2, (len(padding),), generator=generator).tolist()
+    border = padding if offset is not None else tuple(a + b for a, b in zip(padding, extra, strict=True))
+    exact, magnitude = expected(
+        rounded(x, name, scale, offset, 1.0), weight.dequantize(), bias, stride, padding, dilation, groups
+    )
+    addend = torch.randn(exact.shape, generator=generator) if adds else None
+    made, out = ImageFormat(name, border), ImageFormat(out_name, border)
+    results = on_every_set(
+        lambda: conv_image(
+            round_image(x, scale, offset, made), addend, weight, bias, scale, offset,
+            out_scale if out_name else None, None, stride, padding, dilation, groups, name, border,
+            -INFINITY, 4.0, True, out_name, border if out_name else (),
+        ),
+        alike(weight, groups),
+    )  # fmt: skip
+    if addend is not None:
+        exact, magnitude = exact + addend, magnitude + addend.abs()
+    for found, image in results:
+        assert_near(found, exact.clamp(max=4.0), magnitude)
+        if out_name:
+            assert torch.equal(image, round_image(found, out_scale, None, out))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(2, 5), (1, 1)])
+def test_images_smaller_than_the_kernel_are_refused(groups, size):
+    weight = quantize(torch.randn(4, 4 // groups, 3, 3), TensorSpec("dybit4", (4, 4 // groups, 3, 3)))
+    geometry, scale, none = ((1, 1), (0,) * 4, (1, 1), groups), torch.tensor([0.1]), (0,) * 4
+    image = round_image(torch.randn(1, 4, *size), scale, None, ImageFormat("int8", none))
+    options = (*geometry, "int8", none, -INFINITY, INFINITY, True, "", ())
+    with pytest.raises(DyBitError, match="x must be at least as large as the kernel"):
+        conv_image(image, None, weight, None, scale, None, None, None, *options)
+
+
+def test_the_image_of_an_empty_sample_is_its_border():
+    image = round_image(torch.ones(1, 4, 0, 5), torch.tensor([0.1]), None, ImageFormat("int8", (1,) * 4))
+    assert image.shape == (1, 2, 7, 4) and not image.any()
