@@ -7,73 +7,11 @@ from helpers import numpy_round, numpy_round_dynamic
 from torch.library import opcheck
 
 from dybit.formats import catalogue, packing
-from dybit.formats.codebook import Table
-from dybit.formats.format import variants
 from dybit.kernels import code_operators
+from kernels import BOOKS
 
-BOOKS = {
-    book.name: book
-    for bits in range(2, 9)
-    for signed in (True, False)
-    for family in catalogue.families(bits, signed)
-    for book in family.books
-}
-BOOKS |= {book.name: book for bits in range(2, 9) for signed in (True, False) for book in variants(bits, signed)}
-BOOKS |= {"wide": Table("wide", [0.0, 2.0**-120, 1.0, 2.0**100]), "inexact": Table("inexact", [-0.7, 0.1, 0.3, np.pi])}
 OPS = torch.ops.dybit
 ONE = torch.ones(1)
-
-
-def hostile(book):
-    """Random numbers, every level and midpoint with their neighbours, the extremes of float32."""
-    generator = np.random.default_rng(0)
-    top = float(np.abs(book.levels).max())
-    random = (generator.standard_normal(500) * top / 2).astype(np.float32)
-    points = np.concatenate((book.levels, book.midpoints)).astype(np.float32)
-    info = np.finfo(np.float32)
-    ends = np.array([0, -0.0, info.smallest_subnormal, -info.smallest_subnormal, info.tiny, -info.tiny], np.float32)
-    far = np.array([info.max, -info.max, np.inf, -np.inf, top * 1.5, -top * 1.5], np.float32)
-    below, above = np.nextafter(points, np.float32(-np.inf)), np.nextafter(points, np.float32(np.inf))
-    return np.concatenate((random, points, below, above, ends, -ends, far))
-
-
-@pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS)
-def test_lookup_equals_the_oracle(book):
-    x = hostile(book)
-    table = code_operators.Lookup(book, torch.device("cpu"))
-    codes = book.encode(x)
-    given = torch.from_numpy(x)
-    assert np.array_equal(table.encode(given).numpy(), codes)
-    assert np.array_equal(table.round(given).numpy(), book.values[codes].astype(np.float32))
-    assert np.array_equal(table.levels.numpy()[table.nearest(given).numpy()], book.values[codes].astype(np.float32))
-
-
-@pytest.mark.parametrize("name", ["s4", "nf4"])
-def test_lookup_takes_any_layout(name):
-    book = BOOKS[name]
-    table = code_operators.lookup(book, torch.device("cpu"))
-    assert table is code_operators.lookup(book, torch.device("cpu"))
-    x = torch.randn(6, 4, 2)
-    for view in (x, x.permute(2, 0, 1), x[::2, 1:], x[:1].expand(3, 4, 2), x[:0], torch.tensor(0.3)):
-        assert np.array_equal(table.encode(view).numpy(), book.encode(view.numpy()))
-        assert table.round(view).shape == view.shape
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("group_size", [None, 1, 3, 8, 32, 100])
-def test_packing_equals_the_portable_one(bits, group_size):
-    for count in (1, 7, 8, 9, 33, 64, 100):
-        codes = np.random.default_rng(count).integers(0, 1 << bits, (3, count)).astype(np.uint8)
-        packed = code_operators.pack(torch.from_numpy(codes), bits, group_size)
-        assert np.array_equal(packed.numpy(), packing.pack(codes, bits, group_size))
-        assert np.array_equal(code_operators.unpack(packed, count, bits, group_size).numpy(), codes)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
-def test_packing_nothing(shape):
-    packed = code_operators.pack(torch.zeros(shape, dtype=torch.uint8), 3, 2)
-    assert packed.shape == (shape[0], packing.packed_size(shape[1], 3, 2))
-    assert code_operators.unpack(packed, shape[1], 3, 2).shape == shape
 
 
 @pytest.mark.parametrize("family", ["dybit2", "dybit3", "dybit4", "dybit5plain", "int6asym", "s7", "dybit8", "nf4"])

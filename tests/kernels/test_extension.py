@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from dybit.errors import DyBitError
 from dybit.kernels import extension
@@ -70,29 +69,3 @@ def test_rates_for_benchmarks():
             assert abs(two - 2 * one) <= 2
     finally:
         extension.use(before)
-
-
-def test_addresses():
-    x = torch.arange(12, dtype=torch.float32).view(3, 4)
-    assert extension.address("x", x, torch.float32, (3, 4)) == x.data_ptr()
-    assert extension.address("x", x[1:], torch.float32, (2, 4)) == x.data_ptr() + 16
-    assert extension.address("bias", None, torch.float32, (3, 4)) == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (torch.ones(3, 4, dtype=torch.float64), r"torch.float64 of shape \(3, 4\) on cpu"),
-        (torch.ones(3, 4, dtype=torch.int32), "torch.int32 of shape"),
-        (torch.ones(4, 3), r"torch.float32 of shape \(4, 3\)"),
-        (torch.ones(12), r"torch.float32 of shape \(12,\)"),
-        (torch.ones(4, 3).T, r"torch.float32 of shape \(3, 4\)"),
-        (torch.ones(3, 4, device="meta"), r"torch.float32 of shape \(3, 4\) on meta"),
-    ],
-    ids=["dtype", "integers", "shape", "rank", "strides", "device"],
-)
-def test_what_has_no_address(given, said):
-    with pytest.raises(
-        DyBitError, match=r"y must be a contiguous float32 tensor of shape \(3, 4\) on the CPU, not " + said
-    ):
-        extension.address("y", given, torch.float32, (3, 4))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dybit.formats import catalogue
-from dybit.tensors.coarse_search import coarse_errors, coarse_starts, coarse_table, reaches, scale_has_sign
+from dybit.tensors.coarse_search import coarse_starts, coarse_table, reaches, scale_has_sign
 
 CPU = torch.device("cpu")
 
@@ -22,13 +22,13 @@ def exact_errors(x, book, scales):
 @pytest.mark.parametrize("name", ["dybit4", "nf3", "int4asym", "s2mid", "u5"])
 def test_errors_of_the_table_are_close_to_exact_ones(name):
     family = catalogue.family(name)
-    table, scales, owners, _ = coarse_table(family.books, CPU, False)
+    table, scales = coarse_table(family.books, CPU)
     x = torch.randn(12, 400)
     x /= x.abs().amax(1, keepdim=True)
-    found = coarse_errors(x, None, table, False).double().numpy()
-    weighted = coarse_errors(x, torch.full_like(x, 3.0), table, False).double().numpy()
-    pooled = coarse_errors(x, None, table, True).numpy()
-    for book, (first, last) in list(zip(family.books, owners, strict=True))[::4]:
+    found = table.errors(x, None, False).double().numpy()
+    weighted = table.errors(x, torch.full_like(x, 3.0), False).double().numpy()
+    pooled = table.errors(x, None, True).numpy()
+    for book, (first, last) in list(zip(family.books, table.owners, strict=True))[::4]:
         exact = exact_errors(x, book, scales[first:last].double().numpy())
         assert found[:, first:last] == pytest.approx(exact, rel=0.25, abs=2e-3)
         assert pooled[0, first:last] == pytest.approx(exact.sum(0), rel=0.05, abs=1e-2)

@@ -10,9 +10,6 @@ import os
 from functools import cache
 from types import ModuleType
 
-import torch
-from torch import Tensor
-
 from dybit.errors import DyBitError
 
 FALLBACK = "torch"
@@ -54,31 +51,6 @@ def available() -> tuple[str, ...]:
     """The paths that can run on this machine, each checked against the scalar one at load; the last is the fastest."""
     extension = load()
     return (FALLBACK, *(extension.available() if extension else ()))
-
-
-def address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Returns the address of a tensor's memory for the extension, which cannot see types and sizes itself.
-
-    Args:
-        name: What the error message calls the tensor.
-        tensor: The tensor, which must live as long as the extension uses the address, or None.
-        dtype: The type that the extension expects.
-        shape: The shape that the extension expects.
-
-    Returns:
-        The address; 0 for None.
-
-    Raises:
-        DyBitError: The tensor has another type or shape, is not contiguous, or is not on the CPU.
-    """
-    if tensor is None:
-        return 0
-    if tensor.dtype is dtype and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous():
-        return tensor.data_ptr()
-    raise DyBitError(
-        f"{name} must be a contiguous {str(dtype).removeprefix('torch.')} tensor of shape {tuple(shape)} on the CPU, "
-        f"not {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
-    )
 
 
 def read_all(address: int, count: int, threads: int) -> None:

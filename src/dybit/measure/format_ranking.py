@@ -16,7 +16,7 @@ from dybit.errors import DyBitError
 from dybit.formats import lloyd_max
 from dybit.formats.codebook import Codebook, Family, Table
 from dybit.formats.scaling import SCALE_BITS, ScaleType
-from dybit.kernels.code_operators import lookup
+from dybit.kernels.lookup import lookup
 from dybit.tensors.scale_search import Scales, choose_scales
 
 _BOUND_WEIGHTS = 1 << 21  # that the bound is fitted to

@@ -19,7 +19,7 @@ from dybit.formats import catalogue
 from dybit.formats.codebook import Family
 from dybit.formats.scaling import Granularity
 from dybit.interchange.imported import Imported
-from dybit.kernels.code_operators import pack
+from dybit.kernels.packed_codes import pack
 from dybit.onnx.graph import Array
 from dybit.onnx.weights import MICROSOFT
 from dybit.safe_files import check_regular

@@ -8,7 +8,7 @@ import torch
 
 from dybit.formats import catalogue
 from dybit.formats.codebook import Codebook
-from dybit.kernels.code_operators import grid, lookup
+from dybit.kernels.lookup import grid, lookup
 from dybit.layers.kinds import channel_dim
 from dybit.layers.quantized import Quantized
 from dybit.onnx.graph import Builder

@@ -17,8 +17,9 @@ from torch import Tensor
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.kernels import extension
-from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic, pack
-from dybit.kernels.extension import address
+from dybit.kernels.arguments import address
+from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
+from dybit.kernels.packed_codes import pack
 from dybit.operators import packed_weight
 from dybit.operators.linear import Cache, no_view, read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor

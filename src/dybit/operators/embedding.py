@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dybit.kernels import codes
-from dybit.kernels.code_operators import dequantize, unpack
+from dybit.kernels.codes import decode
+from dybit.kernels.packed_codes import unpack
 from dybit.operators.linear import read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
@@ -37,10 +37,7 @@ def _embedding(
         by_row = QuantizedTensor(table, packed, weight_scale.index_select(0, rows), weight_choice, tensor_scale)
     scale, choice = by_row.scales(), _choices(by_row, rows)
     chosen = packed.index_select(0, rows)
-    size = table.group_size or 0
-    out = codes.decode(chosen, scale, choice, table.formats.books, table.columns, size or None)
-    if out is None:
-        out = dequantize(chosen, scale, choice, table.family, table.columns, table.bits, size)
+    out = decode(chosen, scale, choice, table.formats.books, table.columns, table.group_size)
     return out.view(*index.shape, table.columns)
 
 

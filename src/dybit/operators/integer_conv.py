@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.kernels import extension
+from dybit.kernels.arguments import address
 from dybit.kernels.code_operators import fake_quantize
-from dybit.kernels.extension import address
 from dybit.operators import packed_weight
 from dybit.operators.conv import Packed, convolve, extents, output_size, pack_conv
 from dybit.operators.linear import Cache, read_spec

@@ -18,8 +18,9 @@ from dybit.formats.codebook import Codebook
 from dybit.formats.format import Format, variants
 from dybit.formats.scaling import Granularity
 from dybit.kernels import extension
-from dybit.kernels.code_operators import pack
-from dybit.kernels.extension import FALLBACK, address, available, isa, use
+from dybit.kernels.arguments import address
+from dybit.kernels.extension import FALLBACK, available, isa, use
+from dybit.kernels.packed_codes import pack
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 __all__ = [

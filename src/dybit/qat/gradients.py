@@ -30,77 +30,22 @@ from torch.nn import functional
 
 from dybit.formats import catalogue
 from dybit.formats.codebook import Codebook
-from dybit.kernels import codes
-from dybit.kernels.code_operators import fake_quantize, grid, lookup
+from dybit.kernels import rounding
+from dybit.kernels.code_operators import fake_quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
 
-class FamilyTable:
-    """The codebooks of a family as tensors, to round at once what uses different ones.
-
-    Args:
-        name: Name of the family.
-        device: Where the tensors live.
-
-    Attributes:
-        ends: The lowest and the highest level of every codebook: float32 of shape (books, 2).
-        factors: Of the gradient of a logarithm, likewise: float32 of shape (books, 1).
-    """
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.books = catalogue.family(name).books
-        ends = np.array([(book.levels[0], book.levels[-1]) for book in self.books])
-        self.ends = torch.tensor(ends, dtype=torch.float32, device=device)
-        factors = [[learning_factor(book)] for book in self.books]
-        self.factors = torch.tensor(factors, dtype=torch.float32, device=device)
-        self._unit, self._limit = grid(np.concatenate([book.midpoints for book in self.books]))
-        if self._unit:
-            # Entry 2k is the point k · unit, entry 2k+1 the open interval above it, in which no midpoint lies.
-            steps = torch.arange(-2 * self._limit, 2 * self._limit + 1, dtype=torch.float32, device=device)
-            points = steps * (self._unit / 2)
-            self._size = len(points)
-            self._values = torch.cat([lookup(book, device).round(points) for book in self.books])
-
-    def round(self, x: Tensor, choice: Tensor) -> Tensor:
-        """Returns the nearest level of each element.
-
-        Args:
-            x: float32 of shape (units, length), without NaN.
-            choice: The codebook of every unit, integers of shape (units, 1).
-        """
-        if self._unit:
-            position = (x * (1.0 / self._unit)).clamp_(-self._limit, self._limit)
-            index = position.floor().add_(position.ceil_()).add_(2 * self._limit).to(torch.int32)
-            index += choice.to(torch.int32) * self._size
-            return self._values.index_select(0, index.reshape(-1)).view(x.shape)
-        result = torch.empty_like(x)
-        for place, book in enumerate(self.books):
-            rows = (choice == place).view(-1).nonzero().view(-1)
-            if len(rows):
-                result[rows] = lookup(book, x.device).round(x[rows])
-        return result
-
-
 @lru_cache(maxsize=256)
-def family_table(name: str, device: torch.device) -> FamilyTable:
-    """Returns the cached :class:`FamilyTable` of a family on a device."""
-    return FamilyTable(name, device)
-
-
-def _plain_round(x: Tensor, scale: Tensor, choice: Tensor, family: str) -> Tensor:
-    """Rounds units of several codebooks, float32 of shape (units, length), in plain torch; NaN stays NaN."""
-    ratio = x / scale
-    unknown = torch.isnan(ratio)
-    value = family_table(family, x.device).round(ratio.masked_fill_(unknown, 0.0), choice)
-    return value.mul_(scale).masked_fill_(unknown, math.nan)
+def learning_factors(books: tuple[Codebook, ...], device: torch.device) -> Tensor:
+    """Returns :func:`learning_factor` of some codebooks: float32 of shape (books, 1)."""
+    return torch.tensor([[learning_factor(book)] for book in books], dtype=torch.float32, device=device)
 
 
 def _round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) -> Tensor:
     """``torch.ops.dybit.fake_quantize``, past the dispatcher where nobody traces: half the time, on small layers."""
-    done = None
     if _callable_directly(x):
-        done = codes.fake_quantize(x, scale, offset, catalogue.family(format).books[0])
-    return cast(Tensor, fake_quantize(x, scale, offset, format)) if done is None else done
+        return rounding.fake_quantize(x, scale, offset, catalogue.family(format).books[0])
+    return cast(Tensor, fake_quantize(x, scale, offset, format))
 
 
 def _callable_directly(x: Tensor) -> bool:
@@ -179,9 +124,7 @@ class _RoundWeight(torch.autograd.Function):
             rounded = _round(x, scale, None, family)
         else:
             choice = choice.view(-1, 1)
-            direct = _callable_directly(x)
-            done = codes.round_chosen(x, scale, choice, catalogue.family(family).books) if direct else None
-            rounded = _plain_round(x, scale, choice, family) if done is None else done
+            rounded = rounding.round_chosen(x, scale, choice, catalogue.family(family).books)
         ctx.save_for_backward(weight, rounded, scale, chosen, choice)
         ctx.layout = layout
         return layout.join(rounded, weight)
@@ -191,20 +134,13 @@ class _RoundWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         weight, rounded, scale, chosen, choice = ctx.saved_tensors
         layout = ctx.layout
-        table = family_table(layout.spec.family, weight.device)
-        index = None if choice is None else choice.view(-1).to(torch.int32)
+        books = catalogue.family(layout.spec.family).books
         x, grad = layout.split(weight), layout.split(grad)
-        done = codes.pass_through(x, grad, rounded, scale, table.ends, choice) if _callable_directly(grad) else None
-        if done is None:
-            low, high = (table.ends if index is None else table.ends.index_select(0, index)).split(1, dim=1)
-            ratio = x / scale
-            x_grad = torch.where((ratio >= low).logical_and_(ratio <= high), grad, 0.0)
-            slope = (grad * rounded).addcmul_(x_grad, x, value=-1).sum(1, keepdim=True)
-        else:
-            x_grad, slope = done
+        x_grad, slope = rounding.pass_through(x, grad, rounded, scale, books, choice)
         log_grad = None
         if ctx.needs_input_grad[1]:  # slope is s · ∂L/∂s
-            factor = table.factors if index is None else table.factors.index_select(0, index)
+            factors = learning_factors(books, weight.device)
+            factor = factors if choice is None else factors.index_select(0, choice.view(-1).to(torch.int32))
             constant = factor / (chosen.view(-1, 1).square() * math.sqrt(x.shape[1]))
             log_grad = slope.mul_(constant).view(chosen.shape)
         return layout.join(x_grad, weight), log_grad, None, None, None, None
@@ -253,41 +189,16 @@ class _RoundInput(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, rounded, scale, chosen, offset = ctx.saved_tensors
-        shared = math.sqrt(max(1, x.numel() // max(1, len(x))))  # the features of a sample share the scale
-        if offset is None and (done := _pass_samples(x, grad, rounded, scale, ctx.format)) is not None:
-            x_grad, slope = done
-            constant = family_table(ctx.format, x.device).factors[0] / (chosen.square() * shared)
-            return x_grad, slope.mul_(constant) if ctx.needs_input_grad[1] else None, None, None, None, None, None
         book = catalogue.family(ctx.format).books[0]
-        s, b, o = float(scale), float(chosen), 0.0 if offset is None else float(offset)
-        low, high = sorted(np.float32(level * s + o) for level in (book.levels[0], book.levels[-1]))
-        # It keeps what is strictly between its bounds.
-        below, above = float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
-        x_grad = torch.ops.aten.hardtanh_backward(grad, x, below, above)
+        shared = math.sqrt(max(1, x.numel() // max(1, len(x))))  # the features of a sample share the scale
+        x_grad, slope, clipped = rounding.pass_through_whole(x, grad, rounded, scale, offset, book)
         log_grad = shift_grad = None
-        clipped = float(grad.sum(dtype=torch.float32) - x_grad.sum(dtype=torch.float32)) if offset is not None else 0.0
-        if ctx.needs_input_grad[1]:
-            slope = _dot(grad, rounded) - _dot(x_grad, x) - o * clipped  # s · ∂L/∂s
-            log_grad = (slope * (learning_factor(book) / b / b / shared)).view(1)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[1]:  # slope is s · ∂L/∂s
+            log_grad = slope.mul_(learning_factors((book,), x.device)[0] / (chosen.square() * shared))
+        if ctx.needs_input_grad[2] and clipped is not None:
             # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
-            shift_grad = torch.full_like(scale, clipped * learning_factor(book) * spacing(book) / b / shared)
+            shift_grad = clipped * (learning_factor(book) * spacing(book) / (chosen * shared))
         return x_grad, log_grad, shift_grad, None, None, None, None
-
-
-def _pass_samples(x: Tensor, grad: Tensor, rounded: Tensor, scale: Tensor, format: str) -> tuple[Tensor, Tensor] | None:
-    """``pass_through`` for an input of one scale, and the sum over all; None where it would copy."""
-    plain = x.dtype == torch.float32 and x.ndim > 1 and x.is_contiguous() and grad.is_contiguous()
-    if not plain or x.numel() == 0 or not _callable_directly(grad):
-        return None
-    rows = len(x)
-    x2, grad2, rounded2 = (tensor.view(rows, -1) for tensor in (x, grad, rounded))
-    done = codes.pass_through(x2, grad2, rounded2, scale.view(1, 1), family_table(format, x.device).ends, None)
-    return None if done is None else (done[0].view(x.shape), done[1].sum(0))
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
 
 
 def round_input(

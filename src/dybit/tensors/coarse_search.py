@@ -2,8 +2,7 @@
 
 The squared error of a pair depends on an element only through the cell of a fine grid in which the element lies. So the
 errors of all pairs are sums of rows of a table made in advance. The kernels multiply the table by a unit's histogram;
-plain torch sums its rows by ``embedding_bag``. They add up in different orders, so that they may choose differently
-between two scales that are as good as equal. The kernels of all instruction sets choose alike.
+plain torch sums its rows by ``embedding_bag`` (:mod:`dybit.kernels.scale_errors`).
 """
 
 from __future__ import annotations
@@ -16,11 +15,8 @@ import torch
 from torch import Tensor
 
 from dybit.formats.codebook import Codebook
-from dybit.kernels import codes, extension
-from dybit.kernels.code_operators import lookup
-from dybit.kernels.extension import FALLBACK
-
-Chunks = list[tuple[Tensor, Tensor | None]]  # elements (segments, length), and the importance of each or None
+from dybit.kernels.rounding import fake_quantize
+from dybit.kernels.scale_errors import Chunks, CoarseTable
 
 _CELLS = 512  # cells of the grid on either side of zero, spaced as squares: finest near zero
 _SCALE_STEP = 1.035  # ratio of neighbouring scales
@@ -43,18 +39,9 @@ def coarse_starts(books: tuple[Codebook, ...], chunks: Chunks, pooled: bool) -> 
         For every codebook, float32 of shape (units, starts).
     """
     device, length = chunks[0][0].device, chunks[0][0].shape[1]
-    table, scales, owners, compiled = coarse_table(books, device, extension.isa() != FALLBACK)
+    table, scales = coarse_table(books, device)
     short = not pooled and length <= _SHORT
-    best = 2 if short else 1
-    if compiled is not None:
-        pairs = compiled.search_all(chunks, best) if pooled else compiled.search(*chunks[0], best)
-        chosen = list(scales[pairs.long()].unbind(1))
-    else:
-        errors = torch.stack([coarse_errors(x, h, table, pooled) for x, h in chunks]).sum(0)
-        chosen = [
-            scales[first:last][errors[:, first:last].topk(min(best, last - first), dim=1, largest=False).indices]
-            for first, last in owners
-        ]
+    chosen = scales[table.search(chunks, pooled, 2 if short else 1).long()].unbind(1)
     factors = scales.new_tensor(_FINE_FACTORS)
     return [
         (start[:, :, None] * factors).flatten(1) if short and len(book.levels) > _MANY_LEVELS else start[:, :1]
@@ -62,34 +49,13 @@ def coarse_starts(books: tuple[Codebook, ...], chunks: Chunks, pooled: bool) -> 
     ]
 
 
-def coarse_errors(x: Tensor, h: Tensor | None, table: Tensor, pooled: bool) -> Tensor:
-    """Returns the errors of all pairs in plain torch: (units, pairs), or (1, pairs) where all is one unit.
-
-    Args:
-        x: Elements of magnitude 1 at most, of shape (units, length).
-        h: Their importance, of the same shape, or None.
-        table: As :func:`coarse_table` returns it.
-        pooled: Whether all is one unit.
-    """
-    cell = (x.sign() * x.abs().sqrt_()).mul_(_CELLS).floor_().add_(_CELLS).clamp_(0, 2 * _CELLS - 1)
-    sums = torch.nn.functional.embedding_bag(cell.to(torch.int32), table, mode="sum", per_sample_weights=h)
-    return sums.sum(0, keepdim=True, dtype=torch.float64) if pooled else sums
-
-
 @lru_cache(maxsize=64)
-def coarse_table(
-    books: tuple[Codebook, ...], device: torch.device, compiled: bool
-) -> tuple[Tensor, Tensor, list[tuple[int, int]], codes.Coarse | None]:
-    """Returns the mean squared error by cell and by pair of codebook and scale.
+def coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[CoarseTable, Tensor]:
+    """Returns the mean squared errors by cell and by pair of codebook and scale, and the scale of every pair.
 
     Args:
         books: The codebooks.
         device: Where the table lives.
-        compiled: Whether to make the table for the kernels, too.
-
-    Returns:
-        The table, float32 of shape (2 · cells, pairs); the scale of every pair; the range of pairs of every codebook;
-        and the table for the kernels, or None.
     """
     edge = torch.arange(2 * _CELLS, dtype=torch.float64, device="cpu") - _CELLS
     inside = (edge[:, None] + (edge.new_tensor(range(6)) + 0.5) / 6) / _CELLS
@@ -103,12 +69,8 @@ def coarse_table(
         owners.append((first, len(scales)))
         tried = x.new_tensor(scales[first:])[:, None, None]
         many = x.expand(len(tried), *x.shape)
-        rounded = codes.fake_quantize(many, tried, None, book)
-        if rounded is None:
-            rounded = lookup(book, device).round(many / tried) * tried
-        columns.append((x - rounded).square_().mean(2).T)
-    whole = torch.cat(columns, dim=1).contiguous()
-    return whole, x.new_tensor(scales), owners, codes.coarse(whole, owners) if compiled else None
+        columns.append((x - fake_quantize(many, tried, None, book)).square_().mean(2).T)
+    return CoarseTable(torch.cat(columns, dim=1), owners), x.new_tensor(scales)
 
 
 def _coarse_scales(book: Codebook) -> list[float]:

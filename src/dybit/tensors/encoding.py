@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.formats.scaling import Method
-from dybit.kernels import codes
-from dybit.kernels.code_operators import lookup, pack, spans
+from dybit.kernels.codes import encode
+from dybit.kernels.packed_codes import pack, spans
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 from dybit.tensors.scale_search import Scales, choose_scales, largest_of_groups
 from dybit.tensors.scale_types import E4M3_SPAN, largest_scale, store_scales
@@ -72,15 +72,7 @@ def quantize_judged(
 
 def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:
     """Rounds a matrix (rows, columns) to the nearest codes at given scales and packs it."""
-    packed = codes.encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
-    if packed is None:
-        step = max(1, (1 << 20) // spec.columns)
-        packed = torch.cat(
-            [
-                pack(_encode_rows(matrix, spec, scales, start, start + step), spec.bits, spec.group_size)
-                for start in range(0, spec.rows, step)
-            ]
-        )
+    packed = encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
     return _assemble(packed, spec, scales)
 
 
@@ -103,27 +95,6 @@ def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTens
         choice,
         tensor_scale,
     )
-
-
-def _encode_rows(matrix: Tensor, spec: TensorSpec, scales: Scales, start: int, stop: int) -> Tensor:
-    """The codes of some rows: uint8 of shape (rows, columns)."""
-    x = matrix[start:stop].float()
-    scale = unit_rows(_some(scales.scale, start, stop), spec)
-    ratio = x / scale
-    books = spec.formats.books
-    if scales.choice is None:
-        return lookup(books[0], x.device).encode(ratio)
-    choice = unit_rows(_some(scales.choice, start, stop), spec).expand(x.shape)
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    for index in torch.unique(choice).tolist():
-        chosen = choice == index
-        codes[chosen] = lookup(books[index], x.device).encode(ratio[chosen])
-    return codes
-
-
-def _some(units: Tensor, start: int, stop: int) -> Tensor:
-    """The entries of some rows; a single row serves all."""
-    return units if units.shape[0] == 1 else units[start:stop]
 
 
 def unit_rows(units: Tensor, spec: TensorSpec) -> Tensor:

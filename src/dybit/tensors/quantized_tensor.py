@@ -16,7 +16,8 @@ from dybit.formats import catalogue
 from dybit.formats.codebook import Family
 from dybit.formats.packing import packed_size
 from dybit.formats.scaling import GRANULARITIES, SCALE_TYPES, Granularity, ScaleType
-from dybit.kernels.code_operators import dequantize, unpack
+from dybit.kernels.code_operators import dequantize
+from dybit.kernels.packed_codes import unpack
 from dybit.tensors.scale_types import SCALE_DTYPES, read_scales
 
 _MAX_ELEMENTS = 1 << 40

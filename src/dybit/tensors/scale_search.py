@@ -20,9 +20,9 @@ from torch import Tensor
 from dybit.errors import DyBitError
 from dybit.formats.codebook import Codebook, Family
 from dybit.formats.scaling import GRANULARITIES, METHODS, Granularity, Method, ScaleType
-from dybit.kernels import codes
-from dybit.kernels.code_operators import lookup, spans
-from dybit.tensors.coarse_search import Chunks, coarse_starts, reaches, scale_has_sign
+from dybit.kernels.packed_codes import spans
+from dybit.kernels.scale_errors import Chunks, fit
+from dybit.tensors.coarse_search import coarse_starts, reaches, scale_has_sign
 from dybit.tensors.scale_types import TINIEST, e4m3_factor, largest_scale, normal_numbers, scale_candidates
 
 _TOP_ROWS = 16  # that say how large E4M3 scales have to be
@@ -290,19 +290,8 @@ def _sums(chunks: Chunks, book: Codebook, scale: Tensor, pooled: bool) -> Tensor
     Returns:
         float64 of shape (3, units): the sums of the squared error, of value · x and of value², all weighted.
     """
-    table = lookup(book, scale.device)
-    totals = []
-    for x, h in chunks:
-        sums = codes.fit(book, x, h, scale)
-        if sums is None:
-            value = table.round(x / scale)
-            residual = torch.addcmul(x, value, scale, value=-1)
-            weighted = value if h is None else value * h
-            residual_h = residual if h is None else residual * h
-            sums = torch.stack([(residual_h * residual).sum(1), (weighted * x).sum(1), (weighted * value).sum(1)])
-            sums = sums.double()
-        totals.append(sums.sum(1, keepdim=True) if pooled else sums)
-    return torch.stack(totals).sum(0) if pooled else totals[0]
+    totals = [fit(book, x, h, scale) for x, h in chunks]
+    return torch.stack([sums.sum(1, keepdim=True) for sums in totals]).sum(0) if pooled else totals[0]
 
 
 def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:

@@ -8,7 +8,7 @@ from helpers import numpy_codes, numpy_units
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
-from dybit.kernels.code_operators import pack
+from dybit.kernels.packed_codes import pack
 from dybit.ptq.rounding.gptq import Settings, factorize, gptq
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec

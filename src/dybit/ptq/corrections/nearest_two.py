@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dybit.kernels.code_operators import lookup
+from dybit.kernels.lookup import lookup
 from dybit.tensors.encoding import unit_rows
 from dybit.tensors.quantized_tensor import QuantizedTensor
 

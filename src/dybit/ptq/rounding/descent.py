@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dybit.kernels.code_operators import spans
+from dybit.kernels.packed_codes import spans
 from dybit.ptq.rounding.elements import Elements
 from dybit.tensors.scale_types import scale_candidates
 
