@@ -345,7 +345,7 @@ def run_case(
     own = statistics.median(times["dybit"])
     reading = size / rates[0] / 1e6
     slower = {"": 4, "s8": 2, "u8": 2}.get(inputs, 1)
-    known = rates[1] and (inputs or packed_weight.isa() != "amx")
+    known = rates[1] and (inputs or extension.isa() != "amx")
     computing = m * outputs * 4096 / rates[1] / 1e6 * slower if known else 0
     floor = f"{max(reading, computing) / own:.0%} of {'reading' if reading > computing else 'computing'}"
     return {"ms": own, "fp32_ms": statistics.median(times["fp32"]), **ratios, "floor": floor}
@@ -357,7 +357,7 @@ def main() -> None:
     reader.add_argument("--outputs", type=int, nargs="+", default=[4096], help="N of the layers; K is 4096")
     reader.add_argument("--only", nargs="+", default=[], help="names of the cases, such as W4A8; default: all")
     reader.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    reader.add_argument("--isa", nargs="+", default=[packed_weight.isa()])
+    reader.add_argument("--isa", nargs="+", default=[extension.isa()])
     reader.add_argument("--ggml", type=Path, help="where libggml-base and -cpu are, if not in llama-cpp-python")
     options = reader.parse_args()
     ggml = ggml_library(options.ggml)
@@ -376,7 +376,7 @@ def main() -> None:
             if not cases_left:
                 continue
             torch.set_num_threads(threads)
-            packed_weight.use(isa)
+            extension.use(isa)
             rates = bandwidth(), integer_peak()
             results.fact(
                 f"Rates, {isa}, threads: {threads}",

@@ -6,8 +6,8 @@ import transformers
 from torch._dynamo.testing import CompileCounter
 
 import dybit
+from dybit.kernels import extension
 from dybit.layers.quantized import quantized_layers
-from dybit.operators import packed_weight
 
 FIELDS = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "pad_token_id": 0}
 MODELS = {
@@ -92,7 +92,7 @@ def test_exported_programs_are_saved(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.skipif(packed_weight.isa() == packed_weight.FALLBACK, reason="needs a compiler")
+@pytest.mark.skipif(extension.isa() == extension.FALLBACK, reason="needs a compiler")
 def test_inductor_and_its_packages(tmp_path):
     model = Only(build("bert", "weights"))
     program = torch.export.export(

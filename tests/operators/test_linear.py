@@ -11,7 +11,7 @@ from torch import nn
 import dybit.operators.linear as module
 from dybit import Recipe, quantize_
 from dybit.errors import DyBitError
-from dybit.operators import packed_weight
+from dybit.kernels import extension
 from dybit.operators.linear import linear
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
@@ -150,7 +150,7 @@ def test_new_codes_are_seen_and_old_ones_are_let_go():
     count = len(module._cache)
     del other
     gc.collect()
-    assert len(module._cache) == count - (packed_weight.isa() != packed_weight.FALLBACK)
+    assert len(module._cache) == count - (extension.isa() != extension.FALLBACK)
 
 
 def test_formats_without_a_step_run_on_torch():

@@ -16,20 +16,21 @@ from hypothesis import strategies as st
 from dybit.errors import DyBitError
 from dybit.formats import catalogue, packing
 from dybit.formats.format import Format, variants
+from dybit.kernels import extension
 from dybit.operators import packed_weight
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
-ISAS = [name for name in packed_weight.available() if name != packed_weight.FALLBACK]
+ISAS = [name for name in extension.available() if name != extension.FALLBACK]
 needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 exact = settings(derandomize=True, deadline=None, max_examples=6)
 
 
 @pytest.fixture(autouse=True)
 def _restore_isa():
-    before = packed_weight.isa()
+    before = extension.isa()
     yield
     if before in ISAS:
-        packed_weight.use(before)
+        extension.use(before)
 
 
 def portable(codes, fmt, scale=1.0, group_size=None, family=None, choice=None):
@@ -53,7 +54,7 @@ def run_all(weight, inputs_name, x, group_size=0, **arguments):
     """The result of every instruction set, which must be one."""
     results = []
     for isa in ISAS:
-        packed_weight.use(isa)
+        extension.use(isa)
         packed = packed_weight.PackedWeight(weight, packed_weight.input_format(inputs_name), group_size)
         assert packed.isa == isa
         results.append(packed.linear(x, **arguments))
@@ -212,7 +213,7 @@ def test_unrounded_inputs(family, m):
     found = run_all(weight, "", x)
     torch.testing.assert_close(torch.from_numpy(found), x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
     for isa in ISAS:
-        packed_weight.use(isa)
+        extension.use(isa)
         packed = packed_weight.PackedWeight(weight, packed_weight.InputFormat())
         torch.testing.assert_close(packed.dequantize(), weight.dequantize(), rtol=0, atol=0)
 
@@ -275,7 +276,7 @@ def test_codes_whose_significands_need_16_bits_stay_bytes(bits):
     codes = np.tile(np.arange(1 << bits, dtype=np.uint8), (17, 1))
     for fmt in variants(bits):
         for isa in ISAS:
-            packed_weight.use(isa)
+            extension.use(isa)
             packed = packed_weight.PackedWeight(portable(codes, fmt), packed_weight.input_format("s8"))
             if fmt.max_significand <= 127:
                 assert packed.storage == packed_weight.Storage.BYTES

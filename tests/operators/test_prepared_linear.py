@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dybit
+from dybit.kernels import extension
 from dybit.operators import packed_weight
 from dybit.operators.linear import linear
 from dybit.operators.prepared_linear import Ready
@@ -64,14 +65,14 @@ def test_weights_that_change():
     assert torch.equal(module(x), y)
     module.__dict__.update({key: other.__dict__[key] for key in ("_buffers", "weight_specs")})
     assert torch.equal(module(x), slow(other, x) - other.bias + module.bias) or torch.allclose(module(x), other(x))
-    names, before = packed_weight.available()[1:], packed_weight.isa()
+    names, before = extension.available()[1:], extension.isa()
     try:
         for name in names:
-            packed_weight.use(name)
+            extension.use(name)
             assert torch.equal(module(x), slow(module, x))
     finally:
         if names:
-            packed_weight.use(before)
+            extension.use(before)
 
 
 @torch.no_grad()
@@ -114,14 +115,14 @@ def test_what_has_to_be_asked_for():
 
 @torch.no_grad()
 def test_the_scalar_kernels_leave_several_unrounded_rows_to_torch():
-    if "scalar" not in packed_weight.available():
+    if "scalar" not in extension.available():
         pytest.skip("no compiled kernels")
-    module, x, before = layer(), torch.randn(8, 64), packed_weight.isa()
+    module, x, before = layer(), torch.randn(8, 64), extension.isa()
     weight = module.quantized_tensor()
     try:
-        packed_weight.use("scalar")
+        extension.use("scalar")
         assert packed_weight.PackedWeight(weight, packed_weight.InputFormat()).most_rows == 1
         assert packed_weight.PackedWeight(weight, packed_weight.input_format("s8")).most_rows > 1000
         assert torch.equal(module(x), nn.functional.linear(x, weight.dequantize(), module.bias))
     finally:
-        packed_weight.use(before)
+        extension.use(before)

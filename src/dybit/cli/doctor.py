@@ -33,7 +33,7 @@ def doctor() -> None:
     import numpy
     import torch
 
-    from dybit.operators import packed_weight
+    from dybit.kernels import extension
 
     table = grid("what", "found")
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -46,11 +46,9 @@ def doctor() -> None:
     )
     table.add_row("threads", threads)
     table.add_row("instruction set", torch.backends.cpu.get_cpu_capability())
-    path = packed_weight.isa()
-    others = ", ".join(name for name in packed_weight.available() if name not in (path, packed_weight.FALLBACK))
-    said = (
-        "plain torch: no compiled extension is in use" if path == packed_weight.FALLBACK else f"{path} (also: {others})"
-    )
+    path = extension.isa()
+    others = ", ".join(name for name in extension.available() if name not in (path, extension.FALLBACK))
+    said = "plain torch: no compiled extension is in use" if path == extension.FALLBACK else f"{path} (also: {others})"
     table.add_row("kernels", said)
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dybit.operators import packed_weight
+from dybit.kernels import extension
 
 _LEAST_ROUNDS = 5
 
@@ -65,7 +65,7 @@ class Machine:
 
 def machine() -> Machine:
     """This machine as it runs now."""
-    return Machine(_cpu(), packed_weight.isa(), torch.get_num_threads(), torch.__version__)
+    return Machine(_cpu(), extension.isa(), torch.get_num_threads(), torch.__version__)
 
 
 @cache

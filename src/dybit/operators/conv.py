@@ -52,7 +52,7 @@ class Packed:
         channels: int,
         rows: int,
     ) -> None:
-        self.isa = packed_weight.isa()
+        self.isa = extension.isa()
         self.parts = parts  # kept alive: the extension has their addresses
         self.compiled = compiled  # the extension's own object
         self.channels, self.rows = channels, rows  # of inputs and of results

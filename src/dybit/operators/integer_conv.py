@@ -214,7 +214,7 @@ class Prepared:
         out_format: str = "",
         out_border: Sequence[int] = (),
     ) -> None:
-        self.shape, self.isa = shape, packed_weight.isa()
+        self.shape, self.isa = shape, extension.isa()
         self._parts = (weight, bias, scale, offset, out_scale, out_offset)
         self._made, borders, self._dtype = _format(format, tuple(border))
         if len(shape) != len(weight.spec.shape):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
+from dybit.kernels import extension
 from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
 from dybit.operators import packed_weight
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
@@ -51,13 +52,13 @@ class _Entry:
         self.parts = tuple(_nothing if part is None else weakref.ref(part) for part in _parts(weight))
         self.versions = _versions(weight)
         self.packed = packed
-        self.isa = packed_weight.isa()
+        self.isa = extension.isa()
 
     def fits(self, weight: QuantizedTensor) -> bool:
         """Whether it still is that weight: the same tensors, not written to since, packed for what runs now."""
         codes, scale, choice, tensor_scale = self.parts
         return (
-            self.isa == packed_weight.isa()
+            self.isa == extension.isa()
             and codes() is weight.packed
             and scale() is weight.scale
             and choice() is weight.choice
@@ -93,7 +94,7 @@ class Cache:
         entry = self._entries.get(whole)
         if entry is not None and entry.fits(weight):
             return entry.packed
-        if packed_weight.isa() == packed_weight.FALLBACK or weight.packed.device.type != "cpu":
+        if extension.isa() == extension.FALLBACK or weight.packed.device.type != "cpu":
             return None
         self._entries[whole] = _Entry(weight, packed := make())
         weakref.finalize(weight.packed, self._entries.pop, whole, None).atexit = False

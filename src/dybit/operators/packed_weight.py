@@ -19,28 +19,9 @@ from dybit.formats.format import Format, variants
 from dybit.formats.scaling import Granularity
 from dybit.kernels import extension
 from dybit.kernels.arguments import address
-from dybit.kernels.extension import FALLBACK, available, isa, use
 from dybit.kernels.packed_codes import pack
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
-__all__ = [
-    "ACTIVATIONS",
-    "FALLBACK",
-    "InputFormat",
-    "PackedWeight",
-    "Product",
-    "Storage",
-    "available",
-    "feed_forward",
-    "input_format",
-    "isa",
-    "max_significand",
-    "pack_choices",
-    "rows_of",
-    "significands",
-    "supports",
-    "use",
-]
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")  # as csrc/kernels.h numbers them
 _F32, _ONE = torch.float32, (1,)
 _MAX_BOOKS = 32

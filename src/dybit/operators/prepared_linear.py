@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dybit.kernels import extension
 from dybit.operators import packed_weight
 from dybit.operators.linear import _packed, _unwatched
 from dybit.operators.packed_weight import PackedWeight, Product
@@ -42,7 +43,7 @@ class Ready:
         self._parts = weight.packed, weight.scale, weight.choice, weight.tensor_scale
         # Tensors made in inference mode have no version; nor can they be written to outside of it.
         self._versions = [(part, part._version) for part in self._parts if part is not None and not part.is_inference()]
-        self._isa = packed_weight.isa()
+        self._isa = extension.isa()
         self._packed = _packed(weight, input_format, input_group_size)
         self._rows, self._columns, self._reach = weight.spec.rows, weight.spec.columns, reach
         self._most = self._packed.most_rows if self._packed else 0
@@ -55,7 +56,7 @@ class Ready:
         for part, version in self._versions:
             if part._version != version:
                 return False
-        return self._isa == packed_weight.isa()
+        return self._isa == extension.isa()
 
     def multiply(
         self,

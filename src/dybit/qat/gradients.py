@@ -195,9 +195,10 @@ class _RoundInput(torch.autograd.Function):
         log_grad = shift_grad = None
         if ctx.needs_input_grad[1]:  # slope is s · ∂L/∂s
             log_grad = slope.mul_(learning_factors((book,), x.device)[0] / (chosen.square() * shared))
-        if ctx.needs_input_grad[2] and clipped is not None:
+        if ctx.needs_input_grad[2]:
             # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
-            shift_grad = clipped * (learning_factor(book) * spacing(book) / (chosen * shared))
+            factor = learning_factor(book) * spacing(book) / (chosen * shared)
+            shift_grad = torch.zeros_like(scale) if clipped is None else clipped * factor
         return x_grad, log_grad, shift_grad, None, None, None, None
 
 

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from dybit.kernels import extension
 from dybit.layers.quantized import Quantized
-from dybit.operators import packed_weight
 from dybit.operators.integer_conv import ImageFormat, Prepared, conv_image, round_image
 from dybit.operators.linear import _unwatched
 
@@ -79,7 +79,7 @@ class FusedConv(nn.Module):
             image.shape == made.shape
             and all(a is b for a, b in zip(parts, before, strict=True))
             and versions == _versions(parts)
-            and made.isa == packed_weight.isa()
+            and made.isa == extension.isa()
         )
 
     def __getstate__(self) -> dict[str, Any]:
