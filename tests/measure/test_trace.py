@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from dybit.errors import DyBitError
 from dybit.measure.trace import trace
+from dybit.ptq.quantize import quantize_
+from dybit.recipe import Recipe
 from dybit.workloads.workload import Conv, Gemm
 
 
@@ -74,3 +76,50 @@ def test_a_shared_layer_is_counted_at_every_use_and_its_parameters_once():
 def test_a_model_without_products_is_an_error():
     with pytest.raises(DyBitError, match="'ReLU' multiplies nothing"):
         trace(nn.ReLU(), torch.zeros(3))
+
+
+def test_recurrent_layers_step_by_step():
+    model = nn.ModuleDict({"lstm": nn.LSTM(8, 16, 2), "gru": nn.GRU(16, 4)})
+    model.forward = lambda x: model["gru"](model["lstm"](x)[0])
+    work = trace(model, torch.randn(5, 3, 8))
+    assert torch.backends.mkldnn.enabled
+    names = ["lstm", *(f"lstm#{i}" for i in range(2, 13)), "gru", *(f"gru#{i}" for i in range(2, 7))]
+    assert [layer.name for layer in work] == names
+    steps = [Gemm(name, 3, 16, 64, bias=True) for name in names[1:6]]
+    assert work.layers[:6] == (Gemm("lstm", 15, 8, 64, bias=True), *steps)
+    assert [layer.n for layer in work.layers[12:]] == [12] * 6
+    assert work.macs == 15 * (8 * 64 + 16 * 64 + 2 * 16 * 64 + 16 * 12 + 4 * 12)
+    assert work.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_vectors_bilinear_layers_and_experts():
+    assert trace(nn.Linear(4, 5), torch.randn(4)).layers == (Gemm("weight", 1, 4, 5, bias=True),)
+    assert trace(nn.Bilinear(4, 5, 6), torch.randn(3, 4), torch.randn(3, 5)).layers == (Gemm("weight", 3, 20, 6),)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    work = trace(transformers.MixtralForCausalLM(config), torch.arange(8)[None])
+    for size in ((32, 48), (24, 32)):
+        found = [layer for layer in work if "experts" in layer.name and (layer.k, layer.n) == size]
+        assert sum(layer.m for layer in found) == 16
+
+
+def test_products_that_cannot_be_seen_are_refused():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.ops.traced.product(x, self.part.weight)
+
+    library = torch.library.Library("traced", "FRAGMENT")
+    library.define("product(Tensor x, Tensor weight) -> Tensor")
+    library.impl("product", lambda x, weight: x @ weight, "CompositeExplicitAutograd")
+    with pytest.raises(DyBitError, match=r"module 'part' multiplies in the operator 'traced.product'"):
+        trace(Own(), torch.randn(2, 4))
+    quantized = quantize_(nn.Sequential(nn.Linear(4, 4)), Recipe())
+    with pytest.raises(DyBitError, match="model is quantized"):
+        trace(quantized, torch.randn(2, 4))

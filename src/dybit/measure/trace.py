@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dybit.errors import DyBitError
+from dybit.layers.quantized import quantized_layers
 from dybit.models.running import evaluating, without_fast_path
 from dybit.workloads.workload import Conv, Gemm, Layer, Pair, Workload
 
@@ -21,8 +22,9 @@ def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_in
     """Runs ``model`` once and returns what it multiplied.
 
     Recorded are the products that reach torch's operators, so ``nn.Linear``, every convolution, transformers'
-    ``Conv1D``, functional calls and attention are seen alike. A product with a learned operand is named after the
-    module that owns it, one of two activations after the module that ran it; a second use of a name gets ``#2``.
+    ``Conv1D``, functional calls, attention, recurrent layers step by step, and experts are seen alike. A product with a
+    learned operand is named after the module that owns it, one of two activations after the module that ran it; a
+    second use of a name gets ``#2``.
 
     Args:
         model: The model; run in evaluation mode without gradients, its mode restored afterwards.
@@ -31,15 +33,24 @@ def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_in
         **named_inputs: Named inputs.
 
     Raises:
-        DyBitError: The model multiplies nothing.
+        DyBitError: The model multiplies nothing, is quantized, or multiplies in an operator that cannot be counted.
 
     Example:
         >>> work = trace(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.zeros(1, 3, 8, 8))
         >>> [(layer.name, layer.m, layer.k, layer.n) for layer in work]
         [('0', 64, 27, 8)]
     """
+    if quantized_layers(model):
+        raise DyBitError("model is quantized: trace it in floating point, and give the widths to the simulator")
     recorder = _Recorder(model)
-    with evaluating(model), without_fast_path(), sdpa_kernel(SDPBackend.MATH), recorder.following(), recorder:
+    with (
+        evaluating(model),
+        without_fast_path(),
+        sdpa_kernel(SDPBackend.MATH),
+        _without_mkldnn(),
+        recorder.following(),
+        recorder,
+    ):
         model(*inputs, **named_inputs)
     label = name or type(model).__name__
     if not recorder.layers:
@@ -47,6 +58,30 @@ def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_in
     learned = sum(parameter.numel() for parameter in model.parameters())
     inside = sum(layer.parameters for layer in recorder.layers if "#" not in layer.name)
     return Workload(label, tuple(recorder.layers), max(learned - inside, 0))
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Within it, torch does without oneDNN, which computes a whole LSTM in one operator."""
+    before = torch.backends.mkldnn.set_flags(_enabled=False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=before[0])
+
+
+_GROUPED = ("_grouped_mm", "grouped_mm_fallback")  # of torch and of transformers
+# Operators of torch that multiply a weight, and are none of the above.
+_HIDING = (
+    "dot",
+    "addbmm",
+    "_int_mm",
+    "_scaled_mm",
+    "_scaled_grouped_mm",
+    "mkldnn_rnn_layer",
+    "_cudnn_rnn",
+    "miopen_rnn",
+)
 
 
 class _Recorder(TorchDispatchMode):
@@ -90,7 +125,32 @@ class _Recorder(TorchDispatchMode):
             self._product(args[0], args[1], None)
         elif packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):
             self._product(args[1], args[2], args[0])
+        elif packet in (torch.ops.aten.mv, torch.ops.aten.addmv):
+            matrix, vector = args[-2:]
+            self._product(vector[None], matrix.t(), args[0] if len(args) > 2 else None)
+        elif packet is torch.ops.aten._trilinear:  # nn.Bilinear: every output from all products of two inputs
+            weight = args[1].flatten(1)
+            self._product(args[0].new_empty(args[0].shape[0], weight.shape[1]), weight.t(), None)
+        elif packet.__name__ in _GROUPED:
+            self._groups(args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"])
+        elif func.namespace not in ("aten", "prims", "prim") or packet.__name__ in _HIDING:
+            self._refuse(packet, args)
         return func(*args, **(kwargs or {}))
+
+    def _refuse(self, packet: Any, args: Any) -> None:  # noqa: ANN401
+        """Refuses an operator that may multiply a weight, unseen."""
+        tensors = [x for part in args for x in (part if isinstance(part, list | tuple) else (part,))]
+        owners = [owner for x in tensors if isinstance(x, Tensor) and (owner := self._owner(x)) is not None]
+        if owners or packet.__name__ in _HIDING:
+            where = owners[0] if owners else self._running[-1]
+            raise DyBitError(f"module {where!r} multiplies in the operator {str(packet)!r}, which cannot be counted")
+
+    def _groups(self, rows: Tensor, weights: Tensor, ends: Tensor) -> None:
+        """A product of sorted rows (n, k) by the matrices (experts, k, n) of their experts."""
+        start = 0
+        for number, end in enumerate(ends.tolist()):
+            self._product(rows[start:end], weights[number], None)
+            start = end
 
     def _owner(self, tensor: Tensor | None) -> str | None:
         return None if tensor is None else self._owners.get(tensor.untyped_storage()._cdata)

@@ -253,7 +253,8 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Learned numbers of the network."""
-        return self.extra_parameters + sum(layer.parameters for layer in self.layers)
+        # A layer called name#2 is another use of what has been counted, here or in extra_parameters.
+        return self.extra_parameters + sum(layer.parameters for layer in self.layers if "#" not in layer.name)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from convolutional import error, pair
-from helpers import build, inputs
+from helpers import build, decoder, inputs
 from torch import nn
 
 import dybit
@@ -123,6 +123,20 @@ def test_transformer_layers(data):
     before = error(quantized, reference, data)
     brecq_(quantized, reference, data)
     assert error(quantized, reference, data) < before
+
+
+def test_a_cache_among_the_arguments_changes_nothing(monkeypatch):
+    """Transformers' layers append to the cache that they are given."""
+    monkeypatch.setattr(brecq, "_STEPS", 20)
+    found = []
+    for cache in (True, False):
+        model = decoder()
+        model.config.use_cache = cache
+        ids = torch.arange(24).view(2, 12)
+        dybit.quantize_(model, dybit.Recipe(weights=3), [{"input_ids": ids}], algorithm=["adaround", "brecq"])
+        with torch.no_grad():
+            found.append(model(ids, use_cache=False).logits)
+    assert torch.equal(*found)
 
 
 def test_checkpoint(network, data, tmp_path):

@@ -62,7 +62,7 @@ def brecq_(
         if name not in blocks:
             round_layer_(name, layers[name], original, calls, originals, generator)
             return
-        targets = [output_tensor(original.forward(*call.args, **call.kwargs)).float() for call in originals]
+        targets = [output_tensor(call.repeat(original)).float() for call in originals]
         parts = {part: (layers[part], reference.get_submodule(part)) for part in blocks[name]}
         _learn(name, model.get_submodule(name), parts, calls, targets, generator)
 
@@ -177,7 +177,7 @@ def _learn(
             if step % len(calls) == 0:
                 order = torch.randperm(len(calls), generator=generator, dtype=torch.int64, device="cpu").tolist()
             call, target = laid[order[step % len(calls)]]
-            output = output_tensor(block.forward(*call.args, **call.kwargs))
+            output = output_tensor(call.repeat(block))
             loss = (output.float() - target).square().mean() / power
             optimizer.zero_grad()
             loss.backward()
@@ -204,7 +204,7 @@ def _channels_last(x: Any) -> Any:  # noqa: ANN401  # an argument of any kind
 
 def _error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -> float:
     """The mean squared error of a block's outputs."""
-    outputs = (output_tensor(block.forward(*call.args, **call.kwargs)).float() for call in calls)
+    outputs = (output_tensor(call.repeat(block)).float() for call in calls)
     return sum(float((y - target).square().mean()) for y, target in zip(outputs, targets, strict=True)) / len(calls)
 
 

@@ -9,6 +9,7 @@ memory is that of one large batch.
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections import Counter
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.kinds import is_embedding
@@ -31,6 +32,18 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def repeat(self, module: nn.Module) -> Any:  # noqa: ANN401
+        """What a module's forward returns for the arguments, of which it may change none, such as a cache."""
+        return module.forward(*map(_own, self.args), **{name: _own(value) for name, value in self.kwargs.items()})
+
+
+def _own(value: Any) -> Any:  # noqa: ANN401
+    """A copy of an argument that a call could change."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_own, value))
+    plain = isinstance(value, Tensor | nn.Module | bool | int | float | str | torch.dtype) or value is None
+    return value if plain or callable(value) else copy.deepcopy(value)
 
 
 Visit = Callable[[str, list[Call], list[Call]], None]
