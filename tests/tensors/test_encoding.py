@@ -11,7 +11,7 @@ import torch
 from helpers import numpy_codes, numpy_units, numpy_weight
 
 from dybit.errors import DyBitError
-from dybit.tensors.encoding import check_weight, encode_matrix, quantize, quantize_judged
+from dybit.tensors.encoding import check_weight, encode_matrix, quantize, quantize_judged, requantize
 from dybit.tensors.quantized_tensor import TensorSpec
 from dybit.tensors.scale_search import Scales
 
@@ -192,3 +192,21 @@ def test_a_weight_that_e4m3_scales_would_lose_is_refused(size):
     zeros = torch.zeros(4, 40)
     zeros[1, 1] = 1e30
     assert quantize(zeros, spec).dequantize()[1, 1] == pytest.approx(1e30, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["dybit4", "int4asym", "nf4", "dybit8plain"])
+@pytest.mark.parametrize(("granularity", "size"), [("tensor", None), ("channel", None), ("group", 5)])
+@pytest.mark.parametrize("scale", ["fp32", "bf16", "pow2", "e4m3"])
+def test_new_values_of_a_quantized_weight(family, granularity, size, scale):
+    spec = TensorSpec(family, (6, 13), granularity, size, scale, "tensor" if granularity == "tensor" else "channel")
+    old = quantize(torch.randn(6, 13), spec)
+    values = old.dequantize()
+    again = requantize(old, values)
+    assert torch.equal(again.dequantize(), values)
+    some = values.clone()
+    some[2] *= 1.5
+    for new in (some, torch.randn(6, 13), torch.zeros(6, 13)):
+        found, fresh = requantize(old, new), quantize(new, spec)
+        error, fresh_error = (float((trial.dequantize() - new).square().sum()) for trial in (found, fresh))
+        assert found.spec == spec and error <= fresh_error * (1 + 1e-6)
+        assert [part.shape for part in found.buffers().values()] == [part.shape for part in old.buffers().values()]

@@ -149,7 +149,7 @@ class QuantizedAttention(Quantized):
         """As ``nn.MultiheadAttention.forward``."""
         attention = cast(nn.MultiheadAttention, self)
         if self.input_spec is None and getattr(attention.out_proj, "input_spec", None) is None:
-            return nn.MultiheadAttention.forward(attention, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         return attend(attention, *args, round_input=self.round_input, **kwargs)
 
 

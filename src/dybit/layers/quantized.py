@@ -18,9 +18,8 @@ from dybit.errors import DyBitError
 from dybit.kernels.code_operators import fake_quantize
 from dybit.layers.description import Described
 from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
-from dybit.layers.kinds import (
-    named_conv1d,
-)
+from dybit.layers.kinds import named_conv1d
+from dybit.layers.quantized_weight import QuantizedWeight, plain_values, reads_plain_values
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features")
@@ -44,6 +43,13 @@ class Quantized(Described, nn.Module):
         parts = (self._buffers.get(name + suffix) for suffix in ("", "_scale", "_choice", "_tensor_scale"))
         return QuantizedTensor(self.weight_specs[name], *parts)  # type: ignore[arg-type]
 
+    def read_weight(self, name: str = "weight") -> Tensor:
+        """The values of a weight in ``float_dtype``, computed when they are used (:class:`QuantizedWeight`)."""
+        stored = self.quantized_tensor(name)
+        if reads_plain_values():
+            return stored.dequantize(self.float_dtype)
+        return QuantizedWeight.of(stored, self.float_dtype)
+
     def round_input(self, x: Tensor) -> Tensor:
         """Rounds an input to the values of its codes; returns it as it is where inputs are kept."""
         spec = self.input_spec
@@ -55,9 +61,11 @@ class Quantized(Described, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
         """Rounds the input and calls the layer's own forward."""
-        if self.input_spec is None:
-            return super().forward(*args, **kwargs)
-        args, kwargs = round_inputs(self, args, kwargs, self.round_input)
+        if self.input_spec is not None:
+            args, kwargs = round_inputs(self, args, kwargs, self.round_input)
+        if isinstance(self, nn.MultiheadAttention) and not reads_plain_values():
+            with plain_values():
+                return super().forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
@@ -74,6 +82,8 @@ class Quantized(Described, nn.Module):
         """
         if isinstance(value, Tensor) and name in self.__dict__.get("weight_specs", ()):
             spec = self.weight_specs[name]
+            if isinstance(value, QuantizedWeight) and value.holds(self._buffers[name]):
+                return
             if (
                 value.is_floating_point()
                 and tuple(value.shape) == spec.shape

@@ -73,7 +73,7 @@ def set_bias_(layer: Quantized, bias: Tensor) -> None:
 
 def unswap_(layer: Quantized) -> None:
     """Turns a quantized layer back into its floating-point class, in place, with the dequantized weights."""
-    weights = {name: getattr(layer, name) for name in layer.weight_specs}
+    weights = {name: layer.quantized_tensor(name).dequantize(layer.float_dtype) for name in layer.weight_specs}
     layer.__dict__.pop("_ready", None)
     for name in list(weights):
         for suffix in layer.weight_specs[name].buffers():
@@ -107,7 +107,7 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
         mixin = QuantizedExperts
 
     def reader(name: str) -> property:
-        return property(lambda self: self.quantized_tensor(name).dequantize(self.float_dtype))
+        return property(lambda self: self.read_weight(name))
 
     members: dict[str, Any] = {name: reader(name) for name in names} | {"__reduce_ex__": _reduce}
     made: Any = type(f"Quantized{cls.__name__}", (mixin, cls), members)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -74,6 +75,24 @@ def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> Quantized
     """Rounds a matrix (rows, columns) to the nearest codes at given scales and packs it."""
     packed = encode(matrix.float(), scales.scale, scales.choice, spec.formats.books, spec.group_size)
     return _assemble(packed, spec, scales)
+
+
+def requantize(old: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
+    """Quantizes new values of a weight, at its own scales or at new ones, whichever has the smaller squared error.
+
+    Args:
+        old: The weight as it is stored.
+        weight: Its new values, finite floating point of shape ``old.spec.shape``.
+
+    Raises:
+        DyBitError: As for :func:`quantize`.
+    """
+    new = quantize(weight, old.spec)
+    scale, choice = old.scales(), old.choices()
+    kept = Scales(scale, None if choice is None else choice.expand(scale.shape), 1.0, 0.0)
+    packed = encode_matrix(old.spec.to_matrix(weight.detach()), old.spec, kept).packed
+    trials = (replace(old, packed=packed), new)
+    return min(trials, key=lambda trial: float((trial.dequantize().double() - weight).square().sum()))
 
 
 def pack_codes(chosen: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTensor:

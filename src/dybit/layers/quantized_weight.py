@@ -1,0 +1,300 @@
+"""The weight of a quantized layer as a tensor: computes its values when they are used, quantizes what is written.
+
+Models read ``layer.weight.dtype`` or ``.device`` in their forward, which must not cost a dequantization. Code that
+merges, initializes or prunes writes to ``layer.weight``, which must not be lost.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dybit.errors import DyBitError, DyBitWarning
+from dybit.operators.linear import no_view
+from dybit.tensors.encoding import requantize
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+# Answered without values.
+_PROPERTIES = """
+    device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
+    is_sparse_csr is_xpu itemsize layout nbytes ndim output_nr requires_grad retains_grad shape
+"""
+_METHODS = """
+    __len__ dim element_size get_device is_complex is_conj is_contiguous is_floating_point is_inference is_neg is_signed
+    ndimension nelement numel size storage_offset stride
+"""
+_DESCRIPTIONS: set[Callable[..., Any]] = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    torch.is_complex,
+    torch.is_floating_point,
+    torch.numel,
+}
+# Answered for something of the same shape, type and device.
+_ALIKE: set[Callable[..., Any]] = {
+    *(getattr(Tensor, f"new_{name}") for name in ("empty", "empty_strided", "full", "ones", "tensor", "zeros")),
+    *(getattr(torch, f"{name}_like") for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
+    Tensor.is_same_size,
+    torch.is_same_size,
+    torch.result_type,
+}
+# The same, where the weight is not the first argument.
+_AS: set[Callable[..., Any]] = {Tensor.expand_as, Tensor.reshape_as, Tensor.to, Tensor.type_as, Tensor.view_as}
+_TRAINED = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+_REPLACED = {Tensor.resize_, Tensor.resize_as_}
+_modes = threading.local()
+
+
+@contextmanager
+def plain_values() -> Iterator[None]:
+    """Within it, this thread reads weights of quantized layers as ordinary tensors.
+
+    Torch's fused attention is for ordinary tensors only.
+    """
+    before = reads_plain_values()
+    _modes.plain = True
+    try:
+        yield
+    finally:
+        _modes.plain = before
+
+
+def reads_plain_values() -> bool:
+    """Whether weights are to be read as ordinary tensors: in :func:`plain_values` and where torch compiles."""
+    return torch.compiler.is_compiling() or getattr(_modes, "plain", False)
+
+
+class QuantizedWeight(Tensor):
+    """The weight of a quantized layer, or a view of it.
+
+    Shape, type and device are known at once; the values are dequantized at the first operation that needs them. What
+    is written to it, in place or by ``weight.data = values``, is quantized at once into the codes, scales and choices
+    of the layer, with a :class:`~dybit.errors.DyBitWarning` that gives the error. It cannot be trained.
+
+    Args:
+        source: The stored weight.
+        view: A view of its values; None for all.
+    """
+
+    _source: _Source
+    _view: Tensor | None
+
+    def __new__(cls, source: _Source, view: Tensor | None = None) -> QuantizedWeight:
+        """Makes a tensor without memory."""
+        packed = source.stored.packed
+        if view is None:
+            made = Tensor._make_wrapper_subclass(
+                cls, source.stored.spec.shape, dtype=source.dtype, device=packed.device
+            )
+        else:
+            made = Tensor._make_wrapper_subclass(
+                cls, view.shape, view.stride(), view.storage_offset(), dtype=view.dtype, device=view.device
+            )
+        made._source, made._view = source, view
+        return made
+
+    @classmethod
+    def of(cls, stored: QuantizedTensor, dtype: torch.dtype) -> QuantizedWeight:
+        """The weight in a floating-point type."""
+        return cls(_Source(stored, dtype))
+
+    def holds(self, stored: Tensor | None) -> bool:
+        """Whether it is all of the weight with some packed codes."""
+        return self._view is None and self._source.stored.packed is stored
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Describes itself, or computes with the values."""
+        kwargs = kwargs or {}
+        if func in _DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        weight = args[0] if args and isinstance(args[0], QuantizedWeight) else None
+        if func in _ALIKE or (func in _AS and weight is None):
+            return func(*_map(_alike, args), **_map(_alike, kwargs))
+        if weight is None:
+            return _compute(func, args, kwargs)
+        if func in (Tensor.data.__get__, Tensor.detach, torch.detach):  # type: ignore[attr-defined]
+            return QuantizedWeight(weight._source, weight._view)
+        if func in _TRAINED:
+            return weight._refuse_training(*args[1:], **kwargs)
+        if func in _REPLACED:
+            raise DyBitError(f"the weight of a quantized layer cannot be changed by {func.__name__}")
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            return weight._assign(args[1])
+        return _compute(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own signature lacks the function
+        cls,
+        func: torch._ops.OpOverload[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Computes with the values where torch does not ask for functions, in its own C++ code."""
+        if func._schema.is_mutable:
+            raise DyBitError(f"the weight of a quantized layer cannot be changed by {func}")
+        if func is torch.ops.aten.detach.default:
+            return QuantizedWeight(args[0]._source, args[0]._view)
+        return func(*_map(_values, args), **_map(_values, kwargs or {}))
+
+    def _refuse_training(self, requires_grad: bool = True) -> QuantizedWeight:
+        if requires_grad:
+            raise DyBitError(
+                "the weight of a quantized layer holds codes and cannot be trained; call dequantize_ on the layer, "
+                "keep it in floating point by the recipe, or take weight.clone()"
+            )
+        return self
+
+    def _assign(self, values: Tensor) -> None:
+        """Writes all values, as ``weight.data = values``."""
+        if isinstance(values, QuantizedWeight) and values._source is self._source and values._view is self._view:
+            return  # the end of ``weight.data += …``, which has written in place
+        if tuple(values.shape) != tuple(self.shape) or self._view is not None:
+            raise DyBitError(
+                f"the weight of a quantized layer, of shape {tuple(self._source.stored.spec.shape)}, cannot be "
+                f"replaced by a tensor of shape {tuple(values.shape)}"
+            )
+        with torch.no_grad():
+            self.copy_(values)
+
+
+class _Source:
+    """A stored weight, and its values from the first use on."""
+
+    def __init__(self, stored: QuantizedTensor, dtype: torch.dtype) -> None:
+        self.stored = stored
+        self.dtype = dtype
+        self._values: Tensor | None = None
+        self._read_at: list[int] = []
+
+    def values(self) -> Tensor:
+        """The values, computed again where the codes have changed since."""
+        now = self.versions()
+        if self._values is None or now != self._read_at:
+            with torch.inference_mode(False), torch.no_grad():
+                self._values, self._read_at = no_view(self.stored.dequantize(self.dtype)), now
+        return self._values
+
+    def versions(self) -> list[int]:
+        """The versions of the stored tensors."""
+        return [part._version for part in self.stored.buffers().values() if not part.is_inference()]
+
+    def written_version(self) -> int:
+        """The version of the values, which rises when they are written to."""
+        return self.values()._version
+
+    def store(self) -> None:
+        """Quantizes the values that were written and takes what their codes stand for in their place.
+
+        Raises:
+            DyBitError: They cannot be quantized; the weight stays as it was.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            written, before = self._values, self.stored.dequantize(self.dtype)
+            assert written is not None  # for type checkers
+            if written.requires_grad:  # by what was added to it
+                written.detach_()
+            if torch.equal(written, before):
+                return
+            try:
+                new = requantize(self.stored, written)
+            except DyBitError:
+                written.copy_(before)
+                raise
+            wanted = written.double()
+            for suffix, part in new.buffers().items():
+                self.stored.buffers()[suffix].copy_(part)
+            written.copy_(self.stored.dequantize(self.dtype))
+            self._read_at = self.versions()
+            error = float((written.double() - wanted).norm() / wanted.norm().clamp(min=1e-300))
+        warnings.warn(
+            "the weight of a quantized layer was written to; its new values are quantized, with a relative error of "
+            f"{error:.2g}",
+            DyBitWarning,
+            stacklevel=4,  # who called the function
+        )
+
+
+def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Calls a function with values in the place of weights, and stores those that it has written to."""
+    weights: list[QuantizedWeight] = []
+
+    def read(x: QuantizedWeight) -> Tensor:
+        weights.append(x)
+        return _values(x)
+
+    args, kwargs = _map(read, args), _map(read, kwargs)
+    before = [weight._source.written_version() for weight in weights]
+    result = func(*args, **kwargs)
+    # In inference mode tensors have versions that do not count.
+    by_name = torch.is_inference_mode_enabled() and _writes(func, kwargs)
+    for weight, version in zip(weights, before, strict=True):
+        if by_name or weight._source.written_version() != version:
+            weight._source.store()
+    return _guard(result, weights)
+
+
+def _writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function writes to its arguments, by its name."""
+    name = func.__name__
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or name.startswith("__i") or bool(kwargs.get("out") is not None)
+
+
+def _guard(result: Any, weights: list[QuantizedWeight]) -> Any:  # noqa: ANN401
+    """A result in which views of the values are weights, too, so that nothing is written to them unseen."""
+    if isinstance(result, tuple | list):
+        parts = [_guard(part, weights) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+    if isinstance(result, np.ndarray):
+        result.flags.writeable = False
+    if type(result) is not Tensor:
+        return result
+    for weight in weights:
+        if result is _values(weight):
+            return weight
+        if _shares_memory(result, weight._source.values()):
+            return QuantizedWeight(weight._source, result)
+    return result
+
+
+def _shares_memory(x: Tensor, values: Tensor) -> bool:
+    try:
+        return x.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor without memory
+        return False
+
+
+def _values(weight: QuantizedWeight) -> Tensor:
+    return weight._source.values() if weight._view is None else weight._view
+
+
+def _alike(weight: QuantizedWeight) -> Tensor:
+    """Something of its shape, type and device, without its memory."""
+    return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+
+
+def _map(change: Callable[[QuantizedWeight], Tensor], tree: Any) -> Any:  # noqa: ANN401
+    """Arguments in which weights are changed, also within lists, tuples and dictionaries."""
+    if isinstance(tree, QuantizedWeight):
+        return change(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(_map(change, part) for part in tree)
+    if type(tree) is dict:
+        return {key: _map(change, part) for key, part in tree.items()}
+    return tree
