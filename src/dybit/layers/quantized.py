@@ -19,7 +19,9 @@ from dybit.kernels.code_operators import fake_quantize
 from dybit.layers.description import Described
 from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
 from dybit.layers.kinds import named_conv1d
+from dybit.layers.patched_forward import is_replaced
 from dybit.layers.quantized_weight import QuantizedWeight, plain_values, reads_plain_values
+from dybit.layers.tracing import call_leaf, tracer_of
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features")
@@ -58,6 +60,12 @@ class Quantized(Described, nn.Module):
         if spec.mode == "static":
             return cast(Tensor, fake_quantize(x, self.input_scale, self._buffers.get("input_offset"), spec.format))
         return round_dynamic(self, x, spec)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
+        """Calls the layer with its hooks; where torch.fx traces, the layer becomes a node of the graph."""
+        if (tracer := tracer_of(args, kwargs)) is not None:
+            return call_leaf(tracer, self, args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
         """Rounds the input and calls the layer's own forward."""
@@ -156,7 +164,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether a module is attention with torch's own forward, which ``attend`` can stand in for."""
-    return type(module).forward is nn.MultiheadAttention.forward
+    return type(module).forward is nn.MultiheadAttention.forward and not is_replaced(module)
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:

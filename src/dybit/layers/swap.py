@@ -20,6 +20,7 @@ from dybit.layers.forwards import (
 )
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, named_conv1d, named_experts, weight_names
+from dybit.layers.patched_forward import follow_class_
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import forget_weights_, list_weights_
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -44,6 +45,7 @@ def swap_(
         float_dtype: The type in which weights are dequantized; None for that of the weights that are replaced.
     """
     float_dtype = float_dtype or getattr(module, weight_names(module)[0]).dtype
+    before = type(module)
     module.__class__ = _quantized_class(type(module), tuple(weights))  # type: ignore[arg-type]
     forget_weights_(module)
     layer = cast(Quantized, module)
@@ -58,6 +60,7 @@ def swap_(
         layer.register_buffer("input_scale", input_scale)
         if input_spec.offset:
             layer.register_buffer("input_offset", input_offset)
+    follow_class_(layer, before)
 
 
 def set_bias_(layer: Quantized, bias: Tensor) -> None:
@@ -82,7 +85,9 @@ def unswap_(layer: Quantized) -> None:
         layer._buffers.pop(name, None)
     for attribute in ("weight_specs", "input_spec", "float_dtype"):
         delattr(layer, attribute)
+    before = type(layer)
     layer.__class__ = original_class(layer)  # type: ignore[assignment]
+    follow_class_(layer, before)
     for name, weight in weights.items():
         layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     list_weights_(layer)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.attention import attend
 from dybit.layers.kinds import input_places, is_embedding, is_experts, weight_names
+from dybit.layers.patched_forward import replaced_forwards
 from dybit.layers.quantized import Quantized, is_attention
 from dybit.measure.fidelity import Kind, kind_of, kl_divergence
 from dybit.mixed_precision.candidate import Candidate, mixed_recipe
@@ -225,14 +226,9 @@ class Subject:
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
         """Within it, torch's attention calls its ``out_proj``, which it otherwise multiplies by itself."""
-        patched = [module for module in self.model.modules() if is_attention(module)]
-        try:
-            for attention in patched:
-                attention.forward = partial(attend, attention)  # type: ignore[method-assign]
+        layers = [module for module in self.model.modules() if is_attention(module)]
+        with replaced_forwards({layer: partial(attend, layer) for layer in layers}):
             yield
-        finally:
-            for attention in patched:
-                attention.__dict__.pop("forward", None)
 
     @cached_property
     def _record(self) -> tuple[dict[str, LayerInput], list[tuple[str, ...]]]:

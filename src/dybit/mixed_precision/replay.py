@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dybit.layers.patched_forward import replaced_forwards
 from dybit.mixed_precision.measured_model import Subject
 from dybit.models.running import output_tensor, run_batch
 
@@ -93,13 +94,8 @@ class Replay:
         start = min(self._entry(name) for name in names)
         stubbed = [self._subject.model.get_submodule(name) for name in self._kept if self._left[name] < start]
         kept = [outputs for name, outputs in self._kept.items() if self._left[name] < start]
-        try:
-            for module, outputs in zip(stubbed, kept, strict=True):
-                module.forward = _replaying(outputs)
+        with replaced_forwards({module: _replaying(outputs) for module, outputs in zip(stubbed, kept, strict=True)}):
             yield
-        finally:
-            for module in stubbed:
-                module.__dict__.pop("forward", None)
 
     def _entry(self, name: str) -> int:
         """When a layer, or the nearest module around it that is called, was first entered."""

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dybit.errors import DyBitError
 from dybit.layers.attention import attend
 from dybit.layers.kinds import channel_dim, input_places
+from dybit.layers.patched_forward import replaced_forwards
 from dybit.layers.quantized import is_attention
 
 #: Called with the number of steps done, the number of all steps, and a text.
@@ -113,7 +114,10 @@ def observing(
         observe: Called with name, layer and its inputs: one, or query, key and value of attention.
     """
     handles = []
-    patched = [module for module in layers.values() if is_attention(module)]
+    # Attention calls its out_proj then.
+    called: dict[nn.Module, Callable[..., Any]] = {
+        module: partial(attend, module) for module in layers.values() if is_attention(module)
+    }
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         places = input_places(module, args, kwargs)
@@ -123,14 +127,11 @@ def observing(
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
-        for attention in patched:
-            attention.forward = partial(attend, attention)  # type: ignore[method-assign]  # calls out_proj
-        yield
+        with replaced_forwards(called):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for attention in patched:
-            attention.__dict__.pop("forward", None)
 
 
 def positions(name: str, module: nn.Module, x: Tensor) -> Tensor:

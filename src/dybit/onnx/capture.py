@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dybit.errors import DyBitError
 from dybit.layers.forwards import QuantizedConv, QuantizedEmbedding, QuantizedLinear
+from dybit.layers.patched_forward import follow_class_
 from dybit.layers.quantized import Quantized, original_class, quantized_layers
 from dybit.models.running import evaluating, run_batch
 
@@ -173,11 +174,14 @@ def _placeholders(model: nn.Module) -> Iterator[None]:
     try:
         for name, layer in layers.items():
             layer.__class__ = _speaking(type(layer), name, tuple(layer.weight_specs))
+            follow_class_(layer, before[name])
         with evaluating(model):
             yield
     finally:
         for name, layer in layers.items():
+            spoke = type(layer)
             layer.__class__ = before[name]
+            follow_class_(layer, spoke)
 
 
 @contextmanager

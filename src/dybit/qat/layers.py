@@ -18,7 +18,9 @@ from dybit.layers.bag import bag_of_rows
 from dybit.layers.experts import run_experts
 from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
 from dybit.layers.kinds import EXPERTS, RECURRENT, named_experts, transposed, weight_names
+from dybit.layers.patched_forward import follow_class_
 from dybit.layers.recurrent import MadeWeights, forget_weights_, is_plain, list_weights_, recur, recur_once
+from dybit.layers.tracing import call_leaf, tracer_of
 from dybit.operators.experts import multiply_by_torch
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
 
@@ -62,6 +64,12 @@ class Prepared(nn.Module):
             quantizer = self.weight_quantizer_of(name)
             if quantizer.count():
                 quantizer.refresh(cast(Tensor, self._parameters[name]))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
+        """Calls the layer with its hooks; where torch.fx traces, the layer becomes a node of the graph."""
+        if (tracer := tracer_of(args, kwargs)) is not None:
+            return call_leaf(tracer, self, args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
         """Rounds the input and calls the layer's own forward."""
@@ -171,6 +179,7 @@ def prepare_layer_(
         input_spec: How dynamic inputs are rounded, or None.
         static_input: What rounds static inputs, or None.
     """
+    before = type(module)
     module.__class__ = _prepared_class(type(module), tuple(weights))  # type: ignore[arg-type]
     forget_weights_(module)
     layer = cast(Prepared, module)
@@ -182,6 +191,7 @@ def prepare_layer_(
     for child in layer._modules.values():
         if isinstance(child, WeightQuantizer | InputQuantizer):
             child.train(layer.training)
+    follow_class_(layer, before)
 
 
 def unprepare_(layer: Prepared) -> None:
@@ -190,8 +200,10 @@ def unprepare_(layer: Prepared) -> None:
         layer._modules.pop(name, None)
     for attribute in ("prepared_weights", "refreshed_weights", "input_spec"):
         delattr(layer, attribute)
+    before = type(layer)
     layer.__class__ = floating_class(layer)  # type: ignore[assignment]
     list_weights_(layer)
+    follow_class_(layer, before)
 
 
 def floating_class(layer: Prepared) -> type[nn.Module]:

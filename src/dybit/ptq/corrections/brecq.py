@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
+from dybit.layers.patched_forward import replaced_forwards
 from dybit.layers.quantized import Quantized
 from dybit.layers.swap import set_bias_
 from dybit.models.running import Progress, output_tensor
@@ -211,10 +212,5 @@ def _error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -> float:
 @contextmanager
 def _learning(learners: list[_Learner]) -> Iterator[None]:
     """Lets the learners stand in for their layers."""
-    for learner in learners:
-        learner.layer.forward = learner.forward  # type: ignore[method-assign]
-    try:
+    with replaced_forwards({learner.layer: learner.forward for learner in learners}):
         yield
-    finally:
-        for learner in learners:
-            del learner.layer.__dict__["forward"]
