@@ -67,12 +67,12 @@ def test_hooks_from_before_quantization(name, patch, recipe):
     model = build(name)
     for layer in layers(model):
         patch(layer)
-    if name == "attention" and patch is close_ and recipe.activations:
+    if name == "attention" and patch is close_:
         # Torch's attention computes, which never calls its output projection.
         with pytest.warns(DyBitWarning, match="calibration never reached 1 layers, .*: attention.out_proj"):
             quantize_(model, recipe, [x])
         assert model.attention.out_proj.input_spec is None
-        assert plain.attention.out_proj.input_spec is not None
+        assert (plain.attention.out_proj.input_spec is None) == (recipe.activations is None)
         return
     quantize_(model, recipe, [x])
     expected = plain(x)
@@ -111,6 +111,7 @@ def test_forwards_are_put_back():
     assert first.forward is kept and "forward" not in vars(second)
 
 
+@pytest.mark.filterwarnings("ignore:calibration never reached")
 @pytest.mark.parametrize("name", MODELS)
 def test_calibration_keeps_the_hooks(name):
     model = build(name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dybit.layers.kinds import RECURRENT
+from dybit.layers.quantized_weight import plain_values
 
 #: Multiplies rows by the transposed weight of the first name, and adds the bias of the second, if there is one.
 Multiply = Callable[[Tensor, str, str], Tensor]
@@ -202,7 +203,8 @@ class MadeWeights:
             yield
             return
         before = getattr(_HELD, "weights", None)
-        _HELD.weights = self, self._made_weights()
+        with plain_values():
+            _HELD.weights = self, self._made_weights()
         try:
             yield
         finally:
