@@ -102,7 +102,7 @@ def image_batches(
         size: Height and width of the images.
         seed: Seed of the crops.
         more: Files of further pictures, PNG or JPEG, without transparency. Corrections fit the pictures that they are
-            calibrated on (docs/corrections.md).
+            calibrated on (docs/accuracy.md).
 
     Returns:
         One tensor per batch, float32 (batch_size, 3, size, size).
