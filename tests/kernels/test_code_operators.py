@@ -40,9 +40,12 @@ def test_dequantize_equals_the_oracle(family, group_size, unit):
     opcheck(OPS.dequantize.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_dequantize_no_rows():
-    packed = torch.zeros(0, 6, dtype=torch.uint8)
-    assert code_operators.dequantize(packed, torch.ones(0, 3), None, "s4", 11, 4, 4).shape == (0, 11)
+def test_dequantize_no_rows(request):
+    for _ in range(2):
+        for name, bits, width in (("s4", 4, 6), ("s3", 3, 6), ("s8", 8, 11)):
+            packed = torch.zeros(0, width, dtype=torch.uint8)
+            assert code_operators.dequantize(packed, torch.ones(0, 3), None, name, 11, bits, 4).shape == (0, 11)
+        request.getfixturevalue("plain_torch")
 
 
 @pytest.mark.parametrize("name", ["s4", "u4", "s3r1mid", "s4r2spare", "nf4", "s8", "int8", "pot5"])

@@ -160,11 +160,11 @@ def _decode_by_torch(
         block = packed[:, offset : offset + groups * size]
         offset += groups * size
         if per_byte == 1 and bits < 8:  # the codes of other widths straddle bytes
-            block = unpack(block, groups * length, bits, length)
-        index = block.unflatten(1, (groups, -1)).to(torch.int32)
+            block, size = unpack(block, groups * length, bits, length), length
+        index = block.reshape(rows, groups, size).to(torch.int32)
         if choice is not None:
             index = index + _columns(choice, column, groups)[..., None].to(torch.int32) * 256
-        values = table.index_select(0, index.reshape(-1)).view(*index.shape[:2], -1)[..., :length]
+        values = table.index_select(0, index.reshape(-1)).view(rows, groups, size * per_byte)[..., :length]
         out = result[:, start : start + groups * length].unflatten(1, (groups, length))
         torch.mul(values, _columns(scale, column, groups)[..., None], out=out)
         column += groups
