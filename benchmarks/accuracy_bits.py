@@ -47,7 +47,7 @@ def main() -> None:
     reader = parser(__doc__)
     reader.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
     reader.add_argument("--calibration", type=int, default=8, help="batches of 16 paragraphs")
-    reader.add_argument("--evaluation", type=int, default=16, help="batches of 16 paragraphs")
+    reader.add_argument("--evaluation", type=int, default=8, help="batches of 16 paragraphs")
     reader.add_argument("--picture", type=Path, default=ROOT / "docs" / "accuracy_bits.png")
     options = reader.parse_args()
     cases = [
