@@ -116,4 +116,4 @@ $(VENV)/installed: pyproject.toml constraints.txt requirements/models.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/results demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Sphinx configuration: the pages of this directory and the reference from docstrings. Run ``make docs``."""
 
 from importlib.metadata import version as installed
+from pathlib import Path
 
 project = "dybit"
 author = "The dybit maintainers"
@@ -23,3 +24,11 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"dybit {release}"
 html_show_sourcelink = False
+
+# The benchmarks make their pages beside their figures. Sphinx reads pages of this directory only.
+results = Path(__file__).parent / "results"
+results.mkdir(exist_ok=True)
+for page in (Path(__file__).parent.parent / "benchmarks" / "results").glob("*.md"):
+    copy = results / page.name
+    if not copy.exists() or copy.read_bytes() != page.read_bytes():
+        copy.write_bytes(page.read_bytes())

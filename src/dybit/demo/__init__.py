@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from dybit.demo.sentences import minilm, minilm_batches, minilm_tokenizer
     from dybit.demo.text import half, prose
     from dybit.demo.toy import digits, mnist1d
-    from dybit.demo.vision import efficientnet_lite0, image_batches, picture
+    from dybit.demo.vision import efficientnet_lite0, image_batches, imagenet_batches, picture
 
 __all__ = [
     "digits",
     "efficientnet_lite0",
     "half",
     "image_batches",
+    "imagenet_batches",
     "minilm",
     "minilm_batches",
     "minilm_tokenizer",
@@ -41,6 +42,7 @@ _MODULES = {
     "efficientnet_lite0": "vision",
     "half": "text",
     "image_batches": "vision",
+    "imagenet_batches": "vision",
     "minilm": "sentences",
     "minilm_batches": "sentences",
     "minilm_tokenizer": "sentences",
