@@ -1,6 +1,5 @@
 """Tests of measuring: the cache, going on after an interrupt, executors, workers that die, and bad cells."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from torch import nn
 from dybit import Candidate, DyBitError
 from dybit.mixed_precision.candidate import as_candidates
 from dybit.mixed_precision.measured_model import Subject
-from dybit.mixed_precision.sensitivity import ESTIMATES, cache_directory, measure, write_json
+from dybit.mixed_precision.sensitivity import ESTIMATES, measure
 
 SOME = as_candidates(["8/8", "4/8", "2/2", "fp32"])
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -190,24 +189,6 @@ def test_bad_arguments(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DyBitError, match="cannot be written"):
         measure(subject, SOME, cache=tmp_path / "file")
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("DYBIT_CACHE", str(tmp_path))
-    assert cache_directory() == tmp_path
-    monkeypatch.delenv("DYBIT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / "dybit"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_directory() == Path.home() / ".cache" / "dybit"
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    write_json(tmp_path / "a" / "x.json", {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "a" / "x.json", {"a": float("nan")})
-    assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"a": 1}
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.json"]
 
 
 def test_a_local_dask_cluster(tmp_path):

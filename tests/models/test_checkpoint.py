@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,15 @@ import torch
 from helpers import LAYERS, Tied, build, cuts, damaged, flips, inputs
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+import dybit.layers.description
 import dybit.models.checkpoint
+import dybit.models.manifest
 from dybit.errors import CheckpointError, DyBitError
 from dybit.layers.quantized import quantized_layers
-from dybit.models.checkpoint import MANIFEST, TENSORS, load, read_manifest, read_tensors, save
+from dybit.models.checkpoint import TENSORS, load, read_tensors, save
+from dybit.models.manifest import MANIFEST, read_manifest
 from dybit.models.preparation import dequantize_, folded_pairs
 from dybit.ptq.quantize import quantize_
 from dybit.recipe import Recipe
@@ -227,7 +232,7 @@ def test_recipe_is_stored(saved, tmp_path):
     path, model = saved
     manifest = read_manifest(path)
     assert manifest.recipe == Recipe(weights=4, activations=8, group_size=6)
-    assert manifest.version == dybit.models.checkpoint._version()
+    assert manifest.version == dybit.models.manifest._version()
     assert set(manifest.layers) == {"0", "2"}
     assert set(read_tensors(path, manifest)) == set(model.state_dict())
     other = Recipe(weights=3)
@@ -278,7 +283,7 @@ def test_a_checkpoint_is_replaced(saved, tmp_path):
     (path / "left over").write_text("x")
     other = quantize_(mlp(seed=5), Recipe(weights=3))
     assert save(other, path) == path
-    assert names(path) == [MANIFEST, TENSORS]
+    assert names(path) == [MANIFEST, "left over", TENSORS]  # which may be somebody's
     x = torch.randn(2, 8)
     assert torch.equal(load(path, mlp())(x), other(x))
     assert names(tmp_path) == ["out"]
@@ -394,7 +399,7 @@ def edit(path, change):
     """Changes the manifest in place."""
     data = json.loads((path / MANIFEST).read_text())
     change(data)
-    data["manifest_sha256"] = dybit.models.checkpoint._digest(data)
+    data["manifest_sha256"] = dybit.models.manifest._digest(data)
     (path / MANIFEST).write_text(json.dumps(data))
 
 
@@ -634,7 +639,7 @@ def test_tensors_of_another_kind(saved):
 
     def store(changed):
         safetensors.torch.save_file(changed, path / TENSORS)
-        edit(path, lambda data: data.update(sha256=dybit.models.checkpoint._checksum(path / TENSORS)))
+        edit(path, lambda data: data.update(sha256=dybit.models.manifest.checksum(path / TENSORS)))
 
     for key in tensors:
         store({k: v for k, v in tensors.items() if k != key})
@@ -645,7 +650,7 @@ def test_tensors_of_another_kind(saved):
             store({**tensors, key: tensors[key].to(torch.float64)})
             rejected(path, mlp(), f"'{key}' is torch.float64 of shape .*expected")
     (path / TENSORS).write_bytes(b"not safetensors at all")
-    edit(path, lambda data: data.update(sha256=dybit.models.checkpoint._checksum(path / TENSORS)))
+    edit(path, lambda data: data.update(sha256=dybit.models.manifest.checksum(path / TENSORS)))
     rejected(path, mlp(), r"model\.safetensors is no safetensors file")
 
 
@@ -656,7 +661,7 @@ def test_codes_beyond_the_family_are_rejected_or_harmless(saved, tmp_path):
     tensors = safetensors.torch.load_file(path / TENSORS)
     tensors["0.weight_choice"] = torch.full_like(tensors["0.weight_choice"], 255)
     safetensors.torch.save_file(tensors, path / TENSORS)
-    edit(path, lambda data: data.update(sha256=dybit.models.checkpoint._checksum(path / TENSORS)))
+    edit(path, lambda data: data.update(sha256=dybit.models.manifest.checksum(path / TENSORS)))
     with pytest.raises((DyBitError, IndexError)):
         load(path, mlp())(torch.randn(1, 8))
 
@@ -668,3 +673,227 @@ def test_moved_and_read_only(saved, tmp_path):
         file.chmod(0o444)
     x = torch.randn(2, 8)
     assert torch.equal(load(tmp_path / "elsewhere", mlp())(x), model(x))
+
+
+# Loads that fail in the middle, and models that are hard to load into
+
+
+def hooked(norm):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), norm(nn.Linear(8, 8)), norm(nn.Linear(8, 8)), nn.BatchNorm1d(8))
+
+    return make
+
+
+def twice_pruned(module):
+    prune.l1_unstructured(module, "weight", 0.3)
+    prune.random_unstructured(module, "weight", 0.3)
+    return prune.l1_unstructured(module, "bias", 0.3)
+
+
+def old_weight_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return weight_norm(module)
+
+
+NORMS = {
+    "weight_norm": old_weight_norm,
+    "spectral_norm": spectral_norm,
+    "pruned": twice_pruned,
+    "new weight_norm": parametrizations.weight_norm,
+    "new spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_norms_and_masks_that_hooks_make(tmp_path, norm, training):
+    make = hooked(norm)
+    model, x = make().eval(), torch.randn(3, 8)
+    model(x)
+    quantize_(model, Recipe(rules={"2": None}))
+    path = save(model, tmp_path / "a")
+    for other in (make().train(training), hooked(lambda module: module)()):  # a norm of layer 2 is in the file
+        if type(other[2]) is nn.Linear and not other[2]._forward_pre_hooks:
+            rejected(path, other, "does not fit the model")
+        else:
+            loaded = load(path, other)
+            torch.testing.assert_close(loaded(x), model(x))
+            assert torch.equal(loaded[1].weight, model[1].weight)
+            loaded.load_state_dict(model.state_dict())
+
+
+def everything(model):
+    """All that a failed load must leave: objects and their values."""
+    found = {}
+    for name, module in model.named_modules():
+        found[name] = id(module), type(module), module.training
+        for key, value in vars(module).items():
+            found[name, key] = id(value)
+            if isinstance(value, dict):
+                found[name, key, "inner"] = [(k, id(v)) for k, v in value.items()]
+                for inner in value.values():
+                    if isinstance(inner, torch.Tensor):
+                        found[id(inner)] = inner.requires_grad, inner._version, inner.detach().clone().numpy().tobytes()
+    return found
+
+
+class Refusing(nn.Linear):
+    """A layer that can be made to fail whenever the code of the model is asked."""
+
+    when = ""
+
+    def train(self, mode=True):
+        if self.when == "train":
+            raise RuntimeError("refused by the model")
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.when == "load":
+            raise KeyboardInterrupt
+
+    def __setattr__(self, name, value):
+        if self.when == "set" and name == "weight" and not value.is_meta:
+            raise TypeError("refused by the model")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("when", ["train", "load", "set", "hook", "memory"])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_a_failed_load_leaves_the_model_as_it_was(tmp_path, monkeypatch, norm, when):
+    def make():
+        torch.manual_seed(0)
+        parts = (norm(nn.Conv2d(2, 3, 1)), nn.BatchNorm2d(3), norm(nn.Linear(4, 4)), Refusing(4, 4))
+        return nn.Sequential(*parts)
+
+    model = quantize_(make().eval(), Recipe(rules={"3": None}))
+    path, fresh = save(model, tmp_path / "a"), make()
+    load(path, make())
+    fresh[3].when = when
+    handle = fresh[3].register_load_state_dict_post_hook(lambda *_: 1 / (when != "hook"))
+    fresh[2].register_forward_pre_hook(print)
+    if when == "memory":
+        monkeypatch.setattr(dybit.models.checkpoint, "bypass_fast_path_", lambda *_: [][1 << 9].append(MemoryError))
+    before = everything(fresh)
+    expected = {"load": KeyboardInterrupt}.get(when, CheckpointError)
+    with pytest.raises(expected) as error:
+        load(path, fresh)
+    assert everything(fresh) == before
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    handle.remove()
+    fresh[3].when = ""
+    load(path, fresh)  # and it can still be loaded into
+
+
+def test_a_model_that_cannot_be_copied(saved):
+    path, model = saved
+    fresh, x = mlp(), torch.randn(2, 8)
+    fresh.lock = threading.Lock()
+    assert torch.equal(load(path, fresh)(x), model(x))
+
+
+def test_layers_that_are_not_initialized(saved):
+    lazy = nn.LazyLinear(16)
+    with pytest.raises(CheckpointError, match="'0' is not initialized, run the model once"):
+        load(saved[0], nn.Sequential(lazy, nn.ReLU(), nn.Linear(16, 4)))
+    assert type(lazy) is nn.LazyLinear and isinstance(lazy.weight, nn.parameter.UninitializedParameter)
+
+
+class Rotary(nn.Module):
+    """Has a buffer that no checkpoint holds, and a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("frequencies", torch.arange(8.0), persistent=False)
+        self.kept = torch.ones(8)
+
+    def forward(self, x):
+        return self.linear(x * self.frequencies) * self.kept
+
+
+@torch.no_grad()
+def test_models_on_the_meta_device(tmp_path):
+    model, x = quantize_(Rotary().eval(), Recipe()), torch.randn(2, 8)
+    path = save(model, tmp_path / "a")
+    with torch.device("meta"):
+        fresh = Rotary()
+    with pytest.raises(CheckpointError, match="does not hold 'frequencies', which the model has on the meta device"):
+        load(path, fresh)
+    assert type(fresh.linear) is nn.Linear and fresh.linear.weight.is_meta
+    fresh.frequencies = torch.arange(8.0)
+    with pytest.raises(CheckpointError, match="does not hold 'kept'"):
+        load(path, fresh)
+    fresh.kept = torch.ones(8)
+    assert torch.equal(load(path, fresh)(x), model(x))
+    # What is held need not have values, and where load is called does not matter.
+    path = save(quantize_(mlp(), Recipe()), tmp_path / "b")
+    with torch.device("meta"):
+        loaded = load(path, mlp())
+    assert loaded(torch.randn(2, 8)).shape == (2, 4)
+
+
+def test_tensors_that_cannot_be_stored(tmp_path):
+    cases = {
+        "sparse": (torch.eye(3).to_sparse(), "torch.sparse_coo tensor, which safetensors cannot store"),
+        "complex": (torch.zeros(2, dtype=torch.complex128), "of torch.complex128, which safetensors cannot store"),
+        "meta": (torch.zeros(2, device="meta"), "on the meta device, without values"),
+    }
+    for name, (tensor, message) in cases.items():
+        model = quantize_(mlp(), Recipe())
+        model.register_buffer(name, tensor)
+        with pytest.raises(DyBitError, match=f"model has '{name}'.*{message}"):
+            save(model, tmp_path / "a")
+    model = quantize_(mlp(), Recipe())
+    model.register_buffer("good", torch.tensor([1 + 2j]))
+    fresh = mlp()
+    fresh.register_buffer("good", torch.zeros(1, dtype=torch.complex64))
+    assert torch.equal(load(save(model, tmp_path / "b"), fresh).good, model.good)
+    assert names(tmp_path) == ["b"]
+
+
+def test_descriptions_of_a_file_are_those_of_the_manifest(saved):
+    path, model = saved
+    tensors = safetensors.torch.load_file(path / TENSORS)
+    assert set(tensors) == set(model.state_dict())
+    key = f"0.{dybit.layers.description.KEY}"
+    text = bytes(tensors[key].tolist())
+    other = text.replace(b'"s8r', b'"u8r') if b'"s8r' in text else text.replace(b'"u8r', b'"s8r')
+    for changed, message in ((other, "does not say what dybit.json says"), (b"x" * len(text), "does not say what")):
+        tensors[key] = torch.tensor(list(changed), dtype=torch.uint8)
+        safetensors.torch.save_file(tensors, path / TENSORS)
+        edit(path, lambda data: data.update(sha256=dybit.models.manifest.checksum(path / TENSORS)))
+        rejected(path, mlp(), message)
+    # Earlier versions stored none.
+    old = {name: tensor for name, tensor in tensors.items() if not name.endswith(dybit.layers.description.KEY)}
+    safetensors.torch.save_file(old, path / TENSORS)
+    edit(path, lambda data: data.update(sha256=dybit.models.manifest.checksum(path / TENSORS)))
+    x = torch.randn(2, 8)
+    assert torch.equal(load(path, mlp())(x), model(x))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of directories")
+def test_two_that_save_and_one_that_loads(tmp_path):
+    models = [quantize_(mlp(), Recipe(weights=bits)) for bits in (3, 4)]
+    path = save(models[0], tmp_path / "a")
+    with ThreadPoolExecutor(2) as pool:  # the locks are those of processes, but hold among threads
+        savers = [pool.submit(lambda model: [save(model, path) for _ in range(30)], model) for model in models]
+        while not all(saver.done() for saver in savers):
+            load(path, mlp())
+    assert all(saver.result() for saver in savers)
+    load(path, mlp())
+    assert names(path) == [MANIFEST, TENSORS] and names(tmp_path) == ["a"]
+
+
+def test_what_loading_imports():
+    script = (
+        "import sys, dybit.models.checkpoint; print([name for name in sys.modules if name.startswith('dybit.ptq')])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

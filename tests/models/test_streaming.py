@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import dybit
 from dybit.models import streaming
-from dybit.models.streaming import Job, quantize_files, read_source
+from dybit.models.streaming import Job, quantize_files
+from dybit.models.tensor_files import read_source
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
@@ -228,7 +229,8 @@ def test_a_thousand_flipped_bits(tmp_path):
 
 SCRIPT = """
 import resource, sys
-from dybit.models.streaming import Job, quantize_files, read_source
+from dybit.models.streaming import Job, quantize_files
+from dybit.models.tensor_files import read_source
 from dybit.tensors.quantized_tensor import TensorSpec
 source = read_source(sys.argv[1])
 spec = TensorSpec("dybit4spare", (1024, 2048), "group", 64, choice="group")

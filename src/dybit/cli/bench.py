@@ -69,7 +69,7 @@ def bench(
         raise DyBitError("--only-if-faster needs MODEL and -o FILE for the recipe, and -o is for it alone")
     plan = options.make_recipe(recipe, **options.recipe_fields(locals()))
     from dybit.measure.timing import machine
-    from dybit.mixed_precision.sensitivity import write_json
+    from dybit.safe_files import write_json
 
     with _threads(threads):
         if shapes is not None:

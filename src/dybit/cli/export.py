@@ -148,6 +148,8 @@ def import_(
     Example: dybit import model-int8.onnx -o model-int8 --model yours:net
     """
     from dybit.models import checkpoint
+    from dybit.models.manifest import MANIFEST
+    from dybit.safe_files import replacing
 
     check_target(output)
     network = sources.load_model(model, "--model") if model is not None else None
@@ -166,7 +168,7 @@ def import_(
         entries[layer] = {"kind": "weight", "dtype": "float32", "weights": {key: weight.spec.to_dict()}, "input": None}
     if network is not None:
         tensors = {**{k: v for k, v in network.state_dict().items() if k not in found.weights}, **tensors}
-    with checkpoint.replacing(output) as folder:
+    with replacing(output, MANIFEST) as folder:
         part = folder / "checked"
         checkpoint.write(part, tensors, entries, recipe=found.recipe)
         if network is not None:

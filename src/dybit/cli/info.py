@@ -29,10 +29,10 @@ def info(
     Example: dybit info minilm-w4a8
     """
     from dybit.layers.description import KEY
-    from dybit.models.checkpoint import MANIFEST, TENSORS, read_manifest, read_tensors
+    from dybit.models.checkpoint import TENSORS, read
+    from dybit.models.manifest import MANIFEST
 
-    manifest = read_manifest(path)
-    stored = read_tensors(path, manifest)  # also checks the file against its checksum
+    manifest, stored = read(path)  # also checks the file against its checksum
     keys = {f"{layer}.{name}".lstrip(".") for layer, entry in manifest.layers.items() for name in entry.weights}
     missing = next((key for key in keys if key not in stored and key not in manifest.shared), None)
     if missing is not None:

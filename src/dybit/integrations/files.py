@@ -19,9 +19,18 @@ from dybit.errors import CheckpointError, DyBitWarning
 from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, checksum_rest, describe
 from dybit.layers.input_spec import InputSpec
 from dybit.models.coverage import Coverage, measure
+from dybit.models.file_plan import FilePlan
+from dybit.models.streaming import Job
+from dybit.models.tensor_files import FLOATS, Stored
 from dybit.recipe import Recipe
 from dybit.safe_files import read_json
 from dybit.tensors.quantized_tensor import TensorSpec
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf"
+)  # fmt: skip
+_NOT_COPIED = ("config.json", "dybit.json", "journal")
+_MOST_COPIED = 100_000_000  # bytes
 
 
 class FileWeight(NamedTuple):
@@ -45,8 +54,8 @@ class FileWeight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FilePlan:
-    """What is to become of a transformers checkpoint that is quantized without being loaded.
+class DirectoryPlan:
+    """The weights of a transformers checkpoint that is quantized without being loaded.
 
     Attributes:
         weights: By the keys in the file.
@@ -85,7 +94,7 @@ def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
     return model
 
 
-def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
+def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> DirectoryPlan:
     """Finds what a recipe makes of the checkpoint in a directory, by building its model without values.
 
     Args:
@@ -146,7 +155,40 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> FilePlan:
 
     inputs = {name: layer.input for name, layer in layers.items()}
     coverage = measure(model, recipe, [name for name, layer in layers.items() if layer.specs])
-    return FilePlan(weights, names, inputs, tied, coverage, config)
+    return DirectoryPlan(weights, names, inputs, tied, coverage, config)
+
+
+def plan_directory(folder: Path, source: Mapping[str, Stored], recipe: Recipe) -> FilePlan:
+    """The plan for the files of a transformers directory, and the files beside them that belong to the model.
+
+    Args:
+        folder: Where ``config.json`` is.
+        source: The tensors of the files.
+        recipe: The recipe; its activations are kept or dynamic.
+
+    Raises:
+        CheckpointError: A tensor has another shape than ``config.json`` says, or as :func:`plan_files`.
+        DyBitError: As :func:`plan_files`.
+    """
+    found = plan_files(folder, [key for key, stored in source.items() if stored.dtype in FLOATS], recipe)
+    plan = FilePlan(found.coverage, names=found.names, extra={"config.json": found.config})
+    for key, weight in found.weights.items():
+        how = recipe.layer(weight.layer)
+        if source[key].shape != weight.shape:
+            raise CheckpointError(f"{folder}: {key!r} has shape {source[key].shape}, config.json says {weight.shape}")
+        method, percentile = (how.method, how.percentile) if how else (recipe.method, recipe.percentile)
+        job = Job(weight.spec, method, percentile, weight.row)
+        plan.add(weight.layer, weight.kind, weight.name, key, source[key], job, found.inputs[weight.layer])
+    for name, key in found.tied.items():
+        layer, _, weight_name = name.rpartition(".")
+        plan.add(layer, "", weight_name, key, source[key], plan.jobs[key], found.inputs[layer])
+        kept = plan.names.get(key, key)
+        plan.shared |= {name + suffix: kept + suffix for suffix in plan.jobs[key].spec.buffers()}
+    for file in sorted(folder.iterdir()):  # such as the tokenizer
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in _NOT_COPIED and file.stat().st_size < _MOST_COPIED:
+            plan.extra[file.name] = file
+    return plan
 
 
 def _merged(

@@ -20,8 +20,7 @@ from dybit.interchange.blocks import Blocks, from_blocks, to_blocks
 from dybit.interchange.imported import Imported
 from dybit.layers.description import without_descriptions
 from dybit.layers.quantized import quantized_layers
-from dybit.models.checkpoint import replacing
-from dybit.safe_files import SHA256, check_digest, check_regular, digest, read_json
+from dybit.safe_files import SHA256, check_digest, check_regular, digest, read_json, replacing
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _FORMATS = {32: "mxfp4-pack-quantized", 16: "nvfp4-pack-quantized"}
@@ -192,7 +191,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
         pointer = value.untyped_storage().data_ptr()
         contiguous[key] = value.clone() if pointer in storages else value.contiguous()
         storages[pointer] = key
-    with replacing(path) as folder:
+    with replacing(path, CONFIG) as folder:
         try:
             metadata = {"format": "pt", SHA256: digest(contiguous)}
             safetensors.torch.save_file(contiguous, folder / TENSORS, metadata=metadata)

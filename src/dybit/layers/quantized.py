@@ -114,10 +114,10 @@ class Quantized(Described, nn.Module):
             DyBitError: A fused model was built for other inputs.
         """
         given = {"input_scale": scale, "input_offset": offset}
-        same = all(_equal(self._buffers.get(name), tensor) for name, tensor in given.items())
-        if self.inputs_fixed and not (same and spec == self.input_spec):
+        same = spec == self.input_spec
+        if self.inputs_fixed and not (same and all(_equal(self._buffers.get(n), t) for n, t in given.items())):
             raise DyBitError("inputs are rounded in another way than a fused model expects; load before fuse")
-        if spec == self.input_spec:
+        if same:
             return
         self.__dict__.pop("_ready", None)
         home = next(iter([*self._buffers.values(), *self._parameters.values()]))

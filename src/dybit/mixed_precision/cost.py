@@ -23,10 +23,9 @@ from dybit.measure.timing import compare, machine
 from dybit.measure.trace import trace
 from dybit.mixed_precision.candidate import Candidate
 from dybit.mixed_precision.measured_model import Subject
-from dybit.mixed_precision.sensitivity import cache_directory, write_json
 from dybit.models.running import Progress, run_batch
 from dybit.recipe import LayerRecipe
-from dybit.safe_files import read_json
+from dybit.safe_files import cache_directory, read_json, write_json
 from dybit.tensors.quantized_tensor import TensorSpec
 from dybit.workloads.workload import Layer, Workload
 

@@ -30,6 +30,7 @@ from dybit.models.preparation import bypass_fast_path_, make_plain_
 from dybit.models.running import run, run_batch
 from dybit.ptq.rounding.nearest import quantize_layer
 from dybit.recipe import LayerRecipe, Recipe, matches
+from dybit.safe_files import feed
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
@@ -180,9 +181,7 @@ class Subject:
     def signature(self) -> str:
         """A hash of the structure, the weights and the calibration data: what a measurement depends on."""
         digest = hashlib.sha256(repr(self.model).encode())
-        for key, tensor in self.model.state_dict().items():
-            _feed(digest, (key, tensor))
-        _feed(digest, self.batches)
+        feed(digest, [self.model.state_dict(), self.batches])
         return digest.hexdigest()
 
     def layer_recipes(self, name: str, candidate: Candidate) -> dict[str, LayerRecipe | None]:
@@ -321,21 +320,3 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 def _detached(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.detach() if isinstance(x, Tensor) else x for x in values)
-
-
-def _feed(digest: Any, value: Any) -> None:  # noqa: ANN401
-    """Adds tensors and other values to a hash."""
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            digest.update(repr(key).encode())
-            _feed(digest, item)
-    elif isinstance(value, tuple | list):
-        digest.update(f"{len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(repr(value).encode())

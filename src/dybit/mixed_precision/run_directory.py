@@ -21,12 +21,11 @@ from dybit.mixed_precision.cost import CostTable
 from dybit.mixed_precision.measured_model import Subject
 from dybit.mixed_precision.other_formats import compare
 from dybit.mixed_precision.search import Result
-from dybit.mixed_precision.sensitivity import write_json
 from dybit.mixed_precision.trial import Point
 from dybit.models.coverage import measure
 from dybit.models.plan import plan_layers, quantized_names
 from dybit.recipe import LayerRecipe
-from dybit.safe_files import read_json
+from dybit.safe_files import read_json, write_json
 
 SCHEMA_VERSION = 1
 DOCUMENT, RECIPE, FRONT = "search.json", "recipe.json", "pareto"

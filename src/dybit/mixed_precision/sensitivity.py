@@ -15,7 +15,6 @@ import os
 import pickle
 import platform
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -30,7 +29,7 @@ from dybit.mixed_precision.candidate import Candidate
 from dybit.mixed_precision.estimators import ESTIMATORS, Estimator, Twins
 from dybit.mixed_precision.measured_model import Subject
 from dybit.models.running import Progress
-from dybit.safe_files import read_json
+from dybit.safe_files import cache_directory, read_json, write_json
 
 Estimate = Literal["rmse", "fisher", "output", "kl"]
 ESTIMATES: tuple[str, ...] = get_args(Estimate)
@@ -106,12 +105,6 @@ def check_arguments(estimate: object, workers: object) -> None:
         raise DyBitError(f"workers must be a positive integer, not {workers!r}")
 
 
-def cache_directory() -> Path:
-    """The user's cache directory of dybit: ``DYBIT_CACHE``, or ``dybit`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    given = os.environ.get("DYBIT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dybit"
-
-
 def _key(subject: Subject, name: str, candidate: Candidate, estimate: str) -> str:
     recipes = {n: r and asdict(r) for n, r in subject.layer_recipes(name, candidate).items()}
     text = json.dumps([CACHE_VERSION, estimate, subject.signature, recipes], sort_keys=True)
@@ -133,29 +126,6 @@ def _read(folder: Path, key: str) -> float | None:
 
 def _write(folder: Path, key: str, cell: Mapping[str, Any]) -> None:
     write_json(folder / key[:2] / f"{key}.json", cell)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON atomically, with the directories that it needs.
-
-    Raises:
-        DyBitError: It cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            try:
-                json.dump(value, file, indent=1, allow_nan=False)
-                file.write("\n")
-                file.close()
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise DyBitError(f"{str(path)!r} cannot be written: {error.strerror}") from error
 
 
 # ---- Where the work is done

@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
+from dybit.models.preparation import make_plain_
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -91,6 +93,7 @@ def fold_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
         assert norm.running_mean is not None and norm.running_var is not None
+        make_plain_(conv, "bias")
         weight, bias = fuse_conv_bn_weights(
             conv.weight.detach(), conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
@@ -115,6 +118,7 @@ def expect_folded_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None
     for conv_name, norm_name in pairs:
         conv = model.get_submodule(conv_name)
         assert isinstance(conv, _CONVOLUTIONS)
+        make_plain_(conv, "bias")
         if conv.bias is None:
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
         remove_norm_(model, norm_name)

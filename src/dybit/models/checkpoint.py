@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,84 +11,40 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dybit.errors import CheckpointError, DyBitError
 from dybit.layers.description import Description, without_descriptions
-from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import weight_names
 from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.layers.swap import set_bias_, swap_
-from dybit.models.attachments import attachments, check_attachments, expect_attached_, is_attached
+from dybit.models.attachments import attachments, expect_attached_, is_attached
 from dybit.models.batch_norm import expect_folded_, is_pair
 from dybit.models.coverage import Coverage, measure
+from dybit.models.manifest import MANIFEST, LayerEntry, Manifest, checksum, manifest_text, read_manifest
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
+from dybit.models.rollback import undone_on_failure
 from dybit.recipe import Recipe
-from dybit.safe_files import check_regular, read_json
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
+from dybit.safe_files import check_regular, reading, replacing
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
-FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
-MANIFEST = "dybit.json"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class LayerEntry:
-    """A quantized layer in a manifest.
-
-    Attributes:
-        kind: The class of the floating-point layer, for people.
-        dtype: The type in which its weights are dequantized.
-        weights: How each weight is stored.
-        input: How inputs are rounded, or None.
-        added_bias: Whether it was given a bias that the floating-point layer does not have.
-    """
-
-    kind: str
-    dtype: torch.dtype
-    weights: dict[str, TensorSpec]
-    input: InputSpec | None
-    added_bias: bool = False
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``dybit.json`` says.
-
-    Attributes:
-        layers: The quantized layers by qualified name.
-        folded: The (convolution, batch norm) pairs that were folded.
-        attached: What transforms attached to modules (see :mod:`dybit.models.attachments`).
-        shared: From the keys of tied tensors to the keys under which they are stored.
-        recipe: The recipe, if known.
-        checksum: SHA-256 of the tensors' file.
-        version: The version of dybit that wrote it.
-        coverage: How much of the model is quantized; None in files of earlier versions.
-    """
-
-    layers: dict[str, LayerEntry]
-    folded: list[tuple[str, str]]
-    attached: dict[str, dict[str, Any]]
-    shared: dict[str, str]
-    recipe: Recipe | None
-    checksum: str
-    version: str
-    coverage: Coverage | None = None
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], recipe: Recipe | None = None) -> Path:
-    """Saves a quantized model, atomically: the directory is complete or it is not there.
+    """Saves a quantized model. The checkpoint is complete, or the directory stays as it was.
 
     Args:
         model: A model that :func:`dybit.quantize_` or :func:`dybit.load` returned.
-        path: The directory; a checkpoint of dybit that is there already is replaced.
-        recipe: The recipe to store with it; None stores the one that the model was quantized with, if known.
+        path: The directory. The files of a checkpoint that is there already are replaced; other files stay.
+        recipe: The recipe to store; None stores the one that the model was quantized with, if known.
 
     Returns:
         The directory.
 
     Raises:
-        DyBitError: The model has no quantized layer, or ``path`` is something else or cannot be written.
+        DyBitError: The model has no quantized layer, or has tensors that cannot be stored; or ``path`` is something
+            else than a checkpoint or cannot be written.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -135,12 +83,12 @@ def write(
         tensors: All tensors by key; no two of them share memory.
         layers: The entries of the quantized layers as JSON values.
         folded: The folded pairs.
-        attached: What transforms attached.
+        attached: Buffers and hooks of transforms.
         shared: Keys of tied tensors.
         recipe: The recipe.
         coverage: How much of the model is quantized.
     """
-    with replacing(Path(path)) as folder:
+    with replacing(path, MANIFEST) as folder:
         target = folder / TENSORS
         try:
             # One key only: with more, their order, and so the bytes of equal files, would be left to chance.
@@ -158,35 +106,6 @@ def write(
         )
         (folder / MANIFEST).write_text(text)
     return Path(path)
-
-
-def manifest_text(
-    tensors: Path,
-    layers: Mapping[str, Mapping[str, Any]],
-    *,
-    folded: list[tuple[str, str]],
-    shared: Mapping[str, str],
-    recipe: Recipe | None,
-    attached: Mapping[str, Any] | None = None,
-    coverage: Coverage | None = None,
-) -> str:
-    """The contents of ``dybit.json`` for a file of tensors; see :func:`write`."""
-    manifest = {
-        "format": "dybit",
-        "version": FORMAT_VERSION,
-        "dybit_version": _version(),
-        "sha256": _checksum(tensors),
-        "recipe": recipe.to_dict() if recipe else None,
-        "layers": dict(layers),
-        "folded": folded,
-        "shared": dict(shared),
-    }
-    if attached:
-        manifest["attached"] = dict(attached)
-    if coverage is not None:
-        manifest["coverage"] = coverage.to_dict()
-    manifest["manifest_sha256"] = _digest(manifest)
-    return json.dumps(manifest, indent=1) + "\n"
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -209,51 +128,72 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise DyBitError(
             f"model must be a floating-point torch.nn.Module, not {type(model).__name__}, quantized already"
         )
-    manifest = read_manifest(path)
+    manifest, tensors = read(path)
+    with undone_on_failure(model):
+        try:
+            _fill_(model, manifest, tensors, path)
+        except (DyBitError, MemoryError):
+            raise
+        except Exception as error:  # of the model's own code, or of torch
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise CheckpointError(f"{path} does not fit the model: {reason:.300}") from error
+    return model
+
+
+def _fill_(model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Gives a floating-point model the structure and the tensors of a checkpoint. Writes to none of its tensors."""
+    homes: dict[str, torch.device] = {}  # of modules, whose tensors the checkpoint can have under other keys
+    for key, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            homes.setdefault(key.partition(".parametrizations.")[0], tensor.device)
+            homes.setdefault(key.rpartition(".")[0], tensor.device)
     _check_architecture(manifest, model, path)
-    tensors = read_tensors(path, manifest)
+    for name in manifest.layers:
+        _empty_(model.get_submodule(name))
+    expect_folded_(model, manifest.folded)
+    expect_attached_(model, manifest.attached)
+    for name, entry in manifest.layers.items():
+        _prepare_layer_(model.get_submodule(name), name, entry, path)
     state = _check_keys(manifest, tensors, model, path)
-    _restructure_(model, manifest)
-    model.load_state_dict(state, strict=True, assign=True)
+    state = {key: tensor.to(homes.get(key.rpartition(".")[0], "cpu")) for key, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
     _tie_(model, manifest.shared)
     bypass_fast_path_(model, quantized_layers(model).values())
     cast(Any, model)._dybit_folded = manifest.folded
     cast(Any, model)._dybit_recipe = manifest.recipe
-    return model.eval()
+    model.eval()
+    _check_values(model, path)
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Reads and checks ``dybit.json``.
+def _check_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Checks that no tensor was left on the meta device."""
+    for name, module in model.named_modules():
+        hooks: Any = module._forward_pre_hooks.values()
+        made = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}  # by old-style norms
+        for table in (module._parameters, module._buffers, vars(module)):
+            for key, value in table.items():
+                if isinstance(value, Tensor) and value.is_meta and key not in made:
+                    key = f"{name}.{key}".lstrip(".")
+                    raise CheckpointError(
+                        f"{path} does not hold {key!r}, which the model has on the meta device: make the model on "
+                        "another device, or give this tensor its values first"
+                    )
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Tensor]]:
+    """Reads and checks a checkpoint that no other process replaces meanwhile.
 
     Raises:
-        CheckpointError: It is missing, no JSON, foreign, of another version or has bad fields.
+        CheckpointError: It is missing, truncated, foreign, damaged or of another version.
     """
-    file = Path(path) / MANIFEST
     try:
-        data = read_json(file)
-    except OSError as error:
-        raise CheckpointError(f"{path} is not a dybit checkpoint: cannot read {MANIFEST} ({error.strerror})") from None
-    if not isinstance(data, dict) or data.get("format") != "dybit":
-        raise CheckpointError(f"{file} was not written by dybit")
-    if data.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{file} has format version {data.get('version')!r}, this dybit reads {FORMAT_VERSION}")
-    if data.get("manifest_sha256") != _digest(data):
-        raise CheckpointError(f"{file} is damaged: its contents are not those that dybit wrote")
-    try:
-        return Manifest(
-            layers={str(name): _entry(entry) for name, entry in data["layers"].items()},
-            folded=[(str(conv), str(norm)) for conv, norm in data["folded"]],
-            attached=check_attachments(data.get("attached", {})),
-            shared={str(key): str(source) for key, source in data["shared"].items()},
-            recipe=Recipe.from_dict(data["recipe"]) if data["recipe"] is not None else None,
-            checksum=str(data["sha256"]),
-            version=str(data["dybit_version"]),
-            coverage=Coverage.from_dict(data["coverage"]) if "coverage" in data else None,
-        )
-    except DyBitError as error:
-        raise CheckpointError(f"{file} has a bad entry: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} has a missing or bad field: {error}") from None
+        with reading(Path(path)):
+            manifest = read_manifest(path)
+            return manifest, read_tensors(path, manifest)
+    except DyBitError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {str(path)!r} ({getattr(error, 'strerror', error)})") from None
 
 
 def read_tensors(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, Tensor]:
@@ -264,7 +204,7 @@ def read_tensors(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, 
     """
     file = Path(path) / TENSORS
     try:
-        if _checksum(check_regular(file, CheckpointError)) != manifest.checksum:
+        if checksum(check_regular(file, CheckpointError)) != manifest.checksum:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
         return safetensors.torch.load_file(file)
     except OSError as error:
@@ -273,54 +213,12 @@ def read_tensors(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, 
         raise CheckpointError(f"{file} is no safetensors file: {error}") from None
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new directory beside ``path`` that takes its place when all went well, and is removed when not.
-
-    Raises:
-        DyBitError: ``path`` is a file, a directory that is no checkpoint, or cannot be written.
-    """
-    try:
-        if path.exists() and not (path.is_dir() and ((path / MANIFEST).exists() or not any(path.iterdir()))):
-            raise DyBitError(f"path {str(path)!r} exists and is not a dybit checkpoint; nothing was written")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror}") from None
-    try:
-        yield folder
-        put_in_place(folder, path)
-    except OSError as error:
-        raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def put_in_place(folder: Path, path: Path) -> None:
-    """Renames a complete directory to ``path``; a checkpoint that is there goes, or stays if that fails."""
-    folder.chmod(0o755)
-    if not path.exists():
-        folder.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / "old"
-    try:
-        path.rename(old)
-        folder.rename(path)
-    except BaseException:
-        if old.exists():
-            old.rename(path)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
-
-
 def _unique_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors to store, and the keys of those that are stored under another key."""
     owners: dict[tuple[Any, ...], str] = {}
     tensors, shared = {}, {}
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise DyBitError(f"model has the extra state {key!r}, which is no tensor and cannot be stored")
+        _check_storable(key, value)
         place = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         if value.numel() and place in owners:
             shared[key] = owners[place]
@@ -337,20 +235,18 @@ def _unique_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return tensors, shared
 
 
-def _entry(data: Mapping[str, Any]) -> LayerEntry:
-    if data["dtype"] not in _DTYPES:
-        raise DyBitError(f"dtype must be one of {', '.join(_DTYPES)}, not {data['dtype']!r}")
-    return LayerEntry(
-        kind=str(data["kind"]),
-        dtype=_DTYPES[data["dtype"]],
-        weights={str(name): TensorSpec.from_dict(spec) for name, spec in data["weights"].items()},
-        input=InputSpec.from_dict(data["input"]) if data["input"] is not None else None,
-        added_bias=data.get("added_bias") is True,
-    )
+def _check_storable(key: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise DyBitError(f"model has the extra state {key!r}, which is no tensor and cannot be stored")
+    if value.is_meta:
+        raise DyBitError(f"model has {key!r} on the meta device, without values: bring it back to a real device first")
+    if value.layout != torch.strided or value.is_quantized or value.dtype in (torch.complex32, torch.complex128):
+        what = f"a {value.layout} tensor" if value.layout != torch.strided else f"of {value.dtype}"
+        raise DyBitError(f"model has {key!r}, {what}, which safetensors cannot store")
 
 
 def _check_architecture(manifest: Manifest, model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Checks that every layer and pair of the manifest is in the model, of the right kind and shape."""
+    """Checks that every layer and pair of the manifest is in the model, and of the right kind."""
     modules = dict(model.named_modules())
     for name, entry in manifest.layers.items():
         module = modules.get(name)
@@ -360,12 +256,6 @@ def _check_architecture(manifest: Manifest, model: nn.Module, path: str | os.Pat
         if not names or not set(entry.weights) <= set(names) or (entry.weights and set(entry.weights) != set(names)):
             kind = type(module).__name__
             raise CheckpointError(f"{path} does not fit the model: {name!r} was {entry.kind} and is {kind}")
-        for key, spec in entry.weights.items():
-            shape = tuple(getattr(module, key).shape)
-            if shape != spec.shape:
-                raise CheckpointError(
-                    f"{path} does not fit the model: {name}.{key} has shape {shape}, the checkpoint {spec.shape}"
-                )
     for name in manifest.attached:
         if name not in modules or is_attached(modules[name]):
             raise CheckpointError(f"{path} does not fit the model: it has no {name!r} to attach to")
@@ -377,10 +267,8 @@ def _check_architecture(manifest: Manifest, model: nn.Module, path: str | os.Pat
 def _check_keys(
     manifest: Manifest, tensors: Mapping[str, Tensor], model: nn.Module, path: str | os.PathLike[str]
 ) -> dict[str, Tensor]:
-    """Checks names, shapes and types of all tensors before the model is changed, and returns them all by key."""
-    skeleton = _skeleton(model)
-    _restructure_(skeleton, manifest)
-    expected = skeleton.state_dict()
+    """Checks names, shapes and types of all tensors, and returns them all by key."""
+    expected = model.state_dict()
     found = {**tensors, **{key: tensors.get(source) for key, source in manifest.shared.items()}}
     descriptions = {key: expected.pop(key) for key in expected.keys() - without_descriptions(expected).keys()}
     if not descriptions.keys() & tensors.keys():
@@ -422,43 +310,42 @@ def _is_ours(key: str, prefixes: tuple[str, ...]) -> bool:
     return key.startswith(prefixes) and key.endswith(("_scale", "_offset", "_choice"))
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model without its data, on which to try what a manifest asks for."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta")
-                memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-        for value in (*module._buffers.values(), *vars(module).values()):  # the latter: weights made by hooks
-            if isinstance(value, Tensor):
-                memo[id(value)] = torch.empty_like(value, device="meta")
-    return copy.deepcopy(model, memo)
-
-
-def _restructure_(model: nn.Module, manifest: Manifest) -> None:
-    """Gives a floating-point model the structure of a checkpoint, with empty tensors where values are to be loaded."""
-    expect_folded_(model, manifest.folded)
-    expect_attached_(model, manifest.attached)
-    for name, entry in manifest.layers.items():
-        _prepare_layer_(model.get_submodule(name), entry)
-
-
-def _prepare_layer_(module: nn.Module, entry: LayerEntry) -> None:
-    """Swaps a layer with empty buffers, to be filled."""
+def _prepare_layer_(module: nn.Module, name: str, entry: LayerEntry, path: str | os.PathLike[str]) -> None:
+    """Swaps a layer with buffers without values, to be filled."""
     make_plain_(module)
+    for key, spec in entry.weights.items():
+        weight = getattr(module, key)
+        if nn.parameter.is_lazy(weight):
+            raise CheckpointError(f"{path} does not fit the model: {name!r} is not initialized, run the model once")
+        if tuple(weight.shape) != spec.shape:
+            raise CheckpointError(
+                f"{path} does not fit the model: {name}.{key} has shape {tuple(weight.shape)}, "
+                f"the checkpoint {spec.shape}"
+            )
     weights = {}
-    for name, spec in entry.weights.items():
-        buffers = {
-            suffix: torch.empty(shape, dtype=dtype, device="cpu") for suffix, (shape, dtype) in spec.buffers().items()
-        }
-        weights[name] = QuantizedTensor(
+    for key, spec in entry.weights.items():
+        buffers = {suffix: torch.empty(s, dtype=t, device="meta") for suffix, (s, t) in spec.buffers().items()}
+        weights[key] = QuantizedTensor(
             spec, buffers[""], buffers["_scale"], buffers.get("_choice"), buffers.get("_tensor_scale")
         )
-    scale, offset = torch.empty(2, 1, dtype=torch.float32, device="cpu")
+    scale, offset = (torch.empty(1, dtype=torch.float32, device="meta") for _ in range(2))
     swap_(module, weights, entry.input, scale, offset, entry.dtype)
     if entry.added_bias and module._parameters.get("bias") is None:
-        set_bias_(cast(Quantized, module), torch.empty(entry.weights["weight"].rows, dtype=torch.float32, device="cpu"))
+        set_bias_(cast(Quantized, module), torch.empty(entry.weights["weight"].rows, device="meta"))
+
+
+def _empty_(module: nn.Module) -> None:
+    """Replaces the tensors of a layer by ones without values, which norms and masks that are removed may write to."""
+    parts = [module, *module.get_submodule("parametrizations").modules()] if parametrize.is_parametrized(module) else []
+    for part in parts or [module]:
+        for table in (part._parameters, part._buffers):
+            for key, tensor in table.items():
+                if tensor is None or nn.parameter.is_lazy(tensor) or key in part._non_persistent_buffers_set:
+                    continue
+                empty = torch.empty_like(tensor, device="meta")
+                cast(Any, table)[key] = (
+                    nn.Parameter(empty, requires_grad=tensor.requires_grad) if table is part._parameters else empty
+                )
 
 
 def _tie_(model: nn.Module, shared: Mapping[str, str]) -> None:
@@ -473,23 +360,3 @@ def _tie_(model: nn.Module, shared: Mapping[str, str]) -> None:
 def _holder(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     prefix, _, name = key.rpartition(".")
     return model.get_submodule(prefix), name
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of what a manifest says about the model, or a flipped bit in a format's name would go unnoticed."""
-    said = [manifest.get(name) for name in ("layers", "folded", "shared", "recipe")]
-    if manifest.get("attached"):
-        said.append(manifest["attached"])
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _version() -> str:
-    try:
-        return version("dybit")
-    except PackageNotFoundError:
-        return "unknown"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
@@ -35,9 +35,14 @@ def folded_pairs(model: nn.Module) -> list[tuple[str, str]]:
     return list(getattr(model, "_dybit_folded", []))
 
 
-def make_plain_(module: nn.Module) -> None:
-    """Makes the weight norm or other parametrization of a layer's weights permanent, in place."""
-    for name in weight_names(module):
+def make_plain_(module: nn.Module, *more: str) -> None:
+    """Makes norms, masks and other parametrizations of the weights of a layer permanent, in place.
+
+    Args:
+        module: The layer.
+        *more: The names of further parameters that are to be plain, such as ``bias``.
+    """
+    for name in (*weight_names(module), *more):
         if parametrize.is_parametrized(module, name):
             # torch removes the property from the class, which copies of the model share: give this module its own.
             made_by_torch: Any = type(module)
@@ -55,6 +60,11 @@ def make_plain_(module: nn.Module) -> None:
                 {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}.get(
                     type(hook).__name__, lambda *_: None
                 )(module, name)
+        # torch wraps this hook and then does not find it when it removes the norm.
+        for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
+            hook = getattr(wrapped, "hook", wrapped)
+            if type(hook).__name__ == "SpectralNormLoadStateDictPreHook" and cast(Any, hook).fn.name == name:
+                del module._load_state_dict_pre_hooks[key]
 
 
 def bypass_fast_path_(model: nn.Module, layers: Iterable[nn.Module]) -> None:

@@ -1,8 +1,8 @@
 """Quantizes weights from safetensors files to a checkpoint piece by piece, whatever their size.
 
-All sizes follow from the plan, so the result's header is
-written first, and then every piece of rows goes to its place in the file, in any order and from several threads. What
-is done is noted in a journal; the same call goes on where an interrupted one stopped.
+All sizes follow from the plan, so the header of the result is written first. Then every piece of rows goes to its place
+in the file, in any order and from several threads. A journal says what is done: after an interruption, the same call
+continues.
 """
 
 from __future__ import annotations
@@ -20,48 +20,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dybit.errors import CheckpointError, DyBitError
 from dybit.formats.scaling import Method
-from dybit.models.checkpoint import MANIFEST, TENSORS, manifest_text, put_in_place
+from dybit.models.checkpoint import TENSORS
 from dybit.models.coverage import Coverage
+from dybit.models.manifest import MANIFEST, manifest_text
 from dybit.models.running import Progress
+from dybit.models.tensor_files import NAMES, TYPES, Stored, read_bytes
 from dybit.recipe import Recipe
-from dybit.safe_files import check_regular, crc32, label, parse_json, read_json
+from dybit.safe_files import (
+    check_regular,
+    check_replaceable,
+    crc32,
+    label,
+    locked,
+    partial_directory,
+    put_in_place,
+    unwritable,
+)
 from dybit.tensors.encoding import quantize_judged
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 _PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin on a byte
 _SYNC = 64  # pieces between two notes in the journal
-_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
-FLOATS = ("F64", "F32", "F16", "BF16")
 Text = Callable[[Mapping[str, str]], str]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file.
-
-    Attributes:
-        file: The file.
-        dtype: Its type as safetensors calls it.
-        shape: Its shape.
-        offset: Its first byte in the file.
-        nbytes: Its size.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -104,59 +88,6 @@ class _Piece:
     stop: int
 
 
-def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
-    """Finds the tensors of a ``.safetensors`` file, or of the files that a ``.safetensors.index.json`` names.
-
-    Raises:
-        CheckpointError: A file is missing, damaged or no safetensors file, or the index names files elsewhere.
-    """
-    path = Path(path)
-    if not path.name.endswith(".json"):
-        return _read_header(path)
-    try:
-        table = read_json(path)["weight_map"]
-        names = sorted({str(name) for name in table.values()})
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of safetensors files: {error!r:.200}") from None
-    found: dict[str, Stored] = {}
-    for name in names:
-        # An index from elsewhere must not make us read, and give away, other files.
-        if name != Path(name).name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {name!r}, which is no .safetensors file beside it")
-        for key, stored in _read_header(path.parent / name).items():
-            if key in found:
-                raise CheckpointError(f"{path}: the tensor {key!r} is in two files")
-            found[key] = stored
-    for key, name in table.items():
-        if key not in found or found[key].file.name != name:
-            raise CheckpointError(f"{path} says that {key!r} is in {name!r}, but it is not")
-    return found
-
-
-def _read_header(file: Path) -> dict[str, Stored]:
-    check_regular(file, CheckpointError)
-    try:
-        with safe_open(file, framework="pt"):  # checks the header, and that it fits the file
-            pass
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = parse_json(stream.read(size), str(file), CheckpointError)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    header.pop("__metadata__", None)
-    return {
-        key: Stored(file, item["dtype"], tuple(item["shape"]), 8 + size + begin, end - begin)
-        for key, item in header.items()
-        for begin, end in [item["data_offsets"]]
-    }
-
-
 def quantize_files(
     source: Mapping[str, Stored],
     jobs: Mapping[str, Job],
@@ -180,7 +111,7 @@ def quantize_files(
     Args:
         source: From :func:`read_source`.
         jobs: By key; each key is in ``source``.
-        path: The directory; a checkpoint of dybit that is there already is replaced.
+        path: The directory. The files of a checkpoint that is there already are replaced; other files stay.
         layers: The entries of the manifest (see :func:`dybit.models.checkpoint.write`).
         names: The new names of tensors, by key. Those of several parts of a weight are the same.
         shared: Keys of tied tensors.
@@ -198,18 +129,21 @@ def quantize_files(
 
     Raises:
         DyBitError: A tensor holds NaN or infinity, is a part of a weight with a scale or codebook for the whole, or
-            ``path`` is something else or cannot be written.
+            ``path`` is something else, cannot be written, or is being written by another process.
         CheckpointError: A file became shorter, or the parts of a weight are not the whole.
     """
-    run = _Run(source, jobs, names or {}, Path(path), measure)
     try:
-        run.pieces_done(workers or os.cpu_count() or 1, progress)
-        run.finish(layers, shared or {}, recipe, coverage, extra or {})
+        run = _Run(source, jobs, names or {}, check_replaceable(path, MANIFEST), measure)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with locked(run.folder, wait=False):
+            try:
+                run.pieces_done(workers or os.cpu_count() or 1, progress)
+                run.finish(layers, shared or {}, recipe, coverage, extra or {})
+            except DyBitError:
+                shutil.rmtree(run.folder, ignore_errors=True)  # nothing to go on with
+                raise
     except OSError as error:
-        raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror or error}") from None
-    except DyBitError:
-        shutil.rmtree(run.folder, ignore_errors=True)  # nothing to go on with
-        raise
+        raise unwritable(path, error) from None
     return run.outcomes
 
 
@@ -221,7 +155,7 @@ class _Run:
     ) -> None:
         self.source, self.jobs, self.path, self.measure = source, jobs, path, measure
         self.names = {key: names.get(key, key) for key in source}
-        self.folder = path.parent / f".{path.name}.partial"
+        self.folder = partial_directory(path)
         self.outcomes = {self.names[key]: Outcome() for key in jobs}
         self.header, self.places = _layout(source, jobs, self.names)
         _check_parts(source, jobs, self.names)
@@ -291,6 +225,7 @@ class _Run:
                 (self.folder / name).write_text(content(self._checksums()))
         (self.folder / "journal").unlink()
         put_in_place(self.folder, self.path)
+        shutil.rmtree(self.folder, ignore_errors=True)  # where there was a directory
 
     def _checksums(self) -> dict[str, str]:
         """Those of what was written, read again: pieces came in any order, from this call or an interrupted one."""
@@ -309,8 +244,8 @@ class _Run:
                     continue  # of several parts
                 if key in self.jobs:
                     found[name] = crc32(parts(*(name + suffix for suffix in self.jobs[key].spec.buffers())))
-                elif stored.dtype in _TYPES:
-                    found[name] = label(_TYPES[stored.dtype], stored.shape, parts(name))
+                elif stored.dtype in TYPES:
+                    found[name] = label(TYPES[stored.dtype], stored.shape, parts(name))
         return found
 
     def _weight(self, piece: _Piece) -> int:
@@ -328,8 +263,8 @@ class _Run:
                 return {int(line) for line in lines[1:] if line.isdigit() and int(line) < len(self.pieces)}
         except (OSError, IndexError, ValueError):
             pass
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        for left in self.folder.iterdir():  # not the directory itself, which is locked
+            left.unlink()
         with file.open("wb") as stream:
             stream.write(self.header)
             stream.truncate(size)
@@ -353,15 +288,15 @@ class _Run:
         stored = self.source[piece.key]
         job = self.jobs.get(piece.key)
         if job is None:
-            data = _read(files[stored.file], stored, piece.start, piece.stop - piece.start)
+            data = read_bytes(files[stored.file], stored, piece.start, piece.stop - piece.start)
             _put(target, data, self.places[self.names[piece.key]][0] + piece.start)
             return None
         spec, count = job.spec, piece.stop - piece.start
         whole = count == spec.rows
         row = 0 if whole else stored.nbytes // _rows(stored, job)
-        data = _read(files[stored.file], stored, piece.start * row, count * row or stored.nbytes)
+        data = read_bytes(files[stored.file], stored, piece.start * row, count * row or stored.nbytes)
         part = spec if whole else _part(spec, count)
-        weight = torch.frombuffer(data, dtype=_TYPES[stored.dtype]).view(part.shape)
+        weight = torch.frombuffer(data, dtype=TYPES[stored.dtype]).view(part.shape)
         try:
             codes, error = quantize_judged(weight, part, method=job.method, percentile=job.percentile)
         except DyBitError as failure:
@@ -441,7 +376,7 @@ def _layout(
         for suffix, (shape, dtype) in jobs[key].spec.buffers().items():
             if key + suffix in source and suffix:
                 raise CheckpointError(f"{stored.file} has a tensor {key + suffix!r} already: is it quantized?")
-            tensors[name + suffix] = (_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
+            tensors[name + suffix] = (NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
     order = sorted(tensors, key=lambda key: (-tensors[key][2] // max(1, math.prod(tensors[key][1])), key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, offset = {}, 0
@@ -472,18 +407,6 @@ def _pieces(source: Mapping[str, Stored], jobs: Mapping[str, Job]) -> Iterator[_
 def _cut(key: str, count: int, step: int) -> Iterator[_Piece]:
     for start in range(0, count, step):
         yield _Piece(key, start, min(count, start + step))
-
-
-def _read(descriptor: int, stored: Stored, start: int, length: int) -> bytearray:
-    """Bytes of a tensor. Not by a memory map: its pages would count as this process's memory until it is done."""
-    data = bytearray(length)
-    view, done = memoryview(data), 0
-    while done < length:
-        count = os.preadv(descriptor, [view[done:]], stored.offset + start + done)
-        if count == 0:
-            raise CheckpointError(f"{stored.file} became shorter while it was read")
-        done += count
-    return data
 
 
 def _put(descriptor: int, data: bytearray | Tensor, offset: int) -> None:

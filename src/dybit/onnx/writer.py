@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.onnx import PRESETS, capture, rounding, weights
 from dybit.onnx.graph import Builder, data_type
 from dybit.onnx.verify import Check, verify
+from dybit.safe_files import write_file
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _EXACT, _ROUNDED = 1e-4, 1e-1  # bounds of the largest difference, where nothing and where inputs are rounded
@@ -290,15 +290,7 @@ def _finish(model: ir.Model, version: int, uses_microsoft: bool) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """Writes a file atomically: it is complete or it is not there."""
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        write_file(path, data)
     except OSError as error:
         raise DyBitError(f"path {str(path)!r} cannot be written: {error.strerror}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -15,6 +14,7 @@ import jinja2
 from dybit.errors import DyBitError, MissingExtraError
 from dybit.report import charts
 from dybit.report.charts import Chart, Point, Row
+from dybit.safe_files import write_file
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,6 @@ def _plotly() -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(path)
+        write_file(path, text)
     except OSError as error:
         raise DyBitError(f"output must be a file that can be written, not {str(path)!r}: {error}") from error

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from dybit.errors import DyBitError
+from dybit.safe_files import feed, write_file
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 _VERSION = 2  # rises when the same key stands for other weights
@@ -34,8 +32,7 @@ class Store:
         self._key = b""
         if self._folder is not None:
             digest = hashlib.sha256(f"{_VERSION} {torch.__version__}".encode())
-            for part in (model.state_dict(), *parts):
-                _update(digest, part)
+            feed(digest, [model.state_dict(), *parts])
             self._key = digest.digest()
 
     def get(self, name: str, spec: TensorSpec) -> QuantizedTensor | None:
@@ -65,14 +62,7 @@ class Store:
             return
         data = safetensors.torch.save({suffix or "packed": part for suffix, part in weight.buffers().items()})
         try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(data)
-                Path(temporary).replace(path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            write_file(path, data)
         except OSError as error:
             raise DyBitError(f"workdir={str(path.parent)!r} cannot be written: {error.strerror}") from None
 
@@ -81,21 +71,3 @@ class Store:
             return None
         digest = hashlib.sha256(self._key + name.encode()).hexdigest()
         return self._folder / f"{digest[:32]}.safetensors"
-
-
-def _update(digest: Any, part: object) -> None:  # noqa: ANN401  # hashlib has no type for it
-    """Hashes tensors by their bytes, containers by their members, anything else by its ``repr``."""
-    if isinstance(part, Tensor):
-        flat = part.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy())
-    elif isinstance(part, Mapping):
-        for key, value in part.items():
-            digest.update(repr(key).encode())
-            _update(digest, value)
-    elif isinstance(part, list | tuple):
-        digest.update(f"{type(part).__name__} {len(part)}".encode())
-        for value in part:
-            _update(digest, value)
-    else:
-        digest.update(repr(part).encode())
