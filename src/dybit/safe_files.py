@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from dybit.errors import CheckpointError, DyBitError
@@ -28,6 +29,10 @@ _DEPTH = 100  # the files that are meant to be read nest six deep, and Python's 
 _KINDS = {
     stat.S_IFIFO: "pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket",
     stat.S_IFDIR: "directory",
+}  # fmt: skip
+_WORDS = {
+    dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true or false",
+    NoneType: "null",
 }  # fmt: skip
 _STAGED = ".dybit-"  # begins the names of directories in which files wait for their place
 
@@ -96,6 +101,34 @@ def parse_json(
         level = [item for items in inner for item in items if isinstance(item, dict | list)]
     if level:
         raise error(f"{name} is not valid JSON: it nests deeper than {_DEPTH}")
+    return value
+
+
+def member(values: Mapping[str, Any], name: str, *kinds: type, error: type[DyBitError] = CheckpointError) -> Any:  # noqa: ANN401
+    """The member of a JSON object.
+
+    Args:
+        values: The object.
+        name: The name of the member.
+        *kinds: What it may be: ``dict``, ``list``, ``str``, ``int``, ``float``, ``bool``, ``NoneType``.
+        error: What to raise.
+
+    Raises:
+        DyBitError: It is missing, or something else.
+    """
+    if name not in values:
+        raise error(f"{name} is missing")
+    return checked(values[name], name, *kinds, error=error)
+
+
+def checked(value: Any, name: str, *kinds: type, error: type[DyBitError] = CheckpointError) -> Any:  # noqa: ANN401
+    """A JSON value of some types; see :func:`member`.
+
+    Raises:
+        DyBitError: It is something else.
+    """
+    if type(value) not in kinds:
+        raise error(f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {value!r:.100}")
     return value
 
 

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations, prune
 
 import dybit
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.models.manifest import read_manifest
 from dybit.models.coverage import Coverage, Left, measure
+from dybit.models.manifest import read_manifest
 from dybit.models.plan import plan_layers, quantized_names
 from dybit.recipe import Recipe
 

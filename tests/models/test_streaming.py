@@ -120,6 +120,59 @@ def test_another_plan_starts_anew(tmp_path, small_pieces):
     assert torch.equal(found["0.weight"], expected.packed) and torch.equal(found["0.weight_scale"], expected.scale)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of directories")
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_second_call_at_the_same_time_is_refused(tmp_path, small_pieces, existing):
+    source, jobs, entries = many(tmp_path)
+    other = {key: Job(job.spec, method="absmax") for key, job in jobs.items()}
+    if existing:
+        quantize_files(source, other, tmp_path / "q", entries)
+        (tmp_path / "q" / "mine").write_text("mine")
+    refused = []
+
+    def again(done, total, key):
+        if not refused:
+            with pytest.raises(dybit.DyBitError, match="q' cannot be written: another process is writing it") as error:
+                quantize_files(source, other, tmp_path / "q", entries)
+            refused.append(error)
+
+    quantize_files(source, jobs, tmp_path / "q", entries, progress=again)
+    assert refused
+    quantize_files(source, jobs, tmp_path / "fresh", entries)
+    for name in ("model.safetensors", "dybit.json"):
+        assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    left = {"model.safetensors", "dybit.json", *(["mine"] if existing else [])}
+    assert {file.name for file in (tmp_path / "q").iterdir()} == left
+    assert {file.name for file in tmp_path.iterdir()} == {"q", "fresh", "m.safetensors"}
+
+
+def test_an_interrupted_call_goes_on_in_a_directory_that_is_there(tmp_path, small_pieces, monkeypatch):
+    source, jobs, entries = many(tmp_path)
+    (tmp_path / "q").mkdir()
+    monkeypatch.chdir(tmp_path / "q")
+    seen = []
+
+    def stop(done, total, key):
+        seen.append(key)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_files(source, jobs, ".", entries, workers=1, progress=stop)
+    calls = []
+    quantize_files(source, jobs, "../q", entries, progress=lambda *c: calls.append(c))
+    assert 0 < len(calls) < 24
+    assert {file.name for file in (tmp_path / "q").iterdir()} == {"model.safetensors", "dybit.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"q", "m.safetensors"}
+
+
+def test_directories_of_others_are_kept(tmp_path):
+    source, jobs, entries = many(tmp_path, 1)
+    with pytest.raises(dybit.DyBitError, match="exists and is not a dybit checkpoint; nothing was written"):
+        quantize_files(source, jobs, tmp_path, entries)
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
+
+
 def test_bad_values_leave_nothing(tmp_path, small_pieces):
     source, jobs, entries = many(tmp_path)
     tensors = load_file(tmp_path / "m.safetensors")
@@ -144,61 +197,6 @@ def test_a_file_that_is_quantized_already(tmp_path):
     again = read_source(tmp_path / "q" / "model.safetensors")
     with pytest.raises(dybit.CheckpointError, match=r"has a tensor '0.weight_scale' already"):
         quantize_files(again, jobs, tmp_path / "r", entries)
-
-
-def index(tmp_path, table):
-    (tmp_path / "i.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-    return tmp_path / "i.safetensors.index.json"
-
-
-def test_an_index(tmp_path):
-    save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")
-    save_file({"b": torch.ones(3)}, tmp_path / "2.safetensors")
-    found = read_source(index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"}))
-    assert {key: stored.file.name for key, stored in found.items()} == {"a": "1.safetensors", "b": "2.safetensors"}
-
-
-HOSTILE = {
-    "up": {"a": "../x.safetensors"},
-    "absolute": {"a": "/etc/passwd"},
-    "windows": {"a": "..\\x.safetensors"},
-    "drive": {"a": "c:x.safetensors"},
-    "pickle": {"a": "pytorch_model.bin"},
-    "empty": {"a": ""},
-    "number": {"a": 3},
-    "list": [1],
-    "nothing": None,
-    "missing": {"a": "no.safetensors"},
-    "elsewhere": {"zz": "1.safetensors"},
-    "twice": {"a": "1.safetensors", "c": "3.safetensors"},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_indices(tmp_path, name):
-    save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")
-    save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "3.safetensors")
-    with pytest.raises(dybit.CheckpointError) as caught:
-        read_source(index(tmp_path, HOSTILE[name]))
-    assert "\n" not in str(caught.value)
-
-
-def test_files_that_are_none(tmp_path):
-    huge = struct.pack("<Q", 1 << 60)
-    wrong = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
-    overlap = json.dumps({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}).encode()
-    nested = b"[" * 100000
-    contents = [b"", b"abc", huge, huge + b"{}"]
-    contents += [struct.pack("<Q", len(text)) + text + b"\0" * 4 for text in (wrong, overlap, nested, b"\xff{}")]
-    for content in contents:
-        (tmp_path / "m.safetensors").write_bytes(content)
-        with pytest.raises(dybit.CheckpointError, match=r"m\.safetensors"):
-            read_source(tmp_path / "m.safetensors")
-    with pytest.raises(dybit.CheckpointError, match=r"cannot be read|no safetensors|No such"):
-        read_source(tmp_path / "no.safetensors")
-    (tmp_path / "x.index.json").write_text("[" * 100000)
-    with pytest.raises(dybit.CheckpointError, match="no index"):
-        read_source(tmp_path / "x.index.json")
 
 
 def test_a_thousand_flipped_bits(tmp_path):

@@ -109,7 +109,7 @@ def check_attachments(data: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
     if not isinstance(data, Mapping):
         raise DyBitError(f"attached must be an object, not {data!r:.100}")
     for name, entry in data.items():
-        good = isinstance(entry, Mapping) and set(entry) == {"kind", "sizes"} and entry["kind"] in _KINDS
+        good = isinstance(entry, Mapping) and set(entry) == {"kind", "sizes"} and str(entry["kind"]) in _KINDS
         ranks = list(_KINDS[entry["kind"]][2].values()) if good else []
         sizes: Any = entry["sizes"] if good else None
         shapes = isinstance(sizes, list) and all(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dybit.layers.input_spec import InputSpec
 from dybit.models.attachments import check_attachments
 from dybit.models.coverage import Coverage
 from dybit.recipe import Recipe
-from dybit.safe_files import read_json
+from dybit.safe_files import checked, member, read_json
 from dybit.tensors.quantized_tensor import TensorSpec
 
 FORMAT_VERSION = 1
@@ -127,32 +128,46 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     if data.get("manifest_sha256") != _digest(data):
         raise CheckpointError(f"{file} is damaged: its contents are not those that dybit wrote")
     try:
-        return Manifest(
-            layers={str(name): _entry(entry) for name, entry in data["layers"].items()},
-            folded=[(str(conv), str(norm)) for conv, norm in data["folded"]],
-            attached=check_attachments(data.get("attached", {})),
-            shared={str(key): str(source) for key, source in data["shared"].items()},
-            recipe=Recipe.from_dict(data["recipe"]) if data["recipe"] is not None else None,
-            checksum=str(data["sha256"]),
-            version=str(data["dybit_version"]),
-            coverage=Coverage.from_dict(data["coverage"]) if "coverage" in data else None,
-        )
+        return _manifest(data)
     except DyBitError as error:
         raise CheckpointError(f"{file} has a bad entry: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} has a missing or bad field: {error}") from None
 
 
-def _entry(data: Mapping[str, Any]) -> LayerEntry:
-    if data["dtype"] not in _DTYPES:
-        raise DyBitError(f"dtype must be one of {', '.join(_DTYPES)}, not {data['dtype']!r}")
-    return LayerEntry(
-        kind=str(data["kind"]),
-        dtype=_DTYPES[data["dtype"]],
-        weights={str(name): TensorSpec.from_dict(spec) for name, spec in data["weights"].items()},
-        input=InputSpec.from_dict(data["input"]) if data["input"] is not None else None,
-        added_bias=data.get("added_bias") is True,
+def _manifest(data: Mapping[str, Any]) -> Manifest:
+    recipe = member(data, "recipe", dict, NoneType)
+    shared = member(data, "shared", dict)
+    return Manifest(
+        layers={name: _entry(name, entry) for name, entry in member(data, "layers", dict).items()},
+        folded=[_pair(pair) for pair in member(data, "folded", list)],
+        attached=check_attachments(data.get("attached", {})),
+        shared={key: checked(source, f"shared[{key!r}]", str) for key, source in shared.items()},
+        recipe=None if recipe is None else Recipe.from_dict(recipe),
+        checksum=member(data, "sha256", str),
+        version=member(data, "dybit_version", str),
+        coverage=Coverage.from_dict(data["coverage"]) if "coverage" in data else None,
     )
+
+
+def _pair(pair: object) -> tuple[str, str]:
+    if not isinstance(pair, list) or [type(name) for name in pair] != [str, str]:
+        raise DyBitError(f"folded must hold pairs of names, not {pair!r:.100}")
+    return pair[0], pair[1]
+
+
+def _entry(name: str, data: object) -> LayerEntry:
+    try:
+        values = checked(data, "the entry", dict)
+        dtype, inputs = member(values, "dtype", str), member(values, "input", dict, NoneType)
+        if dtype not in _DTYPES:
+            raise DyBitError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+        weights = {key: TensorSpec.from_dict(spec) for key, spec in member(values, "weights", dict).items()}
+        added = checked(values.get("added_bias", False), "added_bias", bool)
+        if added and "weight" not in weights:
+            raise DyBitError("added_bias needs a weight")
+        spec = None if inputs is None else InputSpec.from_dict(inputs)
+        return LayerEntry(member(values, "kind", str), _DTYPES[dtype], weights, spec, added)
+    except DyBitError as error:
+        raise DyBitError(f"layer {name!r}: {error}") from None
 
 
 def checksum(file: Path) -> str:

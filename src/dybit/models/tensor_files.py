@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dybit.errors import CheckpointError
-from dybit.safe_files import check_regular, parse_json, read_json
+from dybit.safe_files import check_regular, checked, member, parse_json, read_json
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
@@ -50,18 +50,17 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
     if not path.name.endswith(".json"):
         return _read_header(path)
     try:
-        table = read_json(path)["weight_map"]
-        names = sorted({str(name) for name in table.values()})
+        table = member(checked(read_json(path), "the index", dict), "weight_map", dict)
+        names = sorted({checked(name, f"weight_map[{key!r}]", str) for key, name in table.items()})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of safetensors files: {error!r:.200}") from None
     found: dict[str, Stored] = {}
     for name in names:
         # An index from elsewhere must not make us read, and give away, other files.
-        if name != Path(name).name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
+        beside = name == Path(name).name and name.isprintable() and "\\" not in name and ":" not in name
+        if not beside or not name.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {name!r}, which is no .safetensors file beside it")
         for key, stored in _read_header(path.parent / name).items():
             if key in found:
