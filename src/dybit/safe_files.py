@@ -289,7 +289,8 @@ def check_replaceable(path: str | os.PathLike[str], mark: str) -> Path:
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        names = [file.name for file in target.iterdir() if not file.name.startswith(_STAGED)]
+        with reading(target):
+            names = [file.name for file in target.iterdir() if not file.name.startswith(_STAGED)]
         if not names or mark in names:
             return target
     elif not target.exists():

@@ -66,7 +66,7 @@ def test_hostile_manifests(saved, tmp_path):
     (tmp_path / TENSORS).write_bytes((saved[0] / TENSORS).read_bytes())
     refused = []
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(data=mutated(good))
     def check(data):
         (tmp_path / MANIFEST).write_text(signed(data))
@@ -82,6 +82,6 @@ def test_hostile_manifests(saved, tmp_path):
             fresh(torch.randn(1, 2, 4, 4))
 
     check()
-    assert len(refused) > 50
+    assert len(refused) > 30
     words = ("object has no attribute", "not subscriptable", "unhashable", "unexpected keyword", "object is not")
     assert not [message for message in refused if any(word in message for word in words)]
