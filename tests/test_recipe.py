@@ -135,6 +135,8 @@ def test_what_is_left_open_is_resolved():
     assert [f and f.name for f in Recipe(activations="s4r2").activation_families] == ["s4r2", "u4r2"]
     assert [f and f.name for f in Recipe(activations="int8").activation_families] == ["int8", "uint8"]
     assert [f and f.name for f in Recipe(activations="nf4").activation_families] == ["nf4", None]
+    # A format without negative values serves inputs with a sign by an offset.
+    assert [f and f.name for f in Recipe(activations="uint8").activation_families] == ["uint8", "uint8"]
 
 
 def test_rules_change_what_belongs_together():

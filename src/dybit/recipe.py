@@ -147,7 +147,7 @@ class LayerRecipe:
         try:
             return signed, catalogue.family("u" + (name[1:] if name[:1] == "s" and name[1:2].isdigit() else name))
         except DyBitError:
-            return signed, None
+            return signed, None if any(book.levels[0] < 0 for book in signed.books) else signed
 
     @property
     def scale_granularity(self) -> Granularity:

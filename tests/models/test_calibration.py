@@ -8,6 +8,7 @@ from torch import nn
 
 from dybit.errors import DyBitWarning
 from dybit.formats import catalogue
+from dybit.kernels.code_operators import fake_quantize
 from dybit.models.calibration import InputStatistics, calibrate, choose_dynamic_input, choose_input
 from dybit.ptq.quantize import quantize_
 from dybit.recipe import Recipe
@@ -180,3 +181,25 @@ def test_calibration_is_deterministic():
     batches = [torch.randn(5000, 8) for _ in range(3)]
     first, second = made(), made()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", ["uint8", "u4", "udybit4"])
+def test_a_format_without_negative_values_takes_an_offset(name):
+    families = Recipe(activations=name).activation_families
+    for x in (torch.randn(500, 8), -torch.rand(500, 8), torch.full((4, 8), -0.3)):
+        seen = InputStatistics(low=float(x.min()), high=float(x.max()), samples=[x])
+        spec, scale, offset = choose_input(seen, families)
+        rounded = fake_quantize(x, scale, offset, spec.format)
+        assert (rounded - x).square().sum() < 0.05 * x.square().sum()
+
+
+def test_static_inputs_of_any_magnitude_are_finite():
+    for x in (torch.randn(64, 8).clamp(-1, 1) * 3.4e38, torch.randn(64, 8) * 1e-41, torch.zeros(3, 8)):
+        seen = InputStatistics(low=float(x.min()), high=float(x.max()), samples=[x])
+        for activations in (8, 4, "int8asym", "nf4"):
+            for method in ("mse", "absmax", "percentile"):
+                families = Recipe(activations=activations).activation_families
+                spec, scale, offset = choose_input(seen, families, method=method)
+                rounded = fake_quantize(x, scale, offset, spec.format)
+                assert torch.isfinite(rounded).all()
+                assert (rounded.double() - x).square().sum() <= x.double().square().sum()

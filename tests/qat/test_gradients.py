@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dybit.formats import catalogue
 from dybit.qat.gradients import Layout, learning_factor, round_input, round_weight
+from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
@@ -138,3 +139,29 @@ def test_tensors_without_memory(monkeypatch):
         x = torch.empty(4, 16)
         assert round_input(x, torch.zeros(1), None, torch.ones(1), torch.ones(1), None, "s4").shape == x.shape
         assert round_units(x, torch.zeros(4, 1), torch.ones(4, 1), torch.ones(4, 1), None, "s4").shape == x.shape
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "dybit2mid", "int4z0", "int4z15", "posit8es2"])
+@pytest.mark.parametrize("size", [1.0, 1e-10, 1e-20, 1e-30, 1e-41, 0.0])
+def test_gradients_of_units_next_to_zero_are_finite(name, size):
+    """The scale of a zero unit in a codebook without zero is 2^-126, whose square is zero."""
+    for sizes in ([size], [1.0, size], [size, 0.0, 1e-25]):
+        units = torch.randn(len(sizes), 9) * torch.tensor(sizes)[:, None]
+        weight = quantize(units, TensorSpec(name, tuple(units.shape)))
+        scale, x = weight.scales(), units.clone().requires_grad_()
+        log_scale = torch.zeros_like(scale, requires_grad=True)
+        round_units(x, log_scale, scale, scale, None, name).backward(torch.randn_like(x))
+        assert torch.isfinite(x.grad).all() and torch.isfinite(log_scale.grad).all()
+    x, log_scale = (torch.randn(4, 9) * size).requires_grad_(), torch.zeros(1, requires_grad=True)
+    scale, shift = torch.tensor([max(size, 2.0**-126)]), torch.zeros(1, requires_grad=True)
+    for offset in (None, torch.zeros(1)):
+        round_input(x, log_scale, shift, scale, scale, offset, name).backward(torch.randn_like(x))
+    assert all(torch.isfinite(tensor.grad).all() for tensor in (x, log_scale, shift))
+
+
+def test_empty_inputs():
+    x, log_scale = torch.randn(0, 9, requires_grad=True), torch.zeros(1, requires_grad=True)
+    for offset in (None, torch.zeros(1)):
+        rounded = round_input(x, log_scale, None, torch.ones(1), torch.ones(1), offset, "s4")
+        rounded.sum().backward()
+        assert rounded.shape == x.grad.shape == (0, 9) and log_scale.grad.item() == 0

@@ -160,3 +160,56 @@ def test_offsets_learn():
     with torch.no_grad():
         expected = model(x)
         assert torch.equal(convert_(model)(x), expected)
+
+
+@pytest.mark.parametrize("method", ["mse", "absmax", "percentile"])
+@pytest.mark.parametrize("family", ["int4asym", "dybit2mid", "dybit3", "uint4", "nf4"])
+def test_weights_of_one_sign_and_zero_rows_train(family, method):
+    layer = nn.Linear(6, 5)
+    with torch.no_grad():
+        layer.weight.abs_().add_(0.1)
+        layer.weight[1], layer.weight[3] = 0, -layer.weight[3]
+    model = prepare_qat_(
+        nn.Sequential(layer), Recipe(weights=family, activations=8, method=method), refresh_every=1, observe=1
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(16, 6)).square().sum().backward()
+        optimizer.step()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    expected = model.eval()(torch.ones(2, 6))
+    assert torch.isfinite(expected).all() and torch.equal(convert_(model)(torch.ones(2, 6)), expected)
+
+
+def test_e4m3_scales_grow_beyond_the_chosen_factor():
+    weight = nn.Parameter(torch.randn(6, 32))
+    quantizer = WeightQuantizer(
+        quantize(weight, TensorSpec("s4r2", (6, 32), "group", 16, "e4m3")), Recipe(), Schedule()
+    )
+    assert torch.equal(quantizer.factor(), quantizer.tensor_scale)
+    with torch.no_grad():
+        quantizer.log_scale += math.log(100)
+        weight *= 100
+    grown = quantizer.scales()
+    torch.testing.assert_close(grown, 100 * quantizer.scale, rtol=0.07, atol=0)
+    made = quantizer.export(weight)
+    assert torch.equal(made.scales(), grown) and torch.equal(made.dequantize(), quantizer(weight))
+    assert quantizer.factor() / quantizer.tensor_scale in (64, 128)
+
+
+def test_a_refresh_takes_the_factor_of_its_scales():
+    spec = TensorSpec("dybit4", (8, 32), "group", 16, "e4m3", "group")
+    quantizer = WeightQuantizer(quantize(torch.rand(8, 32), spec), Recipe(), Schedule(hysteresis=0.0))
+    before, weight = quantizer.choice, heavy(8, 32) * 37.0
+    quantizer.refresh(weight)
+    changed = quantizer.choice != before
+    assert changed.any()
+    assert torch.equal(quantizer.scales()[changed], quantize(weight, spec).scales()[changed])
+
+
+def test_empty_batches_are_not_observed():
+    quantizer = InputQuantizer(Recipe(activations=4), Schedule(observe=1, refresh_every=1))
+    assert quantizer(torch.empty(0, 8)).shape == (0, 8) and quantizer.seen == 0
+    quantizer(torch.randn(4, 8))
+    assert quantizer.seen == 1 and quantizer(torch.empty(0, 8)).shape == (0, 8) and quantizer.ready

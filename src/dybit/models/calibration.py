@@ -21,6 +21,7 @@ from dybit.tensors.scale_search import choose_reach, choose_scales
 _SAMPLES_PER_BATCH = 1 << 15
 _LEAST_POSITIONS = 16
 _OFFSET_GAIN = 0.8
+_LARGEST = torch.finfo(torch.float32).max
 _MAX_SAMPLES = 1 << 18
 _MAX_REACH_ELEMENTS = 1 << 15  # the reach is searched by brute force
 _SEED = 0x0DB17
@@ -159,7 +160,7 @@ def choose_input(
         candidates.append((unsigned, 0.0))
     else:
         candidates.append((signed, 0.0))
-        if unsigned is not None and offset and statistics.high > statistics.low:
+        if unsigned is not None and offset and statistics.high - statistics.low <= _LARGEST:
             candidates.append((unsigned, statistics.low))
     best: tuple[float, InputSpec, Tensor, Tensor | None] | None = None
     for family, low in candidates:

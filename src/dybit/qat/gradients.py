@@ -34,6 +34,9 @@ from dybit.kernels import rounding
 from dybit.kernels.code_operators import fake_quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
+_SMALLEST_SHARE = 2.0**-10  # of the largest scale of a weight: smaller ones learn more slowly
+_SMALLEST_BASE = 2.0**-30
+
 
 @lru_cache(maxsize=256)
 def learning_factors(books: tuple[Codebook, ...], device: torch.device) -> Tensor:
@@ -106,6 +109,15 @@ class Layout:
         return self.spec.groups * (self.spec.group_size or 0)
 
 
+def _base(chosen: Tensor) -> Tensor:
+    """The chosen scales by which gradients are divided, none next to zero.
+
+    Units that are zero, or next to nothing beside the others, have scales so small that their squares are zero.
+    """
+    size = chosen.abs()
+    return torch.maximum(size, (size.amax() * _SMALLEST_SHARE).clamp(min=_SMALLEST_BASE))
+
+
 class _RoundWeight(torch.autograd.Function):
     """See :func:`round_weight`."""
 
@@ -141,7 +153,7 @@ class _RoundWeight(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # slope is s · ∂L/∂s
             factors = learning_factors(books, weight.device)
             factor = factors if choice is None else factors.index_select(0, choice.view(-1).to(torch.int32))
-            constant = factor / (chosen.view(-1, 1).square() * math.sqrt(x.shape[1]))
+            constant = factor / (_base(chosen).view(-1, 1).square() * math.sqrt(x.shape[1]))
             log_grad = slope.mul_(constant).view(chosen.shape)
         return layout.join(x_grad, weight), log_grad, None, None, None, None
 
@@ -194,7 +206,7 @@ class _RoundInput(torch.autograd.Function):
         x_grad, slope, clipped = rounding.pass_through_whole(x, grad, rounded, scale, offset, book)
         log_grad = shift_grad = None
         if ctx.needs_input_grad[1]:  # slope is s · ∂L/∂s
-            log_grad = slope.mul_(learning_factors((book,), x.device)[0] / (chosen.square() * shared))
+            log_grad = slope.mul_(learning_factors((book,), x.device)[0] / (_base(chosen).square() * shared))
         if ctx.needs_input_grad[2]:
             # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
             factor = learning_factor(book) * spacing(book) / (chosen * shared)

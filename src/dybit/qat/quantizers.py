@@ -26,10 +26,11 @@ from dybit.recipe import LayerRecipe
 from dybit.tensors.encoding import check_weight, encode_matrix
 from dybit.tensors.quantized_tensor import QuantizedTensor
 from dybit.tensors.scale_search import Scales, choose_scales
-from dybit.tensors.scale_types import nearest_scale
+from dybit.tensors.scale_types import largest_scale, nearest_scale
 
 _SAMPLE = 1 << 14  # elements of an input that are kept to choose from
 _SEED = 0x0DB17
+_ROUNDING = 1 - 2.0**-10  # a scale that is too large by rounding needs no larger factor
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,15 @@ class WeightQuantizer(_Quantizer):
     @torch.no_grad()
     def scales(self) -> Tensor:
         """The scales in use, numbers that the scale type can hold: float32 of shape ``spec.scale_shape``."""
-        return nearest_scale(self.scale * self.log_scale.exp(), self.spec.scale, self.tensor_scale)
+        return nearest_scale(self.scale * self.log_scale.exp(), self.spec.scale, self.factor())
+
+    @torch.no_grad()
+    def factor(self) -> Tensor | None:
+        """The factor of E4M3 scales in use: a power of two times the chosen one, where scales have grown beyond it."""
+        if self.tensor_scale is None:
+            return None
+        ratio = (self.scale * self.log_scale.exp()).abs().amax() / largest_scale("e4m3") / self.tensor_scale
+        return torch.ldexp(self.tensor_scale, (ratio * _ROUNDING).log2().ceil().clamp(min=0))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Rounds a weight of shape ``spec.shape`` to the values of its codes."""
@@ -173,6 +182,8 @@ class WeightQuantizer(_Quantizer):
         # replaced and not written to, since a backward pass may still need the old ones.
         self.scale = torch.where(changed, chosen.scale / self.log_scale.exp(), self.scale)
         self.choice = chosen.choice
+        if self.tensor_scale is not None:
+            self.tensor_scale = torch.full_like(self.tensor_scale, chosen.tensor_scale)
 
     def export(self, weight: Tensor) -> QuantizedTensor:
         """The weight as packed codes, which stand for what :meth:`forward` returns.
@@ -184,8 +195,9 @@ class WeightQuantizer(_Quantizer):
         check_weight(weight, self.spec.shape)
         scale = self.scales()
         check_scale(scale)
-        factor = 1.0 if self.tensor_scale is None else float(self.tensor_scale)
-        return encode_matrix(self.spec.to_matrix(weight), self.spec, Scales(scale, self.choice, factor, 0.0))
+        factor = self.factor()
+        scales = Scales(scale, self.choice, 1.0 if factor is None else float(factor), 0.0)
+        return encode_matrix(self.spec.to_matrix(weight), self.spec, scales)
 
     def extra_repr(self) -> str:
         """The family and what shares a scale."""
@@ -269,11 +281,11 @@ class InputQuantizer(_Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rounds an input, floating point of any shape; before there is a scale, returns its values as they are."""
-        due = self.count()
+        due = self.count() and x.numel() > 0
         if not self.ready:
             self.settle()
         if not self.ready:
-            if self.training and not in_backward():
+            if self.training and not in_backward() and x.numel():
                 self._observe(x.detach())
             idle = self.log_scale if self.shift is None else self.log_scale + self.shift
             return x + (idle.sum() * 0.0).to(x.dtype)  # distributed training wants every parameter used
