@@ -28,8 +28,12 @@ html_show_sourcelink = False
 # The benchmarks make their pages beside their figures. Sphinx reads pages of this directory only.
 results = Path(__file__).parent / "results"
 results.mkdir(exist_ok=True)
-for page in (Path(__file__).parent.parent / "benchmarks" / "results").glob("*.md"):
-    copy = results / page.name
-    if not copy.exists() or copy.read_bytes() != page.read_bytes():
-        copy.write_bytes(page.read_bytes())
-suppress_warnings = ["toc.empty_glob"]  # there are no results before the first benchmark
+pages = {page.name: page.read_text() for page in Path(__file__).parent.parent.glob("benchmarks/results/*.md")}
+names = "\n".join(sorted(name.removesuffix(".md") for name in pages))
+pages["index.md"] = (
+    f"# Measurements\n\n`make bench` makes these pages.\n\n```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
+)
+for name, text in pages.items():
+    copy = results / name
+    if not copy.exists() or copy.read_text() != text:
+        copy.write_text(text)
