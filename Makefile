@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Tests share their machine: threads of OpenMP that wait by spinning would take the cores from those that work.
 PATIENT := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help demo test lint format bench sanitize neon rtl verilate synth docs dist clean
+.PHONY: help demo test lint format bench sanitize fuzz neon rtl verilate synth docs dist clean
 
 help:
 	@echo "make demo    set up $(VENV) and quantize two real networks (under 5 minutes after downloads)"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs    build the documentation into docs/_build, warnings being errors"
 	@echo "make dist    build the source archive and this platform's wheel into dist/, and check them"
 	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
+	@echo "make fuzz    quantize 2,000 random models and 50 architectures of transformers, once a release (about an hour)"
 	@echo "make neon    compare the NEON kernels with the scalar ones under emulation (Debian: g++-aarch64-linux-gnu qemu-user)"
 	@echo "make clean   remove $(VENV) and everything that was made"
 

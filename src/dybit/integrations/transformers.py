@@ -25,9 +25,9 @@ from dybit.layers.kinds import is_experts, layout, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.layers.swap import swap_
 from dybit.models.coverage import measure
-from dybit.models.plan import plan_layers, weight_spec
-from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs
-from dybit.ptq.rounding.nearest import layer_input
+from dybit.models.plan import Plan, Ties, plan_layers, weight_spec
+from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs, make_plain_
+from dybit.ptq.rounding.nearest import layer_input, quantize_layer
 from dybit.recipe import LayerRecipe, Recipe
 from dybit.safe_files import crc32, label, read_json
 from dybit.tensors.encoding import quantize
@@ -162,6 +162,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         # A copy: a config may serve several models, and this one will say what became of its own.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._layers: dict[str, _Layer] = {}
+        self._later: list[Plan] = []  # layers that are quantized when all weights are there
         self._folder = "the checkpoint"  # for errors
         self._ties: dict[str, str] = {}  # taken from the model's own table, which knows parameters only
 
@@ -273,7 +274,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         for plan in plan_layers(model, self.quantization_config.recipe, values=False):
             names = weight_names(plan.module) if plan.recipe.weights is not None else ()
             if any(plan.module._parameters.get(name) is None for name in names):
-                continue  # made by a parametrization of other parameters
+                self._later.append(plan)  # made by a parametrization of other parameters
+                continue
             shapes = {name: tuple(getattr(plan.module, name).shape) for name in names}
             self._layers[plan.name] = _Layer(
                 plan.module,
@@ -284,6 +286,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         if self.quantization_config.strict:
             planned = [name for name, layer in self._layers.items() if layer.specs]
+            planned += [plan.name for plan in self._later]
             measure(model, self.quantization_config.recipe, planned).check()
         quantized = {f"{name}.{weight}" for name, layer in self._layers.items() for weight in layer.specs}
         self._take_over(model, {t: s for t, s in table.items() if t in quantized and s in quantized})
@@ -303,6 +306,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # such as the head, where only the base is loaded
             if not weight_names(module):
                 raise CheckpointError(f"quantization_config has {name!r}, which is {type(module).__name__} here")
+            make_plain_(module)
             names = weight_names(module) if weights else ()
             dtype = getattr(module, weight_names(module)[0]).dtype
             shapes = {weight: tuple(getattr(module, weight).shape) for weight in names}
@@ -341,6 +345,9 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # a head that the file did not have, initialized at random: it is there to be trained
             scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
             swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
+        for plan in self._later:
+            make_plain_(plan.module)
+            quantize_layer(plan, None, Ties(()))
         if self.pre_quantized:
             _check_plain(self._folder, model, self.quantization_config.checksums)
         bypass_fast_path_(model, quantized_layers(model).values())

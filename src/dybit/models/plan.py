@@ -53,10 +53,12 @@ def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> lis
     if not candidates:
         raise DyBitError(f"model {type(model).__name__} has no layer that can be quantized")
     recipe.check_names(candidates, unsupported(model))
+    # Transformers makes some position tables anew: they are in no checkpoint, and so could not be read again.
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     plans = []
     for name, module in candidates.items():
         layer = recipe.layer(name, is_embedding(module))
-        if layer is not None and _usable(name, module, layer):
+        if layer is not None and f"{name}.weight" not in unsaved and _usable(name, module, layer):
             plans.append(Plan(name, module, layer))
     plans = _agree_on_ties(model, plans)
     if not plans:

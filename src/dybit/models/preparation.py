@@ -49,6 +49,7 @@ def make_plain_(module: nn.Module, *more: str) -> None:
             members = {k: v for k, v in vars(made_by_torch).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(made_by_torch.__name__, made_by_torch.__bases__, members)
             parametrize.remove_parametrizations(module, name)
+            _remove_compatibility_hooks_(module)
             if name not in module._parameters:  # of frozen weights torch leaves a buffer
                 weight = getattr(module, name)
                 delattr(module, name)
@@ -65,6 +66,14 @@ def make_plain_(module: nn.Module, *more: str) -> None:
             hook = getattr(wrapped, "hook", wrapped)
             if type(hook).__name__ == "SpectralNormLoadStateDictPreHook" and cast(Any, hook).fn.name == name:
                 del module._load_state_dict_pre_hooks[key]
+
+
+def _remove_compatibility_hooks_(module: nn.Module) -> None:
+    """Removes what torch's weight norm leaves behind: a hook for old state dicts, which cannot be pickled."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if "_weight_norm_compat_hook" in getattr(getattr(hook, "hook", hook), "__qualname__", ""):
+            del hooks[key]
 
 
 def bypass_fast_path_(model: nn.Module, layers: Iterable[nn.Module]) -> None:
