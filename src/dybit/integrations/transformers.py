@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass, field
@@ -411,15 +412,16 @@ def _describe_(config: DyBitConfig, model: nn.Module) -> None:
     owners: dict[int, str] = {}
     config.tied, config.checksums, layers = {}, {}, quantized_layers(model)
     config.layers = describe((name, layer.weight_specs, layer.input_spec) for name, layer in layers.items())
-    for name, layer in layers.items():
-        for weight in layer.weight_specs:
-            key = f"{name}.{weight}"
-            source = owners.setdefault(id(layer._buffers[weight]), key)
-            if source != key:
-                config.tied[key] = source
-            else:
-                stored = (layer._buffers[weight + suffix] for suffix in layer.weight_specs[weight].buffers())
-                config.checksums[key] = crc32(cast(Tensor, part) for part in stored)
+    # Transformers stores what its own table does not map to something else.
+    targets = [re.compile(pattern) for pattern in getattr(model, "_tied_weights_keys", None) or ()]
+    held = [(f"{name}.{weight}", layer, weight) for name, layer in layers.items() for weight in layer.weight_specs]
+    for key, layer, weight in sorted(held, key=lambda item: any(target.search(item[0]) for target in targets)):
+        source = owners.setdefault(id(layer._buffers[weight]), key)
+        if source != key:
+            config.tied[key] = source
+        else:
+            stored = (layer._buffers[weight + suffix] for suffix in layer.weight_specs[weight].buffers())
+            config.checksums[key] = crc32(cast(Tensor, part) for part in stored)
 
 
 def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
