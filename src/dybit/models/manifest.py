@@ -130,7 +130,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         return _manifest(data)
     except DyBitError as error:
-        raise CheckpointError(f"{file} has a bad entry: {str(error):.400}") from None
+        raise CheckpointError(f"{file} has a bad entry: {error!s:.400}") from None
 
 
 def _manifest(data: Mapping[str, Any]) -> Manifest:
