@@ -563,3 +563,78 @@ def test_order_of_imports(stored, order):
         assert result.returncode != 0 and "size" in result.stderr
     else:
         assert result.returncode == 0 and result.stdout.strip() == "QuantizedLinear", result.stderr
+
+
+def test_a_headed_model_from_a_quantized_base(llama, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(llama, quantization_config=dybit.DyBitConfig(weights=4, group_size=32))
+    base = AutoModel.from_pretrained(llama, quantization_config=dybit.DyBitConfig(weights=4, group_size=32))
+    base.save_pretrained(tmp_path)
+    headed, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert nothing_wrong(info)
+    assert headed.lm_head._buffers["weight"] is headed.model.embed_tokens._buffers["weight"]
+    assert torch.equal(run(headed, "llama"), run(whole, "llama"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_static_inputs_in_half_precision(tmp_path, dtype):
+    model = build("llama").to(dtype)
+    attach_(dybit.quantize_(model, dybit.Recipe(weights=4, activations=4), [inputs("llama")])).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layer = again.model.layers[0].mlp.down_proj
+    assert layer.input_scale.dtype == torch.float32 and layer.weight.dtype == dtype
+    assert torch.equal(run(again, "llama"), run(model, "llama"))
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(exact.model.layers[0].mlp.down_proj.input_scale, layer.input_scale)
+
+
+@pytest.mark.parametrize("fields", [{"weights": 4}, {"weights": "nvfp4", "group_size": 16}], ids=["dybit", "nvfp4"])
+def test_layers_that_a_model_keeps_in_float32(tmp_path, fields):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    cls, half = transformers.T5ForConditionalGeneration, torch.float16
+    model = cls.from_pretrained(tmp_path / "m", dtype=half, quantization_config=dybit.DyBitConfig(**fields))
+    model.save_pretrained(tmp_path / "q")
+    again = cls.from_pretrained(tmp_path / "q", dtype=half)
+    for name, layer in quantized_layers(again).items():
+        assert layer.float_dtype == model.get_submodule(name).float_dtype
+        assert layer.float_dtype == (torch.float32 if name.endswith(".wo") else half)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        outputs = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (model, again)]
+    assert torch.equal(*outputs)
+
+
+def test_offloading_and_several_devices_are_refused():
+    quantizer = dybit.integrations.transformers.DyBitQuantizer(dybit.DyBitConfig(weights=4))
+    for devices in ({"a": "cpu", "b": "disk"}, {"": "disk"}, {"a": 0, "b": 1}):
+        with pytest.raises(dybit.DyBitError, match="quantized layers can neither be offloaded nor spread over devices"):
+            quantizer.validate_environment(device_map=devices)
+    for devices in (None, "auto", {"": "cpu"}, {"a": 0, "b": 0}):
+        quantizer.validate_environment(device_map=devices)
+
+
+MALFORMED = [
+    {"checksums": 5}, {"checksums": ["a"]}, {"checksums": {"a": 5}}, {"tied": 5}, {"tied": ["a"]}, {"tied": {"a": []}},
+    {"layers": 5}, {"layers": {"a": 1}}, {"layers": "x"}, {"recipe": 5}, {"recipe": []}, {"format_version": None},
+    {"nonsense": 1}, {"self": 1}, {"strict": 1, "recipe": {}, "weights": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", MALFORMED, ids=str)
+def test_malformed_fields_of_a_configuration(fields):
+    with pytest.raises(dybit.CheckpointError) as error:
+        dybit.DyBitConfig.from_dict({"quant_method": "dybit", **fields})
+    assert "\n" not in str(error.value) and "has no attribute" not in str(error.value)
+
+
+@pytest.mark.parametrize("group", [5, None, [], {}, {"modules": 5, "weights": None, "input": None}])
+def test_malformed_groups_of_layers(stored, tmp_path, group):
+    def change(config):
+        config["layers"].append(group)
+        del config["checksums"]["quantization_config"]
+
+    with pytest.raises(dybit.CheckpointError, match="quantization_config"):
+        AutoModelForCausalLM.from_pretrained(edited(stored, tmp_path, change))

@@ -92,3 +92,12 @@ def test_codes_are_not_replaced_by_values():
     assert torch.equal(layer(torch.ones(1, 19)), before)
     layer.weight = torch.zeros_like(layer._buffers["weight"])
     assert not torch.equal(layer(torch.ones(1, 19)), before)
+
+
+def test_hooks_that_would_move_codes_as_values_are_refused():
+    layer = quantize_(torch.nn.Linear(4, 2), Recipe())
+    codes = layer._buffers["weight"].clone()
+    with pytest.raises(DyBitError, match=r"cannot take a hook of accelerate, .*keep the layers on one device"):
+        layer._old_forward = layer.forward
+    assert torch.equal(layer._buffers["weight"], codes)
+    layer.other = layer.forward

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableSet
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from dybit.models.plan import Plan, Ties, plan_layers, weight_spec
 from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs, make_plain_
 from dybit.ptq.rounding.nearest import layer_input, quantize_layer
 from dybit.recipe import LayerRecipe, Recipe
-from dybit.safe_files import crc32, label, read_json
+from dybit.safe_files import checked, crc32, label, read_json
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec, first_members
 
@@ -51,6 +52,7 @@ METHOD = "dybit"
 FORMAT_VERSION = 1
 _OWN, _REST = "quantization_config", "config.json"  # in the checksums: those of this configuration and of the model's
 _FREE = {_OWN, "architectures", "dtype", "torch_dtype", "transformers_version"}  # are written later or may change
+_CAST = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 _WEIGHT_FIELDS = ("family", "granularity", "group_size", "scale", "choice")
 
 
@@ -105,17 +107,32 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.quant_method = quant_method
         self.format_version = format_version
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(fields if recipe is None else recipe)
-        self.layers = layers
+        self.layers = None if layers is None else checked(layers, "layers", list)
         self.strict = strict
-        self.tied = tied or {}
-        self.checksums = {name: str(known) for name, known in (checksums or {}).items() if name != _OWN}
-        known = (checksums or {}).get(_OWN)
+        self.tied = _texts("tied", tied)
+        stored = _texts("checksums", checksums)
+        self.checksums = {name: known for name, known in stored.items() if name != _OWN}
+        known = stored.get(_OWN)
         self.damaged = known is not None and known != _own(recipe, layers, self.tied, self.checksums)
         if layers is None and self.recipe.activations is not None and self.recipe.activation_mode == "static":
             raise DyBitError(
                 f"activations={self.recipe.activations!r} are static and need calibration: set "
                 "activation_mode='dynamic', or call dybit.quantize_ with calibration and then attach_"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Reads what :meth:`to_dict` wrote; transformers calls it.
+
+        Raises:
+            CheckpointError: A field is malformed.
+        """
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except CheckpointError as error:
+            raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
+        except (DyBitError, TypeError) as error:
+            raise CheckpointError(f"quantization_config has a bad entry: {error!s:.400}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON values in ``config.json``."""
@@ -165,7 +182,26 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._layers: dict[str, _Layer] = {}
         self._later: list[Plan] = []  # layers that are quantized when all weights are there
         self._folder = "the checkpoint"  # for errors
+        self._stored: set[str] = set()  # the keys of the files
         self._ties: dict[str, str] = {}  # taken from the model's own table, which knows parameters only
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:  # noqa: ANN401
+        """Checks that all layers come to one device, before anything is read.
+
+        Raises:
+            DyBitError: They do not.
+        """
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if len(devices) > 1 or "disk" in devices:
+            raise DyBitError(
+                f"device_map has {', '.join(sorted(devices))}, but quantized layers can neither be offloaded nor "
+                "spread over devices: give one device"
+            )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:  # noqa: ANN401
+        """The type to which a stored tensor is cast; None for codes and for scales in eight bits."""
+        kind = str(param.get_dtype()) if hasattr(param, "get_dtype") else str(param.dtype)
+        return dtype if kind.removeprefix("torch.") in _CAST else None
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works."""
@@ -254,7 +290,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         **_: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         files = [Path(file) for file in checkpoint_files or ()]
-        _check_headers(files)
+        self._stored = _check_headers(files)
         self._folder = str(files[0].parent) if files else self._folder
         if self.pre_quantized and self.quantization_config.layers is not None:
             _check_rest(files, self.quantization_config.checksums.get(_REST))
@@ -309,7 +345,8 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError(f"quantization_config has {name!r}, which is {type(module).__name__} here")
             make_plain_(module)
             names = weight_names(module) if weights else ()
-            dtype = getattr(module, weight_names(module)[0]).dtype
+            first = weight_names(module)[0]
+            dtype = _held_type(model, f"{resolve(name)}.{first}", getattr(module, first).dtype)
             shapes = {weight: tuple(getattr(module, weight).shape) for weight in names}
             specs = {key: _spec(weights, shape, module) for key, shape in shapes.items()}
             known = {weight: self.quantization_config.checksums.get(f"{name}.{weight}", "") for weight in specs}
@@ -320,10 +357,34 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         if self.quantization_config.damaged:
             raise CheckpointError(f"{_OWN} in config.json is damaged: its contents are not those that were saved")
+        ties |= self._heads(model)
         self._take_over(model, {t: s for t, s in ties.items() if t and s})
         for name, layer in self._layers.items():
             own = [weight for weight in layer.specs if f"{name}.{weight}" not in self._ties]
             _await_(layer, own)
+
+    def _heads(self, model: Any) -> dict[str, str]:  # noqa: ANN401
+        """Layers of this model that the saved one lacked, such as a head, tied to a weight that it had."""
+        found = {}
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            first, weight = self._find(source)
+            name, _, own = target.rpartition(".")
+            module = model.get_submodule(name)
+            absent = name not in self._layers and not self._stored & {
+                target,
+                target.removeprefix(f"{model.base_model_prefix}."),
+            }
+            if first is None or weight not in first.specs or not absent or own not in weight_names(module):
+                continue
+            shape, spec = tuple(getattr(module, own).shape), first.specs[weight]
+            if shape != spec.shape or layout(module) != layout(first.module):
+                continue
+            recipe = self.quantization_config.recipe.layer(name)
+            dynamic = recipe is not None and recipe.activation_mode == "dynamic"
+            inputs = layer_input(recipe, module)[0] if recipe is not None and dynamic else None
+            self._layers[name] = _Layer(module, {own: spec}, inputs, first.dtype)
+            found[target] = source
+        return found
 
     def _take_over(self, model: Any, ties: dict[str, str]) -> None:  # noqa: ANN401
         """Makes quantized weights that are tied our business: transformers can only tie parameters."""
@@ -438,16 +499,25 @@ def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | N
     return groups
 
 
+def _texts(name: str, values: object) -> dict[str, str]:
+    """An argument that maps names to texts; empty for None."""
+    found = {} if values is None else checked(values, name, dict)
+    return {key: checked(text, f"{name}[{key!r}]", str) for key, text in found.items()}
+
+
 def _stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | None, InputSpec | None]]:
     """Name, weight fields and input of every layer that ``config.json`` names."""
     try:
         for group in config.layers or ():
+            checked(group, "a group of layers", dict)
             weights, stored = group["weights"], group["input"]
+            checked(weights, "weights", dict, NoneType)
+            checked(stored, "input", dict, NoneType)
             input_spec = None if stored is None else InputSpec.from_dict(stored)
             if weights is not None and set(weights) - {"members"} != set(_WEIGHT_FIELDS):
                 raise DyBitError(f"weights must have the fields {', '.join(_WEIGHT_FIELDS)}, not {weights!r:.200}")
-            for name in group["modules"]:
-                yield str(name), weights, input_spec
+            for name in checked(group["modules"], "modules", list):
+                yield checked(name, "the name of a module", str), weights, input_spec
     except DyBitError as error:
         raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -460,6 +530,13 @@ def _spec(weights: dict[str, Any] | None, shape: tuple[int, ...], module: nn.Mod
         return TensorSpec(shape=shape, **layout(module), **{"members": first_members(stored.get("family")), **stored})
     except (DyBitError, TypeError) as error:
         raise CheckpointError(f"quantization_config has a bad entry: {error}") from None
+
+
+def _held_type(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:  # noqa: ANN401
+    """The type in which transformers would hold a weight: some models keep some in float32."""
+    planned = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    found = (kept for pattern, kept in planned.items() if re.search(pattern.replace("*", ".*"), key))
+    return next(found, dtype)
 
 
 def _resolve_key(key: str, resolve: Any) -> str:  # noqa: ANN401
@@ -520,15 +597,17 @@ def checksum_rest(config: Mapping[str, Any]) -> str:
     return crc32([json.dumps(rest, sort_keys=True).encode()])
 
 
-def _check_headers(files: Iterable[Path]) -> None:
-    """Checks files before transformers opens them, whose error does not say which one it is."""
+def _check_headers(files: Iterable[Path]) -> set[str]:
+    """Checks files before transformers opens them, whose error does not say which one it is; returns their keys."""
+    keys: set[str] = set()
     for file in files:
         try:
             if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):
-                    pass
+                with safe_open(file, framework="pt") as opened:
+                    keys.update(opened.keys())
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged: {error}") from None
+    return keys
 
 
 def _check_rest(files: Iterable[Path], known: str | None) -> None:

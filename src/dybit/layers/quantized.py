@@ -103,6 +103,11 @@ class Quantized(Described, nn.Module):
                     f"{name} of a quantized layer cannot be replaced by a {value.dtype} of shape {tuple(value.shape)}; "
                     "call dequantize_ first"
                 )
+        if name == "_old_forward" and name not in self.__dict__:
+            raise DyBitError(
+                "a quantized layer cannot take a hook of accelerate, which would move its codes as floating-point "
+                "values: keep the layers on one device, without offloading"
+            )
         if name in _SIZES and "weight_specs" in self.__dict__ and value != getattr(self, name):
             raise DyBitError(f"{name} of a quantized layer cannot be changed to {value!r}; call dequantize_ first")
         super().__setattr__(name, value)
