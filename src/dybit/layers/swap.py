@@ -23,6 +23,7 @@ from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, named_conv1d, n
 from dybit.layers.patched_forward import follow_class_
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import forget_weights_, list_weights_
+from dybit.tensors.float8 import picklable, restored
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
@@ -114,7 +115,10 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     def reader(name: str) -> property:
         return property(lambda self: self.read_weight(name))
 
-    members: dict[str, Any] = {name: reader(name) for name in names} | {"__reduce_ex__": _reduce}
+    members: dict[str, Any] = {name: reader(name) for name in names} | {
+        "__reduce_ex__": _reduce,
+        "__setstate__": _set_state,
+    }
     made: Any = type(f"Quantized{cls.__name__}", (mixin, cls), members)
     return cast(type[nn.Module], made)
 
@@ -127,7 +131,14 @@ def _is_plainly(cls: Any, known: Any) -> bool:  # noqa: ANN401
 def _reduce(layer: Quantized, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
     """Copies and pickles by the original class, since the quantized one is made at run time."""
     state = {key: value for key, value in layer.__dict__.items() if key != "_ready"}
+    state["_buffers"] = {name: picklable(buffer) for name, buffer in layer._buffers.items()}
     return _rebuild, (original_class(layer), tuple(layer.weight_specs)), state
+
+
+def _set_state(layer: Quantized, state: dict[str, Any]) -> None:
+    """As ``nn.Module.__setstate__``."""
+    buffers = {name: restored(buffer) for name, buffer in state["_buffers"].items()}
+    nn.Module.__setstate__(layer, {**state, "_buffers": buffers})
 
 
 def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

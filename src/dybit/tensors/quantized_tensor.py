@@ -18,6 +18,7 @@ from dybit.formats.packing import packed_size
 from dybit.formats.scaling import GRANULARITIES, SCALE_TYPES, Granularity, ScaleType
 from dybit.kernels.code_operators import dequantize
 from dybit.kernels.packed_codes import unpack
+from dybit.tensors.float8 import picklable, restored
 from dybit.tensors.scale_types import SCALE_DTYPES, read_scales
 
 _MAX_ELEMENTS = 1 << 40
@@ -253,6 +254,12 @@ class QuantizedTensor:
     scale: Tensor
     choice: Tensor | None = None
     tensor_scale: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: picklable(value) for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: restored(value) for name, value in state.items()})
 
     def buffers(self) -> dict[str, Tensor]:
         """The stored tensors by the suffixes of :meth:`TensorSpec.buffers`."""
