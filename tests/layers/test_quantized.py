@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import build, inputs
 from quantized_models import RECIPES, RECURRENT, each_layer, quantized
+from torch import nn
 
 from dybit.errors import DyBitError
 from dybit.layers.quantized import quantized_layers
@@ -101,3 +102,56 @@ def test_hooks_that_would_move_codes_as_values_are_refused():
         layer._old_forward = layer.forward
     assert torch.equal(layer._buffers["weight"], codes)
     layer.other = layer.forward
+
+
+def test_the_weight_of_a_quantized_layer_cannot_be_trained():
+    for layer in (nn.Linear(4, 3), nn.Embedding(5, 4), nn.Conv2d(2, 3, 3)):
+        quantize_(layer, Recipe(weights=4, embeddings=4))
+        copied = copy.deepcopy(layer)
+        copied.requires_grad_(False)
+        with pytest.raises(DyBitError, match="cannot be trained; call dequantize_ on the layer"):
+            for parameter in copied.parameters():  # as PEFT does with modules_to_save
+                parameter.requires_grad_(True)
+        assert {tuple(p.shape) for p in layer.parameters()} >= {tuple(layer.weight.shape)}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Conv2d(3, 4, 3)])
+def test_parametrizations_of_a_quantized_layer_are_refused(layer):
+    quantize_(layer, Recipe(weights=4))
+    before, cls = {key: value.clone() for key, value in layer.state_dict().items()}, type(layer)
+    with pytest.raises(DyBitError, match="weight of a quantized layer cannot be"):
+        nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(DyBitError, match="weight of a quantized layer cannot be"):
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    with pytest.raises(DyBitError, match="weight of a quantized layer cannot be pruned"):
+        nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    assert type(layer) is cls and not hasattr(layer, "parametrizations")
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items() if "extra" not in key)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("activations", [None, 8])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", ["pruned", "parametrized"])
+def test_changed_biases_are_added(change, when, activations):
+    for layer, x in ((nn.Linear(8, 6), torch.randn(4, 8)), (nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5))):
+        nn.init.constant_(layer.bias, 100.0)
+
+        def alter(layer=layer):
+            if change == "pruned":
+                nn.utils.prune.l1_unstructured(layer, "bias", 2)
+            else:
+                nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+
+        if when == "before":
+            alter()
+        quantize_(layer, Recipe(weights=8, activations=activations), [x])
+        if when == "after":
+            alter()
+        dim = 1 if layer.weight.ndim > 2 else -1
+        means = layer(x).transpose(dim, -1).flatten(0, -2).mean(0)
+        assert torch.allclose(means, layer.bias, atol=5.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import Tied, build, inputs
 from quantized_models import RECIPES, each_layer, quantized
+from torch import nn
 
 from dybit.models.preparation import dequantize_
 from dybit.ptq.quantize import quantize_
@@ -22,6 +23,7 @@ def test_dequantize_keeps_the_result(name):
     keys = set(build(name).state_dict())
     types = [type(m) for m in build(name).modules()]
     assert dequantize_(model) is model
+    model.requires_grad_(False)  # torch adds up products with trained matrices in another order
     assert torch.equal(model(*arguments), expected)
     assert set(model.state_dict()) == keys
     assert [type(m) for m in model.modules()] == types
@@ -39,3 +41,17 @@ def test_tied_weights_share_their_codes():
     assert torch.equal(model.embedding.weight, model.head.weight)
     dequantize_(model)
     assert model.embedding.weight is model.head.weight
+
+
+def test_dequantized_weights_can_be_trained():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    model[1].weight.requires_grad_(False)
+    expected = {name: p.requires_grad for name, p in model.named_parameters()}
+    dequantize_(copy.deepcopy(quantize_(model, Recipe(weights=4))))
+    dequantize_(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == expected
+    with torch.inference_mode():
+        quantize_(model, Recipe(weights=4))
+        dequantize_(model)
+    model[0](torch.ones(2, 4)).sum().backward()
+    assert model[0].weight.grad is not None

@@ -478,3 +478,60 @@ def test_nothing_is_random():
 
     first, second = state(), state()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+class OwnScale(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.input_scale = 3.0
+
+    def forward(self, x):
+        return super().forward(x) * self.input_scale
+
+
+def test_names_of_subclasses():
+    x, model = torch.randn(32, 8), nn.Sequential(OwnScale())
+    expected = model(x)
+    quantize_(model, Recipe(weights=8, activations=8), [x])
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight_scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(DyBitError, match="layer '0' has a tensor named 'weight_scale'"):
+        quantize_(model, Recipe(weights=4))
+
+
+@pytest.mark.parametrize("recipe", [Recipe(weights=4, criterion="activation"), Recipe(weights=4, activations=8)])
+def test_a_refusal_leaves_the_model_as_it_was(recipe):
+    norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(norm, nn.BatchNorm2d(4)).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(DyBitError, match="calibration"):
+        quantize_(model, recipe)
+    assert [type(module) for module in model.modules()] == kinds
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_quantized_in_inference_mode():
+    x, model = torch.randn(16, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.inference_mode():
+        quantize_(model, Recipe(weights=4, activations=8), [x])
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "pruned"])
+def test_calibration_that_fails_leaves_the_model_as_it_was(norm):
+    conv = nn.Conv2d(3, 4, 3)
+    if norm == "pruned":
+        nn.utils.prune.l1_unstructured(conv, "weight", 0.5)
+    else:
+        getattr(nn.utils.parametrizations, norm)(conv)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    before, expected = {key: value.clone() for key, value in model.state_dict().items()}, model(x)
+    with pytest.raises(DyBitError, match="does not fit the model"):
+        quantize_(model, Recipe(weights=4), [x, torch.randn(2, 7)])
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)

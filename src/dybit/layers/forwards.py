@@ -30,7 +30,7 @@ class QuantizedLinear(Quantized):
         (x,) = (*args, *kwargs.values())
         if not torch.compiler.is_compiling() and (y := self.multiply(x)) is not None:
             return y
-        bias = self._parameters.get("bias")
+        bias = self.own_bias
         spec, weight = self.input_spec, self.quantized_tensor()
         if spec is None:
             return linear(x, weight, bias)
@@ -61,7 +61,7 @@ class QuantizedLinear(Quantized):
         if ready is None or not ready.fits(self._buffers):
             ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
         buffers = self._buffers
-        return ready, self._parameters.get("bias"), buffers.get("input_scale"), buffers.get("input_offset")
+        return ready, self.own_bias, buffers.get("input_scale"), buffers.get("input_offset")
 
 
 def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:
@@ -87,7 +87,7 @@ class QuantizedConv(Quantized):
         return conv(
             x,
             self.quantized_tensor(),
-            self._parameters.get("bias"),
+            self.own_bias,
             stride=layer.stride,
             padding=[n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]],
             dilation=layer.dilation,

@@ -8,7 +8,7 @@ codes. Subclasses with a forward of their own, such as convolutions that pad fir
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -33,11 +33,13 @@ class Quantized(Described, nn.Module):
     Attributes:
         float_dtype: The type in which weights are dequantized; follows ``.to(dtype)``.
         added_bias: Whether a bias was added to a layer that had none (:func:`set_bias_`).
+        frozen_weights: The weights that did not require gradients in floating point.
         inputs_fixed: Whether a fused model was built for the scale and offset of the inputs.
     """
 
     float_dtype: torch.dtype
     added_bias: bool = False
+    frozen_weights: tuple[str, ...] = ()
     inputs_fixed: bool = False
 
     def quantized_tensor(self, name: str = "weight") -> QuantizedTensor:
@@ -52,13 +54,25 @@ class Quantized(Described, nn.Module):
             return stored.dequantize(self.float_dtype)
         return QuantizedWeight.of(stored, self.float_dtype)
 
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias, also where it is pruned or parametrized; None where the layer has none."""
+        bias = self._parameters.get("bias")
+        return bias if bias is not None else getattr(self, "bias", None)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As ``nn.Module.parameters``, and the weights, which refuse to be trained."""
+        yield from super().parameters(recurse)
+        yield from (cast(nn.Parameter, getattr(self, name)) for name in self.weight_specs)
+
     def round_input(self, x: Tensor) -> Tensor:
         """Rounds an input to the values of its codes; returns it as it is where inputs are kept."""
         spec = self.input_spec
         if spec is None:
             return x
         if spec.mode == "static":
-            return cast(Tensor, fake_quantize(x, self.input_scale, self._buffers.get("input_offset"), spec.format))
+            scale, offset = self._buffers["input_scale"], self._buffers.get("input_offset")
+            return cast(Tensor, fake_quantize(x, scale, offset, spec.format))
         return round_dynamic(self, x, spec)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
@@ -78,7 +92,7 @@ class Quantized(Described, nn.Module):
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As ``nn.Module.register_buffer``, which would refuse the name of a property, and compute it to find out."""
-        if name in self.weight_specs:
+        if name in self.weight_specs or name in ("input_scale", "input_offset"):
             self._buffers[name] = tensor
         else:
             super().register_buffer(name, tensor, persistent)
@@ -111,6 +125,18 @@ class Quantized(Described, nn.Module):
         if name in _SIZES and "weight_specs" in self.__dict__ and value != getattr(self, name):
             raise DyBitError(f"{name} of a quantized layer cannot be changed to {value!r}; call dequantize_ first")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """As ``nn.Module.__delattr__``, but refuses to take the codes away, as parametrizations do."""
+        if name in self.__dict__.get("weight_specs", ()):
+            raise DyBitError(f"{name} of a quantized layer cannot be removed or parametrized; call dequantize_ first")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module.register_parameter``, but refuses the parameter with which pruning would begin."""
+        if name.endswith("_orig") and name.removesuffix("_orig") in self.weight_specs:
+            raise DyBitError(f"{name[:-5]} of a quantized layer cannot be pruned; call dequantize_ first")
+        super().register_parameter(name, param)
 
     def set_input_(self, spec: InputSpec | None, scale: Tensor | None, offset: Tensor | None) -> None:
         """As :meth:`Described.set_input_`.

@@ -53,6 +53,7 @@ def swap_(
     layer.weight_specs = {name: weight.spec for name, weight in weights.items()}
     layer.input_spec = input_spec
     layer.float_dtype = float_dtype
+    layer.frozen_weights = tuple(name for name, p in layer._parameters.items() if p is not None and not p.requires_grad)
     for name, weight in weights.items():
         layer._parameters.pop(name, None)  # none where a loader has put the codes in its place
         for suffix, buffer in weight.buffers().items():
@@ -84,13 +85,15 @@ def unswap_(layer: Quantized) -> None:
             del layer._buffers[name + suffix]
     for name in ("input_scale", "input_offset"):
         layer._buffers.pop(name, None)
+    frozen = layer.frozen_weights
+    layer.__dict__.pop("frozen_weights", None)
     for attribute in ("weight_specs", "input_spec", "float_dtype"):
         delattr(layer, attribute)
     before = type(layer)
     layer.__class__ = original_class(layer)  # type: ignore[assignment]
     follow_class_(layer, before)
     for name, weight in weights.items():
-        layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        layer.register_parameter(name, nn.Parameter(weight, requires_grad=name not in frozen))
     list_weights_(layer)
 
 

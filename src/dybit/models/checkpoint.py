@@ -24,6 +24,7 @@ from dybit.models.coverage import Coverage, measure
 from dybit.models.manifest import MANIFEST, LayerEntry, Manifest, checksum, manifest_text, read_manifest
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
 from dybit.models.rollback import undone_on_failure
+from dybit.models.running import ordinary_tensors
 from dybit.recipe import Recipe
 from dybit.safe_files import check_regular, reading, replacing
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -128,8 +129,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise DyBitError(
             f"model must be a floating-point torch.nn.Module, not {type(model).__name__}, quantized already"
         )
-    manifest, tensors = read(path)
-    with undone_on_failure(model):
+    with ordinary_tensors(model):
+        manifest, tensors = read(path)
+    with undone_on_failure(model), ordinary_tensors(model):
         try:
             _fill_(model, manifest, tensors, path)
         except (DyBitError, MemoryError):

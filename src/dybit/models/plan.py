@@ -18,6 +18,8 @@ from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensors.encoding import check_range, check_weight
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
+_SUFFIXES = ("_scale", "_choice", "_tensor_scale")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -82,6 +84,13 @@ def _usable(name: str, module: nn.Module, recipe: LayerRecipe) -> bool:
 
 
 def _check_layer(plan: Plan) -> None:
+    taken = {*plan.module._parameters, *plan.module._modules, *plan.module._buffers}
+    stored = {f"{name}{suffix}" for name in weight_names(plan.module) for suffix in _SUFFIXES}
+    for name in sorted(taken & (stored | {"input_scale", "input_offset"})):
+        raise DyBitError(
+            f"layer {plan.name!r} has a tensor named {name!r}, a name that quantized layers use for their own; rename "
+            "it or keep the layer in floating point"
+        )
     with torch.no_grad():
         for name in weight_names(plan.module):
             weight = getattr(plan.module, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
@@ -16,17 +17,19 @@ from dybit.layers.swap import unswap_
 def dequantize_(model: nn.Module) -> nn.Module:
     """Turns every quantized layer of a model back into floating point, in place, with the values of its codes.
 
-    Inputs are no longer rounded. What weight-only quantization computes stays the same, bit for bit.
+    Inputs are no longer rounded. What weight-only quantization computes stays the same, bit for bit while its weights
+    are frozen. The weights require gradients where they did before.
 
     Returns:
         The same model.
     """
     shared: dict[int, nn.Parameter] = {}
-    for layer in list(quantized_layers(model).values()):
-        keys = {name: id(layer._buffers[name]) for name in layer.weight_specs}
-        unswap_(layer)
-        for name, key in keys.items():
-            setattr(layer, name, shared.setdefault(key, getattr(layer, name)))
+    with torch.inference_mode(False), torch.no_grad():  # the parameters are for use outside of it
+        for layer in list(quantized_layers(model).values()):
+            keys = {name: id(layer._buffers[name]) for name in layer.weight_specs}
+            unswap_(layer)
+            for name, key in keys.items():
+                setattr(layer, name, shared.setdefault(key, getattr(layer, name)))
     return model
 
 
@@ -48,6 +51,9 @@ def make_plain_(module: nn.Module, *more: str) -> None:
             made_by_torch: Any = type(module)
             members = {k: v for k, v in vars(made_by_torch).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(made_by_torch.__name__, made_by_torch.__bases__, members)
+            held: Any = module.parametrizations[name]  # type: ignore[index]
+            if "original" in held._parameters:  # torch writes the weight into it
+                held._parameters["original"] = _copied(held.original)
             parametrize.remove_parametrizations(module, name)
             _remove_compatibility_hooks_(module)
             if name not in module._parameters:  # of frozen weights torch leaves a buffer
@@ -56,6 +62,8 @@ def make_plain_(module: nn.Module, *more: str) -> None:
                 module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+                original = f"{name}_orig"
+                module._parameters[original] = _copied(module._parameters[original])
                 prune.remove(module, name)
             if getattr(hook, "name", None) == name:
                 {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}.get(
@@ -74,6 +82,10 @@ def _remove_compatibility_hooks_(module: nn.Module) -> None:
     for key, hook in list(hooks.items()):
         if "_weight_norm_compat_hook" in getattr(getattr(hook, "hook", hook), "__qualname__", ""):
             del hooks[key]
+
+
+def _copied(parameter: Any) -> nn.Parameter:  # noqa: ANN401
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def bypass_fast_path_(model: nn.Module, layers: Iterable[nn.Module]) -> None:

@@ -171,6 +171,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def ordinary_tensors(model: nn.Module) -> Iterator[None]:
+    """Leaves inference mode, so that what a model is given can be used outside of it.
+
+    Not where the model's own tensors were made in inference mode: only there can they be modified.
+    """
+    own = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    if own or not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def without_fast_path() -> Iterator[None]:
     """Switches off torch's fused encoder layers, which call none of their submodules."""
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -210,7 +210,7 @@ def _speaking(cls: type[Quantized], layer: str, names: tuple[str, ...]) -> Any: 
         (x,) = (*args, *kwargs.values())
         x = self.round_input(x)
         y = _symbol(LINEAR, (x,), layer, x.dtype, (*x.shape[:-1], self.weight_specs["weight"].rows))
-        bias = self._parameters.get("bias")
+        bias = self.own_bias
         return y if bias is None else y + bias.to(x.dtype)
 
     def embedding(self: Quantized, input: Tensor) -> Tensor:

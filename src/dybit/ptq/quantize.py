@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 from torch import nn
@@ -12,8 +13,10 @@ from dybit.models.batch_norm import find_pairs, fold_
 from dybit.models.coverage import measure
 from dybit.models.plan import plan_layers, quantized_names
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
-from dybit.models.running import Progress
+from dybit.models.rollback import undone_on_failure
+from dybit.models.running import Progress, ordinary_tensors
 from dybit.ptq import chain
+from dybit.ptq.rounding.nearest import check_without_calibration
 from dybit.recipe import Recipe
 
 
@@ -67,20 +70,25 @@ def quantize_(
     if strict:
         measure(model, recipe, quantized_names(plans)).check()
     steps = chain.resolve(algorithm, model, [plan.recipe for plan in plans], calibrated=calibration is not None)
+    if calibration is None:
+        check_without_calibration(plans)
     if workdir is not None:
         chain.check_workdir(workdir, steps)
     if steps != ("rtn",):
         calibration = chain.materialize(calibration)
-    for plan in plans:
-        make_plain_(plan.module)
-    if not model.training:
-        names = quantized_names(plans)
-        pairs = [pair for pair in find_pairs(model) if pair[0] in names]
-        fold_(model, pairs)
-        # Beside those of an attempt that failed later, or of an earlier quantization that was undone.
-        cast(Any, model)._dybit_folded = [*folded_pairs(model), *pairs]
-    bypass_fast_path_(model, [plan.module for plan in plans])
-    chain.run_(model, plans, calibration, steps, workdir=workdir, progress=progress)
+    # Transforms write to the weights, which cannot be undone.
+    writes = any(chain.ALGORITHMS[step].stage == 0 for step in steps)
+    with nullcontext() if writes else undone_on_failure(model), ordinary_tensors(model):
+        for plan in plans:
+            make_plain_(plan.module)
+        if not model.training:
+            names = quantized_names(plans)
+            pairs = [pair for pair in find_pairs(model) if pair[0] in names]
+            fold_(model, pairs)
+            # Beside those of an attempt that failed later, or of an earlier quantization that was undone.
+            cast(Any, model)._dybit_folded = [*folded_pairs(model), *pairs]
+        bypass_fast_path_(model, [plan.module for plan in plans])
+        chain.run_(model, plans, calibration, steps, workdir=workdir, progress=progress)
     cast(Any, model)._dybit_recipe = recipe
     measure(model, recipe).announce(stacklevel=2)
     if progress:

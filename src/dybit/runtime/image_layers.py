@@ -59,7 +59,7 @@ class FusedConv(nn.Module):
 
     def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolves an image: results and the next image, of which one may be empty (``Prepared``)."""
-        buffers, bias = self.layer._buffers, self.layer._parameters.get("bias")
+        buffers, bias = self.layer._buffers, self.layer.own_bias
         scales = (cast(Tensor, buffers["input_scale"]), buffers.get("input_offset"), self.out_scale, self.out_offset)
         if not _unwatched(image, bias):
             return conv_image(image, addend, self.layer.quantized_tensor(), bias, *scales, *self._options)

@@ -60,6 +60,23 @@ def rtn_(
         quantize_layer(plan, statistics.get(plan.name), ties)
 
 
+def check_without_calibration(plans: Sequence[Plan]) -> None:
+    """Checks that layers can be quantized without calibration.
+
+    Raises:
+        DyBitError: Inputs of one are static, or its criterion needs inputs.
+    """
+    static = [p for p in plans if p.recipe.activations is not None and p.recipe.activation_mode == "static"]
+    if static:
+        raise DyBitError(
+            f"activations={static[0].recipe.activations!r} are static and need calibration; "
+            "pass calibration=batches or set activation_mode='dynamic'"
+        )
+    weighted = [p.name for p in plans if p.recipe.criterion == "activation" and not is_embedding(p.module)]
+    if weighted:
+        raise DyBitError(f"criterion='activation' of layer {weighted[0]!r} needs calibration; pass calibration=batches")
+
+
 def observe(
     model: nn.Module,
     plans: Sequence[Plan],
@@ -67,18 +84,8 @@ def observe(
     progress: Callable[[str], None] | None,
 ) -> Mapping[str, InputStatistics]:
     """Calibrates where the recipe can use it."""
-    static = [p for p in plans if p.recipe.activations is not None and p.recipe.activation_mode == "static"]
     if calibration is None:
-        if static:
-            raise DyBitError(
-                f"activations={static[0].recipe.activations!r} are static and need calibration; "
-                "pass calibration=batches or set activation_mode='dynamic'"
-            )
-        weighted = [p.name for p in plans if p.recipe.criterion == "activation" and not is_embedding(p.module)]
-        if weighted:
-            raise DyBitError(
-                f"criterion='activation' of layer {weighted[0]!r} needs calibration; pass calibration=batches"
-            )
+        check_without_calibration(plans)
         return {}
     layers = {plan.name: plan.module for plan in plans if not is_embedding(plan.module)}
     sample = any(plan.recipe.activations is not None for plan in plans)
