@@ -1,7 +1,9 @@
 """Models prepared, trained, resumed, converted and saved; and bad input."""
 
+import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,3 +204,21 @@ def test_three_bits_are_midrise_unless_the_recipe_says_otherwise():
     assert families(weights=2) == ["dybit2mid"] * 2
     model = prepare_qat_(mlp(), Recipe(weights=3, rules={"0": None}))
     assert type(model[0]) is nn.Linear and model._dybit_recipe.weights == "dybit3mid"
+
+
+def test_a_state_dict_says_how_dynamic_inputs_are_rounded():
+    recipe = Recipe(weights=4, activations=4, activation_mode="dynamic")
+    layer = nn.Linear(64, 8)
+    first, second = copy.deepcopy(nn.Sequential(layer)), copy.deepcopy(nn.Sequential(layer))
+    prepare_qat_(first, recipe, [torch.randn(64, 64) ** 3])
+    prepare_qat_(second, recipe)
+    assert first[0].input_spec != second[0].input_spec
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(5, 64)
+    assert second[0].input_spec == first[0].input_spec and torch.equal(second.eval()(x), first.eval()(x))
+    other = prepare_qat_(nn.Sequential(nn.Linear(64, 8)), replace(recipe, weights="nf4"))
+    with pytest.raises(RuntimeError, match="weight has family='dybit4spare' in the state dict and 'nf4' in the model"):
+        other.load_state_dict(first.state_dict())
+    kept = prepare_qat_(nn.Sequential(nn.Linear(64, 8)), replace(recipe, activations=None))
+    with pytest.raises(RuntimeError, match="inputs are rounded as"):
+        kept.load_state_dict(first.state_dict())

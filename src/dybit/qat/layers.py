@@ -13,8 +13,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dybit.errors import DyBitError
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
+from dybit.layers.description import Described
 from dybit.layers.experts import run_experts
 from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
 from dybit.layers.kinds import EXPERTS, RECURRENT, named_experts, transposed, weight_names
@@ -23,9 +25,10 @@ from dybit.layers.recurrent import MadeWeights, forget_weights_, is_plain, list_
 from dybit.layers.tracing import call_leaf, tracer_of
 from dybit.operators.experts import multiply_by_torch
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
+from dybit.tensors.quantized_tensor import TensorSpec
 
 
-class Prepared(nn.Module):
+class Prepared(Described, nn.Module):
     """Mixin of all layers in training; :func:`prepare_layer_` makes them.
 
     Attributes:
@@ -37,6 +40,21 @@ class Prepared(nn.Module):
     prepared_weights: tuple[str, ...]
     refreshed_weights: tuple[str, ...]
     input_spec: InputSpec | None
+
+    @property
+    def weight_specs(self) -> dict[str, TensorSpec]:  # type: ignore[override]
+        """How each weight will be stored, by its name."""
+        return {name: self.weight_quantizer_of(name).spec for name in self.prepared_weights}
+
+    def set_input_(self, spec: InputSpec | None, scale: Tensor | None, offset: Tensor | None) -> None:
+        """As :meth:`Described.set_input_`, for dynamic inputs; static ones are in ``input_quantizer``.
+
+        Raises:
+            DyBitError: Inputs are static, or are kept, on one side only.
+        """
+        if (spec is None) != (self.input_spec is None) or (spec is not None and spec.mode == "static"):
+            raise DyBitError(f"inputs are rounded as {spec} in the state dict, as {self.input_spec} in the model")
+        self.input_spec = spec
 
     def weight_quantizer_of(self, name: str) -> WeightQuantizer:
         """What rounds a weight."""
