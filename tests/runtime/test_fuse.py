@@ -94,6 +94,7 @@ def test_what_writes_into_a_shared_value_is_left_alone():
             assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:82 % of the weights")  # a parameter that is added
 def test_broadcast_additions():
     class Shifted(nn.Module):
         def __init__(self):
