@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dybit.errors import MissingExtraError as MissingExtraError
     from dybit.formats.format import Format as Format
     from dybit.formats.format import variants as variants
-    from dybit.integrations.transformers import DyBitConfig as DyBitConfig
+    from dybit.integrations.config import DyBitConfig as DyBitConfig
     from dybit.mixed_precision.candidate import Candidate as Candidate
     from dybit.mixed_precision.constraint import MaxDrop as MaxDrop
     from dybit.mixed_precision.constraint import MaxError as MaxError

@@ -11,66 +11,26 @@ import pytest
 import torch
 import transformers
 from helpers import cuts, damaged, flips
-from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers_models import (
+    ARCHITECTURES,
+    TEXT,
+    build,
+    edited,
+)
 
 import dybit
-from dybit.integrations.transformers import _spec, attach_, describe
+from dybit.integrations.transformers import attach_
 from dybit.layers.quantized import quantized_layers
-from dybit.tensors.quantized_tensor import TensorSpec
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 
-TEXT = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
-MLP = {"intermediate_size": 96}
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8, **MLP}
-GROUPED = {"num_key_value_heads": 2}
-CLIP = {
-    "text_config": {**TEXT, **MLP, "hidden_size": 32, "eos_token_id": 2, "bos_token_id": 1},
-    "vision_config": VISION,
-    "projection_dim": 16,
-}
-WHISPER = {
-    "vocab_size": 101, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_source_positions": 16,
-    "num_mel_bins": 8, "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
-}  # fmt: skip
 # architecture: (prefix of its configuration's class, fields, model)
-ARCHITECTURES = {
-    "llama": ("Llama", {**TEXT, **MLP, **GROUPED}, "LlamaForCausalLM"),
-    "llama_tied": ("Llama", {**TEXT, **MLP, **GROUPED, "tie_word_embeddings": True}, "LlamaForCausalLM"),
-    "qwen": ("Qwen2", {**TEXT, **MLP, **GROUPED, "tie_word_embeddings": True}, "Qwen2ForCausalLM"),
-    "mistral": ("Mistral", {**TEXT, **MLP, **GROUPED, "head_dim": 16}, "MistralForCausalLM"),
-    "gemma": ("Gemma", {**TEXT, **MLP, "num_key_value_heads": 1, "head_dim": 16}, "GemmaForCausalLM"),
-    "phi": ("Phi", {**TEXT, **MLP}, "PhiForCausalLM"),
-    "gpt2": ("GPT2", {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-                      "eos_token_id": 2}, "GPT2LMHeadModel"),
-    "bert": ("Bert", {**TEXT, **MLP}, "BertForMaskedLM"),
-    "vit": ("ViT", VISION, "ViTForImageClassification"),
-    "clip": ("CLIP", CLIP, "CLIPModel"),
-    "whisper": ("Whisper", WHISPER, "WhisperForConditionalGeneration"),
-    "mixtral": ("Mixtral", {**TEXT, **MLP, **GROUPED, "num_local_experts": 4}, "MixtralForCausalLM"),
-    "qwen_moe": ("Qwen2Moe", {**TEXT, **MLP, **GROUPED, "num_experts": 4, "num_experts_per_tok": 3,
-                              "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
-                 "Qwen2MoeForCausalLM"),
-    "gpt_oss": ("GptOss", {**TEXT, **MLP, **GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-                "GptOssForCausalLM"),
-}  # fmt: skip
 RECIPES = {
     "weights": {"weights": 4, "group_size": 32},
     "dynamic": {"weights": 4, "activations": 8, "activation_mode": "dynamic"},
 }
-
-
-def build(name):
-    config, fields, model = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**fields)).eval()
-    if made.can_generate():
-        made.generation_config.pad_token_id = 0
-    return made
 
 
 def inputs(name):
@@ -94,22 +54,6 @@ def run(model, name):
 
 def nothing_wrong(info):
     return not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    build("llama_tied").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stored(llama, tmp_path_factory):
-    """A checkpoint that dybit quantized."""
-    folder = tmp_path_factory.mktemp("stored")
-    config = dybit.DyBitConfig(weights=4, group_size=32)
-    AutoModelForCausalLM.from_pretrained(llama, quantization_config=config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -308,16 +252,6 @@ def test_calibrated_models_are_attached(tmp_path):
         attach_(torch.nn.Linear(2, 2))
 
 
-def edited(stored, tmp_path, change):
-    """A checkpoint whose configuration was changed."""
-    folder = tmp_path / "edited"
-    shutil.copytree(stored, folder)
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 BAD = {
     "version": (lambda c: c.update(format_version=2), "format_version 2, this dybit reads 1"),
     "family": (lambda c: c["layers"][0]["weights"].update(family="nf99"), "bad entry: .*nf99"),
@@ -334,16 +268,6 @@ def test_bad_configurations(stored, tmp_path, name):
     change, message = BAD[name]
     with pytest.raises(dybit.CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(edited(stored, tmp_path, change))
-
-
-def test_codes_that_do_not_fit(stored, tmp_path):
-    def change(config):
-        config["layers"][1]["weights"].update(group_size=16)
-        del config["checksums"]["quantization_config"]
-
-    folder = edited(stored, tmp_path, change)
-    with pytest.raises((dybit.CheckpointError, RuntimeError), match=r"does not fit|ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_flipped_bits_of_codes_and_scales(stored, tmp_path):
@@ -363,17 +287,6 @@ def test_flipped_bits_of_codes_and_scales(stored, tmp_path):
             AutoModelForCausalLM.from_pretrained(folder)
     file.write_bytes(content)
     AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_truncated_files(stored, tmp_path):
-    folder = edited(stored, tmp_path, lambda c: None)
-    for name in ("model.safetensors", "config.json"):
-        content = (folder / name).read_bytes()
-        for share in (0.0, 0.01, 0.3, 0.9, 0.999):
-            (folder / name).write_bytes(content[: int(share * len(content))])
-            with pytest.raises((OSError, ValueError, RuntimeError, SafetensorError)):
-                AutoModelForCausalLM.from_pretrained(folder)
-        (folder / name).write_bytes(content)
 
 
 def test_no_flipped_bit_of_the_configuration_changes_the_result(stored, tmp_path):
@@ -455,28 +368,6 @@ def test_what_is_loaded_otherwise_than_saved_is_not_checked(stored, tmp_path):
     assert torch.equal(base.norm.weight, model.model.norm.weight)
 
 
-def test_missing_codes(stored, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = edited(stored, tmp_path, lambda c: None)
-    tensors = load_file(stored / "model.safetensors")
-    del tensors["model.layers.0.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(dybit.CheckpointError, match=r"lacks 'model.layers.0.mlp.up_proj.weight'"):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_bad_arguments():
-    with pytest.raises(dybit.DyBitError, match="activations=8 are static and need calibration"):
-        dybit.DyBitConfig(weights=4, activations=8)
-    with pytest.raises(dybit.DyBitError, match="recipe has no field 'groupsize'; did you mean 'group_size'"):
-        dybit.DyBitConfig(weights=4, groupsize=64)
-    with pytest.raises(dybit.DyBitError, match="give a recipe or its fields, not both: weights"):
-        dybit.DyBitConfig(dybit.Recipe(), weights=4)
-    with pytest.raises(dybit.DyBitError, match="quant_method must be 'dybit', not 'gptq'"):
-        dybit.DyBitConfig(quant_method="gptq")
-
-
 def test_what_is_left_is_said_and_refused_by_strict(tmp_path):
     """Parameters of XLNet's own code."""
     config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32)
@@ -488,16 +379,6 @@ def test_what_is_left_is_said_and_refused_by_strict(tmp_path):
     config = dybit.DyBitConfig(weights=4, rules={"*.rel_attn": None}, strict=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert "strict" not in loaded.config.quantization_config.to_dict()
-
-
-def test_a_family_that_has_grown_is_read_as_it_was_stored():
-    """``dybit2`` had two members: a configuration which does not say how many means these."""
-    layer = torch.nn.Linear(6, 12)
-    for members, said in ((2, None), (3, 3)):
-        spec = TensorSpec("dybit2", (12, 6), members=members)
-        weights = describe([("layer", {"weight": spec}, None)])[0]["weights"]
-        assert weights.get("members") == said
-        assert _spec(weights, (12, 6), layer) == spec
 
 
 def test_rules_that_match_nothing(llama):
@@ -614,20 +495,6 @@ def test_offloading_and_several_devices_are_refused():
             quantizer.validate_environment(device_map=devices)
     for devices in (None, "auto", {"": "cpu"}, {"a": 0, "b": 0}):
         quantizer.validate_environment(device_map=devices)
-
-
-MALFORMED = [
-    {"checksums": 5}, {"checksums": ["a"]}, {"checksums": {"a": 5}}, {"tied": 5}, {"tied": ["a"]}, {"tied": {"a": []}},
-    {"layers": 5}, {"layers": {"a": 1}}, {"layers": "x"}, {"recipe": 5}, {"recipe": []}, {"format_version": None},
-    {"nonsense": 1}, {"self": 1}, {"strict": 1, "recipe": {}, "weights": 4},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("fields", MALFORMED, ids=str)
-def test_malformed_fields_of_a_configuration(fields):
-    with pytest.raises(dybit.CheckpointError) as error:
-        dybit.DyBitConfig.from_dict({"quant_method": "dybit", **fields})
-    assert "\n" not in str(error.value) and "has no attribute" not in str(error.value)
 
 
 @pytest.mark.parametrize("group", [5, None, [], {}, {"modules": 5, "weights": None, "input": None}])

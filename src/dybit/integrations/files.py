@@ -16,7 +16,8 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dybit.errors import CheckpointError, DyBitWarning
-from dybit.integrations.transformers import DyBitConfig, DyBitQuantizer, checksum_rest, describe
+from dybit.integrations.config import DyBitConfig, checksum_rest, describe
+from dybit.integrations.transformers import DyBitQuantizer
 from dybit.layers.input_spec import InputSpec
 from dybit.models.coverage import Coverage, measure
 from dybit.models.file_plan import FilePlan
@@ -108,7 +109,7 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> Directory
     """
     model = build_empty(folder)
     quantizer = DyBitQuantizer(DyBitConfig(recipe), pre_quantized=False)
-    quantizer._plan(model)
+    quantizer.plan(model)
     prefix = f"{model.base_model_prefix}."
     found: dict[str, str] = {}  # key in the file by the name in the model
     for key in keys:
@@ -119,15 +120,15 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> Directory
     plain = set(found.values())
     merged, names = _merged(model, quantizer, [key for key in keys if key not in plain])
     tied = {}
-    for key in list(quantizer._ties):
-        sources = [other for other in [key, *quantizer._tied_to(key)] if other in found]
-        for other in [key, *quantizer._tied_to(key)] if len(sources) == 1 else []:
+    for key in list(quantizer.ties):
+        sources = [other for other in [key, *quantizer.tied_to(key)] if other in found]
+        for other in [key, *quantizer.tied_to(key)] if len(sources) == 1 else []:
             if other not in found:
                 tied[other] = sources[0]
     present = {*found, *merged, *tied}
     layers = {
         name: layer
-        for name, layer in quantizer._layers.items()
+        for name, layer in quantizer.loading.items()
         if all(f"{name}.{weight}" in present for weight in layer.specs)
     }
     weights = {}
