@@ -176,8 +176,9 @@ def ordinary_tensors(model: nn.Module) -> Iterator[None]:
 
     Not where the model's own tensors were made in inference mode: only there can they be modified.
     """
-    own = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
-    if own or not torch.is_inference_mode_enabled():
+    tensors = [*model.parameters(), *model.buffers()] if torch.is_inference_mode_enabled() else []
+    made = (tensor for tensor in tensors if not nn.parameter.is_lazy(tensor))
+    if not torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in made):
         yield
         return
     with torch.inference_mode(False), torch.no_grad():
