@@ -194,8 +194,8 @@ def check_layer(name, module, args, kwargs, found):
     if first.numel() == 0:
         return  # that it runs is enough
     expected = first_tensor(reference(module, args, kwargs))
-    if expected is None:
-        return
+    if expected is None or not expected.abs().max() < torch.finfo(found.dtype).max:
+        return  # beyond the range of half precision there is nothing to compare
     tolerance = TOLERANCES[found.dtype]
     if module.input_spec is not None and isinstance(module, (nn.RNNBase, nn.RNNCellBase, Mixture)):
         tolerance = max(tolerance, 0.2)  # a code of a state may flip where sums differ by their order
