@@ -277,7 +277,7 @@ def test_pairs_are_remembered_over_failures_and_again():
     model = cnn()
     with pytest.raises(DyBitError, match="does not fit the model"):
         quantize_(model, W4A8, [torch.randn(1, 5, 8, 8)])
-    assert folded_pairs(model) == [("0", "1")]
+    assert folded_pairs(model) == [] and isinstance(model[1], nn.BatchNorm2d)  # a failure leaves the model as it was
     quantize_(model, Recipe())
     assert folded_pairs(model) == [("0", "1")]
     dequantize_(model)
