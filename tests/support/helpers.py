@@ -323,7 +323,8 @@ def damaged(file, contents, read, errors=DyBitError):
             refused += 1
             said = str(error)
             assert not isinstance(error, DyBitError) or ("\n" not in said and len(said) < 1000), said
-            assert not isinstance(error, CheckpointError) or str(file.parent) in said or file.name in said, said
+            named = str(file.parent), file.name, "quantization_config"
+            assert not isinstance(error, CheckpointError) or any(name in said for name in named), said
             continue
         places = [place for place, (a, b) in enumerate(zip(changed, data, strict=False)) if a != b]
         assert found == good, (places, data[max(0, places[0] - 40) : places[0] + 8] if places else len(changed))

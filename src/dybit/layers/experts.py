@@ -56,12 +56,14 @@ def _biased(module: nn.Module, name: str, y: Tensor, expert: Tensor) -> Tensor:
 def _sorted(module: Any, product: Product, hidden_states: Tensor) -> Tensor:  # noqa: ANN401
     up, down = expert_weights(module)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    expert = torch.arange(module.num_experts, device=rows.device).repeat_interleave(rows.shape[0] // module.num_experts)
+    expert = torch.arange(module.num_experts, dtype=torch.int64, device=rows.device).repeat_interleave(
+        rows.shape[0] // module.num_experts
+    )
     gate, value = product(up, rows, expert).chunk(2, dim=-1)
     return product(down, value * module.act_fn(gate), expert)
 
 
 def _counted(module: Any, product: Product, inputs: Tensor, sizes: Any) -> Tensor:  # noqa: ANN401
-    counts = torch.as_tensor(sizes, device=inputs.device)
-    expert = torch.arange(module.num_experts, device=inputs.device).repeat_interleave(counts)
+    counts = torch.as_tensor(sizes, dtype=torch.int64, device=inputs.device)
+    expert = torch.arange(module.num_experts, dtype=torch.int64, device=inputs.device).repeat_interleave(counts)
     return product("weight", inputs, expert)
