@@ -333,7 +333,9 @@ def _prepare_layer_(module: nn.Module, name: str, entry: LayerEntry, path: str |
     scale, offset = (torch.empty(1, dtype=torch.float32, device="meta") for _ in range(2))
     swap_(module, weights, entry.input, scale, offset, entry.dtype)
     if entry.added_bias and module._parameters.get("bias") is None:
-        set_bias_(cast(Quantized, module), torch.empty(entry.weights["weight"].rows, dtype=entry.dtype, device="meta"))
+        set_bias_(
+            cast(Quantized, module), torch.empty(entry.weights["weight"].rows, dtype=torch.float32, device="meta")
+        )
 
 
 def _empty_(module: nn.Module) -> None:
