@@ -42,3 +42,14 @@ def plain_torch(monkeypatch):
     from dybit.kernels import extension
 
     monkeypatch.setattr(extension, "load", lambda: None)
+
+
+@pytest.fixture
+def restore_isa():
+    """Leaves the instruction set as it was."""
+    from dybit.kernels import extension
+
+    before = extension.isa()
+    yield
+    if before in extension.available()[1:]:
+        extension.use(before)

@@ -294,6 +294,8 @@ void store_results(const Job& job, int block0, int blocks, int m0, int rows, con
   }
 }
 
+thread_local Scratch panel_memory, input_memory, total_memory;
+
 template <Storage kStorage, Product kP>
 void run(const Job& job, int first_block, int last_block) {
   const Weight& w = job.w;
@@ -305,7 +307,6 @@ void run(const Job& job, int first_block, int last_block) {
   const size_t tile_bytes = size_t(all) * kPlanesOf(kP) * kTile;  // of 16 rows of inputs
   const int tiles_wanted = (job.in.rows + kBlockRows - 1) / kBlockRows;
   const int tiles_once = std::min(tiles_wanted, std::clamp(int(kPackedBytes / tile_bytes) / 2 * 2, 2, kMostTiles));
-  static thread_local Scratch panel_memory, input_memory, total_memory;
   auto* panel = panel_memory.take<uint8_t>(size_t(most) * 2 * kTile);
   auto* packed = input_memory.take<uint8_t>(tiles_once * tile_bytes);
   auto* totals = total_memory.take<float>((tiles_once + 1) * kBlockRows * kPair);

@@ -120,17 +120,7 @@ struct Table {
   }
 };
 
-// The sum of bytes; their number is a multiple of 32. Differences from the least byte are summed eight at a time.
-DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
-  const __m256i sign = _mm256_set1_epi8(char(-128));
-  __m256i sum = _mm256_setzero_si256();
-  for (int k = 0; k < count; k += 32) {
-    const __m256i above = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(values + k)), sign);
-    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(above, _mm256_setzero_si256()));
-  }
-  const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  return _mm_cvtsi128_si32(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half))) - 128 * count;
-}
+#include "sum_bytes.inc"
 
 constexpr int kMixLanes = 4;
 #include "generic/codes.inc"

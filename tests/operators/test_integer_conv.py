@@ -27,16 +27,9 @@ from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
 ISAS = extension.available()[1:]
+pytestmark = pytest.mark.usefixtures("restore_isa")
 INFINITY = float("inf")
 exact = settings(derandomize=True, deadline=None, max_examples=25)
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa():
-    before = extension.isa()
-    yield
-    if before in ISAS:
-        extension.use(before)
 
 
 def on_all(compute):

@@ -21,16 +21,9 @@ from dybit.operators import packed_weight
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 ISAS = [name for name in extension.available() if name != extension.FALLBACK]
+pytestmark = pytest.mark.usefixtures("restore_isa")
 needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 exact = settings(derandomize=True, deadline=None, max_examples=6)
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa():
-    before = extension.isa()
-    yield
-    if before in ISAS:
-        extension.use(before)
 
 
 def portable(codes, fmt, scale=1.0, group_size=None, family=None, choice=None):

@@ -11,14 +11,7 @@ from dybit.errors import DyBitError, DyBitWarning
 from dybit.kernels import extension
 
 ISAS = extension.available()[1:]
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa():
-    before = extension.isa()
-    yield
-    if before in ISAS:
-        extension.use(before)
+pytestmark = pytest.mark.usefixtures("restore_isa")
 
 
 @pytest.mark.parametrize("isa", ISAS)
