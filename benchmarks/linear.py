@@ -35,6 +35,7 @@ from results import Column, Results, parser
 from dybit.formats import catalogue, packing
 from dybit.kernels import extension
 from dybit.operators import packed_weight
+from dybit.operators.input_rounding import InputRounding, input_format
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 Runs = list[Callable[[], object]]
@@ -95,10 +96,10 @@ def random_weight(family: str, rows: int, columns: int, group: int | None) -> Qu
 def dybit_runs(family: str, inputs: str, x: torch.Tensor, rows: int, group: int | None) -> tuple[Runs, int]:
     """The layer of dybit on copies of its weight, and the bytes that one run reads."""
     weight = random_weight(family, rows, x.shape[1], group)
-    form = packed_weight.input_format(inputs)
+    form = input_format(inputs)
     first = packed_weight.PackedWeight(weight, form)
     weights = [first, *(packed_weight.PackedWeight(weight, form) for _ in range(copies(first.nbytes, x.shape[0]) - 1))]
-    return [lambda w=w: w.linear(x, reach=1.9) for w in weights], first.nbytes
+    return [lambda w=w: w.linear(x, rounding=InputRounding(reach=1.9)) for w in weights], first.nbytes
 
 
 def float_runs(x: torch.Tensor, rows: int) -> Runs:

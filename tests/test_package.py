@@ -1,12 +1,16 @@
 """The house as a whole: what imports what, what `import dybit` loads, and a test file for every module."""
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils._device import _device_constructors
 
 import dybit
 
@@ -193,3 +197,113 @@ def test_every_module_has_tests(path, name):
 @each_module
 def test_every_module_says_what_it_is(path, name):
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_definitions(tree):
+    """The private names that a module defines: at its top, in its classes, and as attributes of self."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and private(node.name):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for part in ast.walk(target):
+                    if isinstance(part, ast.Name) and private(part.id):
+                        yield part.id
+                    elif isinstance(part, ast.Attribute) and ast.unparse(part.value) == "self" and private(part.attr):
+                        yield part.attr
+
+
+def reaches(path, tree, elsewhere):
+    """Where a module takes a private name of another module of dybit."""
+    own = set(private_definitions(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dybit"):
+            yield from (f"line {node.lineno}: {alias.name}" for alias in node.names if private(alias.name))
+        elif isinstance(node, ast.Attribute) and private(node.attr) and node.attr in elsewhere - own:
+            whole = ast.unparse(node)
+            if not whole.startswith(("self._", "cls._")):
+                yield f"line {node.lineno}: {whole}"
+
+
+TREES = {name: ast.parse(path.read_text()) for name, (path, _) in MODULES.items()}
+TORCH = {*dir(torch), *dir(torch.Tensor), *dir(nn.Module()), "_C"}  # private names of torch's that dybit needs
+PRIVATE = {name: set(private_definitions(tree)) for name, tree in TREES.items()}
+
+
+@each_module
+def test_no_module_uses_private_names_of_another(path, name):
+    elsewhere = set().union(*(names for other, names in PRIVATE.items() if other != (name or "__init__")))
+    found = [*reaches(path, TREES[name or "__init__"], elsewhere - TORCH)]
+    assert not [place for place in found if not place.endswith(": _kernels")]  # the compiled extension
+
+
+def test_the_rule_on_private_names_finds_offenders(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "from dybit.operators.linear import linear, _matrix\n_own = 1\n"
+        "def f(quantizer, x):\n    self._own, quantizer._plan(), x._version, linear._cache, self._plan\n"
+    )
+    found = [*reaches(bad, ast.parse(bad.read_text()), {"_plan", "_cache", "_matrix", "_own"})]
+    assert sorted(found) == ["line 1: _matrix", "line 4: linear._cache", "line 4: quantizer._plan"]
+
+
+FACTORIES = {function.__name__ for function in _device_constructors()}  # torch's own list of what a device changes
+LAYERS = {
+    name for name, made in vars(nn).items() if inspect.isclass(made) and "device" in inspect.signature(made).parameters
+}
+# Floating-point networks of the demonstration, which follow the defaults as every model does.
+MODELS = {"demo/classifiers.py", "demo/vision.py"}
+
+
+def undecided(source):
+    """The calls that make a tensor or a layer without naming its type and its device."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            yield from (f"line {node.lineno}: {alias.name}" for alias in node.names if alias.name in FACTORIES)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        if (owner == "torch" and name in FACTORIES) or (owner in ("nn", "torch.nn") and name in LAYERS):
+            if {"dtype", "device"} - {keyword.arg for keyword in node.keywords}:
+                yield f"line {node.lineno}: {owner}.{name}"
+        elif owner == "torch" and name in ("Tensor", "FloatTensor", "set_default_dtype", "get_default_dtype"):
+            yield f"line {node.lineno}: {owner}.{name}"
+
+
+def test_every_tensor_has_a_dtype_and_a_device_of_its_own():
+    found = {
+        name: calls
+        for path in sorted(ROOT.rglob("*.py"))
+        if (name := path.relative_to(ROOT).as_posix()) not in MODELS and (calls := list(undecided(path.read_text())))
+    }
+    assert not found
+
+
+def test_the_extension_is_given_checked_addresses_only():
+    """Modules that call the extension take addresses from ``arguments.address``, which checks what is there."""
+    for path in [*ROOT.glob("kernels/*.py"), *ROOT.glob("operators/*.py")]:
+        if path.name not in ("arguments.py", "packed_cache.py"):  # where an address is an identity only
+            attributes = {
+                node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+            }
+            assert not attributes & {"data_ptr", "ctypes"}, path
+    above = [path for name, (path, _) in MODULES.items() if not name.startswith(("kernels", "operators"))]
+    assert not [path for path in above if "_kernels" in path.read_text() or "extension.load()." in path.read_text()]
+
+
+def test_the_rule_on_defaults_finds_offenders():
+    source = """
+from torch import zeros, Tensor
+def f(x):
+    torch.empty(3), torch.tensor([1.0], dtype=torch.float32), torch.full((1,), 2.0, device="cpu"), torch.arange(3)
+    nn.Linear(3, 4), torch.nn.Linear(3, 4, device="meta"), torch.Tensor(3), nn.ReLU()
+    torch.empty(3, dtype=torch.uint8, device="cpu"), x.new_empty(3), torch.empty_like(x)
+"""
+    assert [found.split(": ")[1] for found in undecided(source)] == [
+        *("zeros", "torch.empty", "torch.tensor", "torch.full", "torch.arange"),
+        *("nn.Linear", "torch.nn.Linear", "torch.Tensor"),
+    ]

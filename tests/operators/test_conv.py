@@ -13,6 +13,7 @@ from convolutions import (
     LAST,
     alike,
     assert_near,
+    conv_of,
     expected,
     geometries,
     on_every_set,
@@ -22,12 +23,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import dybit.operators.conv as module
 from dybit import Recipe, quantize_
 from dybit.errors import DyBitError
 from dybit.formats.format import Format, variants
 from dybit.kernels import extension
-from dybit.operators.conv import conv
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
@@ -41,11 +40,11 @@ def run_all(x, weight, bias=None, **options):
     results = []
     for isa in ISAS:
         extension.use(isa)
-        results.append(conv(x, weight, bias, **options))
+        results.append(conv_of(x, weight, bias, **options))
         assert torch.equal(results[-1].nan_to_num(7e7), results[0].nan_to_num(7e7)), isa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "load", lambda: None)
-        plain = conv(x, weight, bias, **options)
+        plain = conv_of(x, weight, bias, **options)
     if results:
         assert results[0].stride() == plain.stride() and results[0].dtype == plain.dtype
     return (results or [plain])[0], plain
@@ -102,7 +101,7 @@ def test_integers_are_exact(bits, signed, seed):
     x = torch.from_numpy(x_fmt.values[x_codes]).float()
     found, _ = run_all(
         x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups,
-        input_format=x_fmt.name, input_scale=torch.ones(1),
+        format=x_fmt.name, scale=torch.ones(1),
     )  # fmt: skip
     sums = numpy_conv(x_fmt.significands[x_codes], stored, stride, padding, dilation, groups)
     expected = sums * fmt.step * x_fmt.step
@@ -134,10 +133,10 @@ CASES = {
     "volume": ((1, 4, 5, 4, 6), (5, 4, 2, 3, 2), {"padding": [1, 0, 1, 1, 0, 0]}),
 }
 INPUTS = {
-    "static": {"input_format": "u8r1", "input_scale": torch.tensor([0.02])},
-    "int8": {"input_format": "int8", "input_scale": torch.tensor([0.02])},
-    "dynamic": {"input_format": "s8r3", "reach": 4.0},
-    "full": {"input_format": "s8", "reach": 3.0},
+    "static": {"format": "u8r1", "scale": torch.tensor([0.02])},
+    "int8": {"format": "int8", "scale": torch.tensor([0.02])},
+    "dynamic": {"format": "s8r3", "reach": 4.0},
+    "full": {"format": "s8", "reach": 3.0},
 }
 
 
@@ -158,7 +157,7 @@ def case(name, family="dybit4", group_size=None, seed=0):
 def test_paths_agree(name, inputs, layout):
     x, weight, bias, options = case(name)
     if layout == "last" and x.ndim > 3:
-        x = x.to(memory_format=module._LAYOUTS[x.ndim - 2])
+        x = x.to(memory_format=LAST[x.ndim - 2])
     if layout == "strided":
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     found, plain = run_all(x, weight, bias, **options, **inputs)
@@ -185,7 +184,7 @@ def test_other_types(dtype):
 @pytest.mark.parametrize("name", ["pointwise", "depthwise", "groups"])
 def test_offsets(name):
     x, weight, bias, options = case(name)
-    shifted = {"input_format": "u8r1", "input_scale": torch.tensor([0.03]), "input_offset": torch.tensor([-2.0])}
+    shifted = {"format": "u8r1", "scale": torch.tensor([0.03]), "offset": torch.tensor([-2.0])}
     found, plain = run_all(x, weight, bias, **options, **shifted)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
@@ -222,9 +221,9 @@ def test_threads_give_the_same_bits():
         for threads in (1, 3):
             torch.set_num_threads(threads)
             results.append(
-                (conv(x, weight, bias, **options, **INPUTS["int8"]),
-                 conv(alone, deep, deep_bias, **deep_options, **INPUTS["dynamic"]),
-                 conv(volumes, thick, thick_bias, **thick_options, **INPUTS["dynamic"]))
+                (conv_of(x, weight, bias, **options, **INPUTS["int8"]),
+                 conv_of(alone, deep, deep_bias, **deep_options, **INPUTS["dynamic"]),
+                 conv_of(volumes, thick, thick_bias, **thick_options, **INPUTS["dynamic"]))
             )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -235,8 +234,8 @@ def arguments(name, inputs, requires_grad=True):
     x, weight, bias, options = case(name)
     return (
         x.requires_grad_(requires_grad), weight.packed, weight.scale, weight.choice, weight.tensor_scale,
-        bias.requires_grad_(requires_grad), inputs.get("input_scale"), None, weight.spec.key, options["stride"],
-        options["padding"], options["dilation"], options.get("groups", 1), inputs["input_format"],
+        bias.requires_grad_(requires_grad), inputs.get("scale"), None, weight.spec.key, options["stride"],
+        options["padding"], options["dilation"], options.get("groups", 1), inputs["format"],
         inputs.get("reach", 1.0),
     )  # fmt: skip
 
@@ -252,12 +251,14 @@ def test_gradients_are_those_of_the_dequantized_weight(name):
     x, weight, bias, options = case(name)
     x.requires_grad_()
     bias.requires_grad_()
-    y = conv(x, weight, bias, **options, **INPUTS["dynamic"])
+    y = conv_of(x, weight, bias, **options, **INPUTS["dynamic"])
     upstream = torch.randn_like(y)
     y.backward(upstream)
     other = x.detach().clone().requires_grad_()
-    padded = nn.functional.pad(other, module._torch_padding(options["padding"]))
-    function = module._FUNCTIONS[x.ndim - 2]
+    padding = options["padding"]
+    last_first = [n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]]
+    padded = nn.functional.pad(other, last_first)
+    function = getattr(nn.functional, f"conv{x.ndim - 2}d")
     function(
         padded, weight.dequantize(), None, options["stride"], 0, options["dilation"], options.get("groups", 1)
     ).backward(upstream)
@@ -299,14 +300,14 @@ def test_layers_use_the_operator(mode, monkeypatch):
         ({"x": torch.ones(1, 6, 9, 9, dtype=torch.int64)}, "x must be floating point, not torch.int64"),
         ({"x": torch.ones(1, 5, 9, 9)}, "x must have 4 dimensions and 6 channels"),
         ({"bias": torch.ones(6)}, r"bias must have shape \(5,\)"),
-        ({"input_format": "dybit4"}, "input_format must be a single format, not the family 'dybit4'"),
+        ({"format": "dybit4"}, "input_format must be a single format, not the family 'dybit4'"),
     ],
 )
 def test_bad_inputs_are_named(change, message):
     x, weight, bias, options = case("uneven")
     values = {"x": x, "weight": weight, "bias": bias, **options, **INPUTS["static"]} | change
     with pytest.raises(DyBitError, match=message):
-        conv(values.pop("x"), values.pop("weight"), values.pop("bias"), **values)
+        conv_of(values.pop("x"), values.pop("weight"), values.pop("bias"), **values)
 
 
 def test_formats_are_what_the_tests_take_them_for():
@@ -329,8 +330,8 @@ def test_groups_that_need_different_significands():
         padding=(0, 0),
         dilation=(1,),
         groups=2,
-        input_format="s8r2",
-        input_scale=torch.tensor([0.03]),
+        format="s8r2",
+        scale=torch.tensor([0.03]),
     )
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 
@@ -362,7 +363,7 @@ def test_convolutions_are_those_of_the_values(geometry, family, granularity, nam
     reach = 1.5
     given_options = dict(zip(("stride", "padding", "dilation", "groups"), options, strict=True))
     results = on_every_set(
-        lambda: (conv(x, weight, bias, **given_options, input_format=name, input_scale=scale, input_offset=offset,
+        lambda: (conv_of(x, weight, bias, **given_options, format=name, scale=scale, offset=offset,
                       reach=reach),),
         alike(weight, options[-1]),
     )  # fmt: skip
@@ -423,11 +424,11 @@ def test_inputs_smaller_than_the_kernel_are_refused(groups, size):
     weight = quantize(torch.randn(4, 4 // groups, 3, 3), TensorSpec("dybit4", (4, 4 // groups, 3, 3)))
     options = {"stride": (1, 1), "padding": (0,) * 4, "dilation": (1, 1), "groups": groups}
     with pytest.raises(DyBitError, match=r"x must be at least as large as the kernel, which covers \[3, 3\]"):
-        conv(torch.randn(1, 4, *size), weight, **options, **INPUTS["static"])
+        conv_of(torch.randn(1, 4, *size), weight, **options, **INPUTS["static"])
 
 
 def test_empty_samples_are_refused():
     weight = quantize(torch.randn(4, 4, 1, 1), TensorSpec("dybit4", (4, 4, 1, 1)))
     options = {"stride": (1, 1), "padding": (1,) * 4, "dilation": (1, 1)}
     with pytest.raises(DyBitError, match=r"x must have no empty dimension besides the batch, but has size \[0, 5\]"):
-        conv(torch.ones(1, 4, 0, 5), weight, **options, **INPUTS["static"])
+        conv_of(torch.ones(1, 4, 0, 5), weight, **options, **INPUTS["static"])

@@ -15,8 +15,8 @@ from dybit.layers.kinds import is_experts, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.operators import experts as module
 from dybit.operators.experts import experts, matrices, multiply_by_torch
+from dybit.operators.input_rounding import InputRounding, input_format
 from dybit.operators.linear import linear
-from dybit.operators.packed_weight import input_format
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
@@ -78,8 +78,9 @@ def test_every_expert_is_a_weight_of_its_own(name):
 def test_rounded_inputs(group):
     weight, (x, expert) = made("group"), rows()
     assert input_format("s8r2") is not None
-    y = experts(x, expert, weight, "s8r2", 0.5, group)
-    alone = [linear(x[i : i + 1], matrices(weight)[e], input_format="s8r2", reach=0.5, input_group_size=group)
+    rounding = InputRounding("s8r2", reach=0.5, group_size=group)
+    y = experts(x, expert, weight, rounding)
+    alone = [linear(x[i : i + 1], matrices(weight)[e], None, rounding)
              for i, e in enumerate(expert.tolist())]  # fmt: skip
     assert torch.equal(y, torch.cat(alone))
     rounded = fake_quantize_dynamic(x, "s8r2", 0.5, group)

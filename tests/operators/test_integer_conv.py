@@ -19,10 +19,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dybit.errors import DyBitError
-from dybit.formats.format import Format
 from dybit.kernels import extension
 from dybit.operators.conv import conv
-from dybit.operators.integer_conv import ImageFormat, UnknownError, conv_image, round_image
+from dybit.operators.conv_geometry import ConvGeometry
+from dybit.operators.images import UnknownError, round_image
+from dybit.operators.input_rounding import InputRounding
+from dybit.operators.integer_conv import conv_image
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
@@ -44,29 +46,6 @@ def on_all(compute):
         patch.setattr(extension, "load", lambda: None)
         plain = compute()
     return (results or [plain])[0], plain
-
-
-@pytest.mark.parametrize("name", ["u8r1", "s8r1", "s6r2", "u8r3", "s8", "u4"])
-@exact
-@given(st.integers(0, 2**32 - 1))
-def test_images_hold_the_significands_of_the_oracle(name, seed):
-    rng = np.random.default_rng(seed)
-    fmt, scale = Format.parse(name), np.float32(rng.uniform(0.01, 2))
-    channels, size = int(rng.integers(1, 70)), [int(n) for n in rng.integers(1, 6, 2)]
-    border = tuple(int(n) for n in rng.integers(0, 3, 4))
-    # values, ties, what lies beside them, and what saturates
-    shape, steps = (2, channels, *size), np.diff(np.unique(fmt.values))
-    x = ((rng.choice(fmt.values, shape) + rng.choice(steps, shape) / 2) * scale).astype(np.float32)
-    x = np.where(rng.random(shape) < 0.3, np.nextafter(x, np.float32(9e9)), x)
-    x = x * rng.choice([1, -1, 1e6], shape, p=[0.7, 0.2, 0.1])
-    x = x.astype(np.float32)
-    made = ImageFormat(name, border)
-    ((image,), (plain,)) = on_all(lambda: (round_image(torch.from_numpy(x), torch.tensor([scale]), None, made),))
-    assert torch.equal(image, plain) and image.dtype == made.dtype
-    expected = np.zeros(made.shape(2, channels, size), dtype=np.int64)
-    inner = expected[:, border[0] : border[0] + size[0], border[2] : border[2] + size[1], :channels]
-    inner[:] = fmt.significands[fmt.encode(x / scale)].transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(image.numpy(), expected)
 
 
 def random_case(rng):
@@ -95,7 +74,7 @@ def random_case(rng):
 def test_a_convolution_of_an_image_is_that_of_the_layers_one_by_one(seed):
     rng = np.random.default_rng(seed)
     x, weight, bias, stride, padding, dilation, groups = random_case(rng)
-    geometry = (stride, padding, dilation, groups)
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
     name, out_name = (str(rng.choice(["int8", "uint8", "s8r1", "u8r3", "s8", "s5r2"])) for _ in range(2))
     scale, out_scale = torch.tensor([0.03]), torch.tensor([0.11])
     offset = torch.tensor([-1.3]) if not any(padding) and rng.integers(2) else None
@@ -103,19 +82,16 @@ def test_a_convolution_of_an_image_is_that_of_the_layers_one_by_one(seed):
     out_offset = torch.tensor([0.7]) if not any(out_border) else None
     wider = tuple(n + int(rng.integers(2)) for n in padding) if offset is None else (0,) * 4
     low, high = [(-INFINITY, INFINITY), (0.0, INFINITY), (0.0, 6.0), (-1.0, 1.0)][rng.integers(4)]
-    options = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
+    rounding, out = InputRounding(name, scale, offset), InputRounding(out_name, out_scale, out_offset)
 
     def layers():
-        y = conv(x, weight, bias, **options, input_format=name, input_scale=scale, input_offset=offset)
+        y = conv(x, weight, bias, geometry, rounding)
         y = (y + addend if addend is not None else y).clamp(low, high)
-        return y, round_image(y, out_scale, out_offset, ImageFormat(out_name, out_border))
+        return y, round_image(y, out, out_border)
 
     def images(keep=True):
-        image = round_image(x, scale, offset, ImageFormat(name, wider))
-        return conv_image(
-            image, addend, weight, bias, scale, offset, out_scale, out_offset,
-            *geometry, name, wider, low, high, keep, out_name, out_border,
-        )  # fmt: skip
+        image = round_image(x, rounding, wider)
+        return conv_image(image, addend, weight, bias, geometry, rounding, wider, out, out_border, (low, high), keep)
 
     addend = None
     shape = layers()[0].shape
@@ -128,17 +104,19 @@ def test_a_convolution_of_an_image_is_that_of_the_layers_one_by_one(seed):
     assert torch.equal(alone[1], expected[1]) and alone[0].numel() == 0
 
 
-def arguments(dims=2, channels=20, out=7, batch=2, out_format="uint8"):
+ROUNDING = InputRounding("int8", torch.tensor([0.02]))
+NEXT = InputRounding("uint8", torch.tensor([0.1]))
+
+
+def arguments(dims=2, channels=20, out=7, batch=2, following=NEXT):
     torch.manual_seed(0)
     size, kernel = (6, 5, 4)[:dims], (3, 2, 1)[:dims]
     weight = quantize(torch.randn(out, channels, *kernel), TensorSpec("dybit4", (out, channels, *kernel)))
     border = (1,) * 2 * dims
-    image = round_image(torch.randn(batch, channels, *size), torch.tensor([0.02]), None, ImageFormat("int8", border))
+    image = round_image(torch.randn(batch, channels, *size), ROUNDING, border)
     ones = (1,) * dims
-    return [
-        image, None, weight, torch.randn(out), torch.tensor([0.02]), None, torch.tensor([0.1]), None,
-        ones, border, ones, 1, "int8", border, 0.0, 6.0, True, out_format, border if out_format else (),
-    ]  # fmt: skip
+    geometry, out_border = ConvGeometry(ones, border, ones), border if following else ()
+    return [image, None, weight, torch.randn(out), geometry, ROUNDING, border, following, out_border, (0.0, 6.0), True]
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -146,7 +124,7 @@ def test_dimensions_and_no_next_image(dims):
     with_image, plain = on_all(lambda: conv_image(*arguments(dims)))
     torch.testing.assert_close(with_image[0], plain[0], rtol=1e-4, atol=1e-4)
     assert with_image[1].shape == plain[1].shape
-    without, _ = on_all(lambda: conv_image(*arguments(dims, out_format="")))
+    without, _ = on_all(lambda: conv_image(*arguments(dims, following=None)))
     assert torch.equal(without[0], with_image[0]) and without[1].numel() == 0
 
 
@@ -169,28 +147,20 @@ def test_threads_give_the_same_bits():
 
 
 def test_opcheck():
-    image, addend, weight, *rest = arguments()
+    image, addend, weight, bias, geometry, rounding, border, *_ = arguments()
     parts = (weight.packed, weight.scale, weight.choice, weight.tensor_scale)
-    scales, options = rest[:5], rest[5:]
-    torch.library.opcheck(torch.ops.dybit.conv_image, (image, addend, *parts, *scales, weight.spec.key, *options))
-    rounding = (torch.randn(2, 20, 5, 4), torch.tensor([0.02]), None, "int8", (1, 0, 2, 1))
-    torch.library.opcheck(torch.ops.dybit.round_image, rounding)
+    scales = (rounding.scale, None, NEXT.scale, None)
+    options = (geometry.stride, geometry.padding, geometry.dilation, 1, "int8", border, 0.0, 6.0, True, "uint8", border)
+    torch.library.opcheck(torch.ops.dybit.conv_image, (image, addend, *parts, bias, *scales, weight.spec.key, *options))
 
 
-def test_nan_is_refused_and_infinity_saturates():
-    x, made = torch.ones(1, 5, 3, 3), ImageFormat("int8", (0,) * 4)
-    for value, scale in ((float("nan"), 0.1), (float("inf"), 0.1)):
-        x[0, 2, 1, 1] = value
-        if value != value:
-            with pytest.raises(UnknownError, match="NaN"):
-                round_image(x, torch.tensor([scale]), None, made)
-        else:
-            assert round_image(x, torch.tensor([scale]), None, made).max() == 127
+def test_nan_is_refused():
     given = arguments()
     given[3] = torch.full((7,), float("nan"))
     with pytest.raises(UnknownError, match="NaN"):
         conv_image(*given)
-    assert conv_image(*given[:-2], "", ())[0].isnan().all()  # in floating point it stays what it is
+    given[7:9] = None, ()
+    assert conv_image(*given)[0].isnan().all()  # in floating point it stays what it is
 
 
 @pytest.mark.parametrize(
@@ -200,8 +170,8 @@ def test_nan_is_refused_and_infinity_saturates():
         (0, torch.zeros(2, 8, 7, 20, dtype=torch.int8), "image must be of 20 channels"),
         (0, torch.zeros(2, 8, 32, dtype=torch.int8), "image must have 4 dimensions"),
         (1, torch.zeros(9, 1, 1, 1), r"addend must broadcast to \(2, 7, 6, 6\)"),
-        (9, (2, 1, 1, 1), "padding must be at most the border"),
-        (12, "nf4", "format must be one that the kernels round to, not 'nf4'"),
+        (4, ConvGeometry((1, 1), (2, 1, 1, 1), (1, 1)), "padding must be at most the border"),
+        (5, InputRounding("nf4", torch.ones(1)), "format must be one that the kernels round to, not 'nf4'"),
     ],
 )
 def test_bad_arguments_are_named(place, value, message):
@@ -236,34 +206,25 @@ def test_convolutions_of_images_are_those_of_the_values(geometry, family, name, 
         rounded(x, name, scale, offset, 1.0), weight.dequantize(), bias, stride, padding, dilation, groups
     )
     addend = torch.randn(exact.shape, generator=generator) if adds else None
-    made, out = ImageFormat(name, border), ImageFormat(out_name, border)
+    rounding = InputRounding(name, scale, offset)
+    out = InputRounding(out_name, out_scale) if out_name else None
+    laid = (ConvGeometry(stride, padding, dilation, groups), rounding, border, out, border, (-INFINITY, 4.0))
     results = on_every_set(
-        lambda: conv_image(
-            round_image(x, scale, offset, made), addend, weight, bias, scale, offset,
-            out_scale if out_name else None, None, stride, padding, dilation, groups, name, border,
-            -INFINITY, 4.0, True, out_name, border if out_name else (),
-        ),
-        alike(weight, groups),
-    )  # fmt: skip
+        lambda: conv_image(round_image(x, rounding, border), addend, weight, bias, *laid), alike(weight, groups)
+    )
     if addend is not None:
         exact, magnitude = exact + addend, magnitude + addend.abs()
     for found, image in results:
         assert_near(found, exact.clamp(max=4.0), magnitude)
         if out_name:
-            assert torch.equal(image, round_image(found, out_scale, None, out))
+            assert torch.equal(image, round_image(found, out, border))
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("size", [(2, 5), (1, 1)])
 def test_images_smaller_than_the_kernel_are_refused(groups, size):
     weight = quantize(torch.randn(4, 4 // groups, 3, 3), TensorSpec("dybit4", (4, 4 // groups, 3, 3)))
-    geometry, scale, none = ((1, 1), (0,) * 4, (1, 1), groups), torch.tensor([0.1]), (0,) * 4
-    image = round_image(torch.randn(1, 4, *size), scale, None, ImageFormat("int8", none))
-    options = (*geometry, "int8", none, -INFINITY, INFINITY, True, "", ())
+    geometry, none = ConvGeometry((1, 1), (0,) * 4, (1, 1), groups), (0,) * 4
+    image = round_image(torch.randn(1, 4, *size), ROUNDING, none)
     with pytest.raises(DyBitError, match="x must be at least as large as the kernel"):
-        conv_image(image, None, weight, None, scale, None, None, None, *options)
-
-
-def test_the_image_of_an_empty_sample_is_its_border():
-    image = round_image(torch.ones(1, 4, 0, 5), torch.tensor([0.1]), None, ImageFormat("int8", (1,) * 4))
-    assert image.shape == (1, 2, 7, 4) and not image.any()
+        conv_image(image, None, weight, None, geometry, ROUNDING, none)

@@ -12,15 +12,16 @@ import dybit.operators.linear as module
 from dybit import Recipe, quantize_
 from dybit.errors import DyBitError
 from dybit.kernels import extension
+from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.operators.linear import linear
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
 INPUTS = [
-    {},
-    {"input_format": "s8r1", "reach": 1.9},
-    {"input_format": "s8r3", "reach": 4.0, "input_group_size": 24},
-    {"input_format": "u8r1", "input_scale": torch.tensor([0.03]), "input_offset": torch.tensor([-2.0])},
+    KEPT,
+    InputRounding("s8r1", reach=1.9),
+    InputRounding("s8r3", reach=4.0, group_size=24),
+    InputRounding("u8r1", torch.tensor([0.03]), torch.tensor([-2.0])),
 ]
 
 
@@ -30,7 +31,7 @@ def weight_of(family="dybit4", rows=19, columns=70):
     return quantize(torch.randn(rows, columns), spec, method="absmax")
 
 
-def parts(x, weight, bias=None, **inputs):
+def parts(x, weight, bias, inputs):
     return (
         x,
         weight.packed,
@@ -38,12 +39,12 @@ def parts(x, weight, bias=None, **inputs):
         weight.choice,
         weight.tensor_scale,
         bias,
-        inputs.get("input_scale"),
-        inputs.get("input_offset"),
+        inputs.scale,
+        inputs.offset,
         weight.spec.key,
-        inputs.get("input_format", ""),
-        inputs.get("reach", 1.0),
-        inputs.get("input_group_size", 0),
+        inputs.format,
+        inputs.reach,
+        inputs.group_size,
     )
 
 
@@ -53,10 +54,10 @@ def parts(x, weight, bias=None, **inputs):
 def test_paths_agree(inputs, shape, dtype, monkeypatch):
     weight = weight_of()
     x, bias = torch.randn(shape, dtype=dtype), torch.randn(19, dtype=dtype)
-    found = linear(x, weight, bias, **inputs)
+    found = linear(x, weight, bias, inputs)
     assert found.dtype == dtype and found.shape == (*shape[:-1], 19)
-    monkeypatch.setattr(module, "_packed", lambda *_: None)
-    expected = linear(x, weight, bias, **inputs)
+    monkeypatch.setattr(module, "packed_for", lambda *_: None)
+    expected = linear(x, weight, bias, inputs)
     # Rounding inputs and weights to BF16 on the way is the fallback's; the kernels keep them.
     tolerance = {torch.bfloat16: 0.15}.get(dtype, 1e-4)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -66,14 +67,14 @@ def test_paths_agree(inputs, shape, dtype, monkeypatch):
 def test_opcheck(inputs):
     weight = weight_of()
     x, bias = torch.randn(2, 2, 70, requires_grad=True), torch.randn(19, requires_grad=True)
-    torch.library.opcheck(torch.ops.dybit.linear, parts(x, weight, bias, **inputs))
+    torch.library.opcheck(torch.ops.dybit.linear, parts(x, weight, bias, inputs))
 
 
 def test_gradients_are_those_of_the_dequantized_weight():
     weight, bias = weight_of(), torch.randn(19, requires_grad=True)
     x = torch.randn(5, 70, requires_grad=True)
-    linear(x, weight, bias, input_format="s8r1", reach=1.9).square().sum().backward()
-    y = linear(x, weight, bias, input_format="s8r1", reach=1.9).detach()
+    linear(x, weight, bias, INPUTS[1]).square().sum().backward()
+    y = linear(x, weight, bias, INPUTS[1]).detach()
     torch.testing.assert_close(x.grad, 2 * y @ weight.dequantize())
     torch.testing.assert_close(bias.grad, 2 * y.sum(0))
 
@@ -185,15 +186,15 @@ def test_the_operator_is_called_where_somebody_watches(inputs, monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
-    plain = linear(x, weight, bias, **inputs)
+    plain = linear(x, weight, bias, inputs)
     assert not called
     with Mode():
-        assert torch.equal(linear(x, weight, bias, **inputs), plain)
+        assert torch.equal(linear(x, weight, bias, inputs), plain)
     assert len(called) == 1
-    watched = linear(x, weight, bias.clone().requires_grad_(), **inputs)
+    watched = linear(x, weight, bias.clone().requires_grad_(), inputs)
     assert len(called) == 2 and watched.requires_grad and torch.equal(watched.detach(), plain)
     with torch.no_grad():
-        linear(x, weight, bias.clone().requires_grad_(), **inputs)
+        linear(x, weight, bias.clone().requires_grad_(), inputs)
     assert len(called) == 2
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = linear(mode.from_tensor(x), weight)

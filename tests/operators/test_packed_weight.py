@@ -1,6 +1,7 @@
 """The compiled kernels against the NumPy oracle: integer sums exact, every instruction set the same bits."""
 
 import concurrent.futures
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from dybit.formats import catalogue, packing
 from dybit.formats.format import Format, variants
 from dybit.kernels import extension
 from dybit.operators import packed_weight
+from dybit.operators.activations import ACTIVATIONS
+from dybit.operators.input_rounding import InputFormat, InputRounding, input_format
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 ISAS = [name for name in extension.available() if name != extension.FALLBACK]
@@ -43,14 +46,15 @@ def input_values(significands, fmt):
     return torch.from_numpy((significands * fmt.step).astype(np.float32))
 
 
-def run_all(weight, inputs_name, x, group_size=0, **arguments):
+def run_all(weight, inputs_name, x, group_size=0, bias=None, activation="", **rounding):
     """The result of every instruction set, which must be one."""
+    given = InputRounding(inputs_name, group_size=group_size, **rounding)
     results = []
     for isa in ISAS:
         extension.use(isa)
-        packed = packed_weight.PackedWeight(weight, packed_weight.input_format(inputs_name), group_size)
+        packed = packed_weight.PackedWeight(weight, input_format(inputs_name), group_size)
         assert packed.isa == isa
-        results.append(packed.linear(x, **arguments))
+        results.append(packed.linear(x, bias, given, activation))
     for isa, result in zip(ISAS, results, strict=True):
         np.testing.assert_array_equal(result.numpy(), results[0].numpy(), err_msg=isa)
     return results[0].numpy()
@@ -207,7 +211,7 @@ def test_unrounded_inputs(family, m):
     torch.testing.assert_close(torch.from_numpy(found), x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
     for isa in ISAS:
         extension.use(isa)
-        packed = packed_weight.PackedWeight(weight, packed_weight.InputFormat())
+        packed = packed_weight.PackedWeight(weight, InputFormat())
         torch.testing.assert_close(packed.dequantize(), weight.dequantize(), rtol=0, atol=0)
 
 
@@ -270,7 +274,7 @@ def test_codes_whose_significands_need_16_bits_stay_bytes(bits):
     for fmt in variants(bits):
         for isa in ISAS:
             extension.use(isa)
-            packed = packed_weight.PackedWeight(portable(codes, fmt), packed_weight.input_format("s8"))
+            packed = packed_weight.PackedWeight(portable(codes, fmt), input_format("s8"))
             if fmt.max_significand <= 127:
                 assert packed.storage == packed_weight.Storage.BYTES
             elif not fmt.spare:
@@ -311,7 +315,7 @@ def test_rows_that_share_a_codebook_of_16_bits_and_rows_that_do_not(bits, patter
     codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
     weight = portable(codes, books[0], 0.5, group_size, f"dybit{bits}", choice)
     largest = max(books[i].max_significand for i in np.unique(choice))
-    packed = packed_weight.PackedWeight(weight, packed_weight.input_format("s8"))
+    packed = packed_weight.PackedWeight(weight, input_format("s8"))
     storage = packed_weight.Storage
     assert packed.storage == (storage.RUNS if largest > 127 else storage.BYTES)
     for m in (1, 2, 3, 4, 7):
@@ -341,11 +345,10 @@ def test_threads_give_the_same_bits(rows, group_size):
 def _layer(rng, shape, inputs, static=False):
     """A weight with a bias, and a way to round inputs."""
     weight = portable(rng.integers(0, 16, shape, dtype=np.uint8), Format(4), 0.02)
-    packed = packed_weight.PackedWeight(weight, packed_weight.input_format(inputs), 0)
+    packed = packed_weight.PackedWeight(weight, input_format(inputs), 0)
     scale, offset = (torch.tensor([0.01]), torch.tensor([0.3])) if static else (None, None)
-    return packed_weight.Product(
-        packed, torch.from_numpy(rng.normal(size=shape[0]).astype(np.float32)), scale, offset, 1.9
-    )
+    bias = torch.from_numpy(rng.normal(size=shape[0]).astype(np.float32))
+    return packed_weight.Product(packed, bias, InputRounding(inputs, scale, offset, 1.9))
 
 
 @needs_kernels
@@ -363,10 +366,10 @@ def test_feed_forward_gives_the_bits_of_its_products(rows, threads, gated, input
     x = torch.from_numpy(rng.normal(size=(rows, 37)).astype(np.float32))
     if rows > 4:
         x[3, 5] = torch.nan
-    hidden = first.weight.linear(x, *first[1:], activation="gelu")
+    hidden = first.of(x, "gelu")
     if gated:
-        hidden = hidden * second.weight.linear(x, *second[1:])
-    expected = down.weight.linear(hidden, *down[1:])
+        hidden = hidden * second.of(x)
+    expected = down.of(hidden)
     found = packed_weight.feed_forward(x, first, down, second if gated else None, "gelu")
     np.testing.assert_array_equal(found.numpy(), expected.numpy())
     assert found.isnan().any(1).sum() == (rows > 4)
@@ -381,18 +384,51 @@ def test_products_that_do_not_fit_are_named():
         ((x, first, down, down), r"second must have shape \(6, 5\), not \(4, 6\)"),
         ((x, first, down, None, "tanh"), "activation must be one of relu, .*, not 'tanh'"),
         ((x[:, :3], first, down), r"x must be a contiguous float32 tensor of shape \(2, 5\)"),
-        ((x, first, down._replace(bias=torch.zeros(3))), r"bias must be .* of shape \(4,\)"),
-        ((x, first._replace(reach=0.0), down), "reach must be positive, not 0.0"),
     ):
         with pytest.raises(DyBitError, match=message):
             packed_weight.feed_forward(*arguments)
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("bias", "rounding", "message"),
+    [
+        (torch.zeros(3), InputRounding("s8"), r"bias must be .* of shape \(4,\)"),
+        (torch.zeros(4).double(), InputRounding("s8"), "bias must be a contiguous float32 tensor"),
+        (torch.zeros(4, device="meta"), InputRounding("s8"), "bias must be .* on the CPU"),
+        (torch.zeros(8)[::2], InputRounding("s8"), "bias must be a contiguous"),
+        (None, InputRounding("s8", reach=0.0), "reach must be positive, not 0.0"),
+        (None, InputRounding("s8", torch.ones(1).bfloat16()), "scale must be a contiguous float32 tensor"),
+        (None, InputRounding("s8", torch.ones(())), r"scale must be .* of shape \(1,\)"),
+        (None, InputRounding("s8", torch.ones(1), torch.ones(1).half()), "offset must be a contiguous float32 tensor"),
+    ],
+)
+def test_foreign_tensors_never_reach_the_kernels(bias, rounding, message):
+    weight = portable(np.ones((4, 6), dtype=np.uint8), Format(4))
+    packed = packed_weight.PackedWeight(weight, input_format("s8"), 0)
+    with pytest.raises(DyBitError, match=message):
+        packed.linear(torch.zeros(2, 6), bias, rounding)
+
+
+@needs_kernels
+@pytest.mark.parametrize("part", ["packed", "scale"])
+@pytest.mark.parametrize("change", [lambda x: x.to(torch.int16), lambda x: x[:2], lambda x: x.to("meta")])
+def test_foreign_weights_never_reach_the_kernels(part, change):
+    weight = portable(np.ones((4, 6), dtype=np.uint8), Format(4))
+    other = dataclasses.replace(weight, **{part: change(getattr(weight, part))})
+    if part == "scale" and other.scale.dtype == torch.int16:
+        return  # any type holds scales, which become float32
+    with pytest.raises(DyBitError, match=r"must be a contiguous|weight must have"):
+        packed_weight.PackedWeight(other, input_format("s8"), 0)
+
+
 def _product(rows=64):
     rng = np.random.default_rng(0)
     weight = portable(rng.integers(0, 16, (700, 300), dtype=np.uint8), Format(4), 0.1)
-    packed = packed_weight.PackedWeight(weight, packed_weight.input_format("s8r1"), 0)
-    return packed.linear(torch.from_numpy(rng.normal(size=(rows, 300)).astype(np.float32)), reach=1.9)
+    packed = packed_weight.PackedWeight(weight, input_format("s8r1"), 0)
+    return packed.linear(
+        torch.from_numpy(rng.normal(size=(rows, 300)).astype(np.float32)), None, InputRounding("s8r1", reach=1.9)
+    )
 
 
 @needs_kernels
@@ -461,7 +497,7 @@ def _exact(name, x):
 
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-@pytest.mark.parametrize("name", packed_weight.ACTIVATIONS[1:])
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
 @pytest.mark.parametrize(("rows", "shape"), [(1, (700, 300)), (3, (17, 5)), (300, (700, 300)), (40, (1, 1))])
 def test_activations(name, rows, shape):
     rng = np.random.default_rng(0)
@@ -496,9 +532,7 @@ def test_activations_of_what_is_not_finite_are_those_of_torch():
     ],
 )
 def test_bad_inputs_are_named(change, message):
-    packed = packed_weight.PackedWeight(
-        portable(np.ones((4, 5), dtype=np.uint8), Format(4)), packed_weight.InputFormat()
-    )
+    packed = packed_weight.PackedWeight(portable(np.ones((4, 5), dtype=np.uint8), Format(4)), InputFormat())
     with pytest.raises(DyBitError, match=message):
         packed.linear(change(torch.zeros(3, 5)))
     with pytest.raises(DyBitError, match=r"activation must be one of relu, .*, not 'tanh'"):
@@ -506,7 +540,7 @@ def test_bad_inputs_are_named(change, message):
 
 
 def test_integers_are_dybit_with_a_run_of_one():
-    assert packed_weight.input_format("int8") == packed_weight.InputFormat(7, 1, True, 64.0)
-    assert packed_weight.input_format("s8r1") == packed_weight.InputFormat(7, 1, True, 1.0)
-    assert packed_weight.input_format("uint4") == packed_weight.InputFormat(4, 1, False, 8.0)
-    assert packed_weight.input_format("nf4") is None
+    assert input_format("int8") == InputFormat(7, 1, True, 64.0)
+    assert input_format("s8r1") == InputFormat(7, 1, True, 1.0)
+    assert input_format("uint4") == InputFormat(4, 1, False, 8.0)
+    assert input_format("nf4") is None

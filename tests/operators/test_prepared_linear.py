@@ -10,8 +10,9 @@ from torch import nn
 import dybit
 from dybit.kernels import extension
 from dybit.operators import packed_weight
+from dybit.operators.input_rounding import InputFormat, input_format
 from dybit.operators.linear import linear
-from dybit.operators.prepared_linear import Ready
+from dybit.operators.prepared_linear import PreparedLinear
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
@@ -32,12 +33,7 @@ def layer(fields=FIELDS["weights"], bias=True, weights=4):
 
 def slow(module, x):
     """The layer without what it keeps."""
-    spec = module.input_spec
-    rounding = {} if spec is None else {
-        "input_format": spec.format, "reach": spec.reach or 1.0, "input_group_size": spec.group_size or 0,
-        "input_scale": module._buffers.get("input_scale"), "input_offset": module._buffers.get("input_offset"),
-    }  # fmt: skip
-    return linear(x, module.quantized_tensor(), module._parameters.get("bias"), **rounding)
+    return linear(x, module.quantized_tensor(), module._parameters.get("bias"), module.input_rounding())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -79,14 +75,14 @@ def test_weights_that_change():
 def test_copies_keep_nothing():
     module, x = layer(), torch.randn(1, 64)
     y = module(x)
-    assert "_ready" in module.__dict__
+    assert "_prepared" in module.__dict__
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert "_ready" not in copied.__dict__ and torch.equal(copied(x), y)
+        assert "_prepared" not in copied.__dict__ and torch.equal(copied(x), y)
     module.double()
-    assert "_ready" not in module.__dict__ and torch.allclose(module(x.double()).float(), y, atol=1e-5)
+    assert "_prepared" not in module.__dict__ and torch.allclose(module(x.double()).float(), y, atol=1e-5)
     model = nn.Sequential(layer())
     model(x)
-    assert "_ready" not in dybit.dequantize_(model)[0].__dict__
+    assert "_prepared" not in dybit.dequantize_(model)[0].__dict__
 
 
 def test_gradients_and_wrong_shapes():
@@ -110,7 +106,9 @@ def test_weights_made_in_inference_mode():
 @torch.no_grad()
 def test_what_has_to_be_asked_for():
     weight = quantize(torch.randn(24, 64), TensorSpec("nf4", (24, 64)))  # the kernels cannot hold it
-    assert Ready(weight).multiply(torch.randn(1, 64), None) is None
+    x = torch.randn(3, 64)
+    found = PreparedLinear(weight).multiply(x, "relu")
+    assert torch.equal(found, torch.relu(x @ weight.dequantize().T))
 
 
 @torch.no_grad()
@@ -121,8 +119,8 @@ def test_the_scalar_kernels_leave_several_unrounded_rows_to_torch():
     weight = module.quantized_tensor()
     try:
         extension.use("scalar")
-        assert packed_weight.PackedWeight(weight, packed_weight.InputFormat()).most_rows == 1
-        assert packed_weight.PackedWeight(weight, packed_weight.input_format("s8")).most_rows > 1000
+        assert packed_weight.PackedWeight(weight, InputFormat()).most_rows == 1
+        assert packed_weight.PackedWeight(weight, input_format("s8")).most_rows > 1000
         assert torch.equal(module(x), nn.functional.linear(x, weight.dequantize(), module.bias))
     finally:
         extension.use(before)

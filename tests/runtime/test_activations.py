@@ -11,7 +11,8 @@ from dybit import Recipe, dequantize_, fuse, quantize_
 from dybit.errors import DyBitWarning
 from dybit.kernels import extension
 from dybit.operators import packed_weight
-from dybit.runtime.activations import _FUNCTIONS, _TRANSFORMERS, FusedLinear, fuse_activations, name_of
+from dybit.operators.activations import activate
+from dybit.runtime.activations import _TRANSFORMERS, FusedLinear, fuse_activations, name_of
 
 needs_kernels = pytest.mark.skipif(extension.isa() == extension.FALLBACK, reason="no compiled kernels")
 DYNAMIC = Recipe(weights=4, activations="int8", activation_mode="dynamic", group_size=32)
@@ -163,17 +164,28 @@ def test_compile_and_export():
             torch.testing.assert_close(graph(x), expected, rtol=1e-3, atol=2e-2)
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_hooks_of_a_fused_layer_run(before):
+    model, x = quantized(Block(nn.GELU())), torch.randn(5, 40)
+    fused = None if before else fuse_activations(model)[0]
+    model.up.register_forward_hook(lambda module, args, y: y * 2)
+    fused = fused or fuse_activations(model)[0]
+    assert fused_layers(fused)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 @needs_kernels
 def test_the_kernels_do_run(monkeypatch):
     """Else every other test would pass without them."""
     seen = []
-    linear = packed_weight.PackedWeight.linear
+    linear = packed_weight.Product.of
 
     def watch(self, *args):
         seen.append(args[-1])
         return linear(self, *args)
 
-    monkeypatch.setattr(packed_weight.PackedWeight, "linear", watch)
+    monkeypatch.setattr(packed_weight.Product, "of", watch)
     with torch.no_grad():
         fuse_activations(quantized(Block(nn.GELU())))[0](torch.randn(5, 40))
     assert seen == ["gelu", ""]
@@ -186,7 +198,7 @@ def test_activations_of_transformers():
         if hasattr(activations, cls_name):  # names have come and gone
             module = getattr(activations, cls_name)()
             assert name_of(module) == name
-            torch.testing.assert_close(_FUNCTIONS[name](x), module(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(activate(x, name), module(x), rtol=1e-5, atol=1e-5)
     assert name_of(activations.MishActivation()) == name_of(nn.Tanh()) == name_of(None) == ""
 
 

@@ -111,6 +111,16 @@ def test_the_same_bits(cls, places, recipe):
             assert torch.equal(fused(x), before(x))
 
 
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_hooks_of_the_layers_run(name):
+    model, x = quantized(nn.Sequential(Gated())), torch.randn(5, 40)
+    fused = stages(model)[1]
+    assert parts(fused)
+    model[0].get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_what_else_uses_a_layer_keeps_it():
     class Twice(Plain):
         def forward(self, x):

@@ -6,6 +6,9 @@ from torch.nn import functional
 
 from dybit.formats import catalogue
 from dybit.kernels import extension
+from dybit.operators.conv import conv
+from dybit.operators.conv_geometry import ConvGeometry
+from dybit.operators.input_rounding import InputRounding
 
 FUNCTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -75,3 +78,9 @@ def assert_near(found, exact, magnitude):
     """Within the rounding of a few sums in float32."""
     assert found.shape == exact.shape
     assert bool(((found.double() - exact).abs() <= 2e-5 * magnitude + 1e-30).all())
+
+
+def conv_of(x, weight, bias=None, *, stride, padding, dilation, groups=1, format, scale=None, offset=None, reach=1.0):
+    """The operator, its options given one by one."""
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
+    return conv(x, weight, bias, geometry, InputRounding(format, scale, offset, reach))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,15 +12,15 @@ from dybit.kernels import extension
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
 from dybit.layers.experts import run_experts
-from dybit.layers.input_spec import InputSpec
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import MadeWeights, is_plain, recur, recur_once
+from dybit.operators.activations import activate
 from dybit.operators.conv import conv
+from dybit.operators.conv_geometry import ConvGeometry
 from dybit.operators.embedding import embedding
 from dybit.operators.experts import experts
 from dybit.operators.linear import linear
-from dybit.operators.prepared_linear import Operands, Ready
-from dybit.tensors.quantized_tensor import QuantizedTensor
+from dybit.operators.prepared_linear import PreparedLinear
 
 
 class QuantizedLinear(Quantized):
@@ -28,47 +29,26 @@ class QuantizedLinear(Quantized):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Multiplies the only argument, whatever its name: (..., in_features) to (..., out_features)."""
         (x,) = (*args, *kwargs.values())
-        if not torch.compiler.is_compiling() and (y := self.multiply(x)) is not None:
-            return y
-        bias = self.own_bias
-        spec, weight = self.input_spec, self.quantized_tensor()
-        if spec is None:
-            return linear(x, weight, bias)
-        return linear(
-            x,
-            weight,
-            bias,
-            input_format=spec.format,
-            input_scale=self._buffers.get("input_scale"),
-            input_offset=self._buffers.get("input_offset"),
-            reach=spec.reach or 1.0,
-            input_group_size=spec.group_size or 0,
-        )
+        return self.multiply(x)
 
-    def multiply(self, x: Tensor, activation: str = "") -> Tensor | None:
-        """What forward gives, and an activation after it, at once by the kernels; None where they cannot be asked.
+    def multiply(self, x: Tensor, activation: str = "") -> Tensor:
+        """Computes the layer and an activation after it, in one call of the kernels if they support both.
 
         Args:
             x: (..., in_features).
-            activation: One of :data:`dybit.operators.packed_weight.ACTIVATIONS`.
+            activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
         """
-        ready, bias, scale, offset = self.operands()
-        return ready.multiply(x, bias, scale, offset, activation)
+        if torch.compiler.is_compiling():
+            return activate(linear(x, self.quantized_tensor(), self.own_bias, self.input_rounding()), activation)
+        return self.prepared().multiply(x, activation)
 
-    def operands(self) -> Operands:
-        """What the kernels need beside the input."""
-        ready = self.__dict__.get("_ready")
-        if ready is None or not ready.fits(self._buffers):
-            ready = self.__dict__["_ready"] = _ready(self.quantized_tensor(), self.input_spec)
-        buffers = self._buffers
-        return ready, self.own_bias, buffers.get("input_scale"), buffers.get("input_offset")
-
-
-def _ready(weight: QuantizedTensor, spec: InputSpec | None) -> Ready:
-    """What a linear layer keeps between its calls."""
-    if spec is None:
-        return Ready(weight)
-    return Ready(weight, spec.format, spec.reach or 1.0, spec.group_size or 0)
+    def prepared(self) -> PreparedLinear:
+        """The weight and bias, prepared for the layer's inputs when they are first used."""
+        state, bias = self.__dict__, self.own_bias
+        prepared: PreparedLinear | None = state.get("_prepared")
+        if prepared is None or not prepared.holds(state["_buffers"], bias):
+            prepared = state["_prepared"] = PreparedLinear(self.quantized_tensor(), bias, self.input_rounding())
+        return prepared
 
 
 class QuantizedConv(Quantized):
@@ -76,27 +56,17 @@ class QuantizedConv(Quantized):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Convolves the only argument, whatever its name."""
-        spec, layer = self.input_spec, cast(nn.Conv2d, self)
-        if spec is None:
+        layer = cast(nn.Conv2d, self)
+        if self.input_spec is None:
             return cast(Tensor, super().forward(*args, **kwargs))
         (x,) = (*args, *kwargs.values())
-        padding = layer._reversed_padding_repeated_twice
+        padding: Sequence[int] = layer._reversed_padding_repeated_twice
         if layer.padding_mode != "zeros":  # the border has values of the input, so it can be rounded with it
             x = nn.functional.pad(x, padding, mode=layer.padding_mode)
             padding = [0] * len(padding)
-        return conv(
-            x,
-            self.quantized_tensor(),
-            self.own_bias,
-            stride=layer.stride,
-            padding=[n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]],
-            dilation=layer.dilation,
-            groups=layer.groups,
-            input_format=spec.format,
-            input_scale=self._buffers.get("input_scale"),
-            input_offset=self._buffers.get("input_offset"),
-            reach=spec.reach or 1.0,
-        )
+        in_order = [n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]]
+        geometry = ConvGeometry.of(layer.stride, in_order, layer.dilation, layer.groups)
+        return conv(x, self.quantized_tensor(), self.own_bias, geometry, self.input_rounding())
 
 
 class QuantizedEmbedding(Quantized):
@@ -125,18 +95,15 @@ class QuantizedRecurrent(MadeWeights, Quantized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As the layer's own forward."""
-        spec = self.input_spec
         torch_alone = torch.compiler.is_compiling() or extension.load() is None
-        if not is_plain(original_class(self)) or (spec is None and torch_alone):
+        if not is_plain(original_class(self)) or (self.input_spec is None and torch_alone):
             with self.holding_weights():
                 return super().forward(*args, **kwargs)
         weights = {name: self.quantized_tensor(name) for name in self.weight_specs}
-        rounding = (spec.format, spec.reach or 1.0, spec.group_size or 0) if spec else ("", 1.0, 0)
+        rounding = self.input_rounding()
 
         def multiply(x: Tensor, weight: str, bias: str) -> Tensor:
-            given, reach, group_size = rounding
-            added = self._parameters.get(bias)
-            return linear(x, weights[weight], added, input_format=given, reach=reach, input_group_size=group_size)
+            return linear(x, weights[weight], self._parameters.get(bias), rounding)
 
         compute: Any = recur if isinstance(self, nn.RNNBase) else recur_once
         return compute(self, *args, multiply=multiply, **kwargs)
@@ -158,11 +125,10 @@ class QuantizedExperts(Quantized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """As transformers' experts."""
-        spec = self.input_spec
-        rounding = (spec.format, spec.reach or 1.0, spec.group_size or 0) if spec else ("", 1.0, 0)
+        rounding = self.input_rounding()
 
         def product(name: str, x: Tensor, expert: Tensor) -> Tensor:
-            return experts(x, expert, self.quantized_tensor(name), *rounding)
+            return experts(x, expert, self.quantized_tensor(name), rounding)
 
         return run_experts(self, product, *args, **kwargs)
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
-from dybit.kernels.code_operators import fake_quantize_dynamic
 from dybit.layers.kinds import (
     CONVOLUTIONS,
     TRANSPOSED,
     channel_dim,
     input_places,
 )
+from dybit.operators.input_rounding import InputRounding
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class InputSpec:
 
     to_dict = asdict
 
+    def rounding(self, scale: Tensor | None = None, offset: Tensor | None = None) -> InputRounding:
+        """The same as operators take it, with the scale and offset of static inputs."""
+        return InputRounding(self.format, scale, offset, self.reach or 1.0, self.group_size or 0)
+
 
 def round_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], round_input: Callable[[Tensor], Tensor]
@@ -82,9 +86,9 @@ def round_inputs(
     return tuple(positional), kwargs
 
 
-def round_dynamic(module: nn.Module, x: Tensor, spec: InputSpec) -> Tensor:
-    """Rounds an input with dynamic scales: one for a group or position, for convolutions one for every sample."""
-    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+def round_input(module: nn.Module, x: Tensor, rounding: InputRounding) -> Tensor:
+    """Rounds an input of a module; dynamic scales are those of groups or positions, for convolutions of samples."""
+    if rounding.format and rounding.scale is None and isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         samples = x[None] if channel_dim(module, x) == 0 else x
-        return cast(Tensor, fake_quantize_dynamic(samples.flatten(1), spec.format, spec.reach, 0)).view(x.shape)
-    return cast(Tensor, fake_quantize_dynamic(x, spec.format, spec.reach, spec.group_size or 0))
+        return replace(rounding, group_size=0).round(samples.flatten(1)).view(x.shape)
+    return rounding.round(x)

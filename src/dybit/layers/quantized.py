@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
-from dybit.kernels.code_operators import fake_quantize
 from dybit.layers.description import Described
-from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
+from dybit.layers.input_spec import InputSpec, round_input, round_inputs
 from dybit.layers.kinds import named_conv1d
 from dybit.layers.patched_forward import is_replaced
 from dybit.layers.quantized_weight import QuantizedWeight, plain_values, reads_plain_values
 from dybit.layers.tracing import call_leaf, tracer_of
+from dybit.operators.input_rounding import KEPT, InputRounding
+from dybit.operators.packed_cache import ordinary
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features")
@@ -57,23 +58,22 @@ class Quantized(Described, nn.Module):
     @property
     def own_bias(self) -> Tensor | None:
         """The bias, also where it is pruned or parametrized; None where the layer has none."""
-        bias = self._parameters.get("bias")
-        return bias if bias is not None else getattr(self, "bias", None)
+        own = self._parameters
+        return own["bias"] if "bias" in own else getattr(self, "bias", None)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """As ``nn.Module.parameters``, and the weights, which refuse to be trained."""
         yield from super().parameters(recurse)
         yield from (cast(nn.Parameter, getattr(self, name)) for name in self.weight_specs)
 
+    def input_rounding(self) -> InputRounding:
+        """How inputs are rounded, as operators take it."""
+        spec, get = self.input_spec, self._buffers.get
+        return KEPT if spec is None else spec.rounding(get("input_scale"), get("input_offset"))
+
     def round_input(self, x: Tensor) -> Tensor:
         """Rounds an input to the values of its codes; returns it as it is where inputs are kept."""
-        spec = self.input_spec
-        if spec is None:
-            return x
-        if spec.mode == "static":
-            scale, offset = self._buffers["input_scale"], self._buffers.get("input_offset")
-            return cast(Tensor, fake_quantize(x, scale, offset, spec.format))
-        return round_dynamic(self, x, spec)
+        return round_input(self, x, self.input_rounding())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
         """Calls the layer with its hooks; where torch.fx traces, the layer becomes a node of the graph."""
@@ -92,6 +92,7 @@ class Quantized(Described, nn.Module):
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As ``nn.Module.register_buffer``, which would refuse the name of a property, and compute it to find out."""
+        tensor = None if tensor is None else ordinary(tensor)
         if name in self.weight_specs or name in ("input_scale", "input_offset"):
             self._buffers[name] = tensor
         else:
@@ -124,6 +125,8 @@ class Quantized(Described, nn.Module):
             )
         if name in _SIZES and "weight_specs" in self.__dict__ and value != getattr(self, name):
             raise DyBitError(f"{name} of a quantized layer cannot be changed to {value!r}; call dequantize_ first")
+        if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", ()):
+            value = ordinary(value)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -150,7 +153,7 @@ class Quantized(Described, nn.Module):
             raise DyBitError("inputs are rounded in another way than a fused model expects; load before fuse")
         if same:
             return
-        self.__dict__.pop("_ready", None)
+        self.__dict__.pop("_prepared", None)
         home = next(iter([*self._buffers.values(), *self._parameters.values()]))
         self.input_spec = spec
         for name, tensor in given.items():
@@ -167,12 +170,12 @@ class Quantized(Described, nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         """Moves buffers but keeps their types: scales in half precision would be other scales."""
         before = dict(self._buffers)
-        self.__dict__.pop("_ready", None)
+        self.__dict__.pop("_prepared", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+            if old is not None and new is not None:
+                self._buffers[name] = ordinary(new if new.dtype == old.dtype else old.to(new.device))
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype, device="cpu")).dtype
         return self
 

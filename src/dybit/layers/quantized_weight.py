@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.operators.linear import no_view
+from dybit.operators.dispatch import no_view
+from dybit.operators.packed_cache import Snapshot
 from dybit.tensors.encoding import requantize
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
@@ -180,19 +181,15 @@ class _Source:
         self.stored = stored
         self.dtype = dtype
         self._values: Tensor | None = None
-        self._read_at: list[int] = []
+        self._read_at = Snapshot({})
 
     def values(self) -> Tensor:
         """The values, computed again where the codes have changed since."""
-        now = self.versions()
-        if self._values is None or now != self._read_at:
+        parts = self.stored.parts()
+        if self._values is None or not self._read_at.holds(parts):
             with torch.inference_mode(False), torch.no_grad():
-                self._values, self._read_at = no_view(self.stored.dequantize(self.dtype)), now
+                self._values, self._read_at = no_view(self.stored.dequantize(self.dtype)), Snapshot(parts)
         return self._values
-
-    def versions(self) -> list[int]:
-        """The versions of the stored tensors."""
-        return [part._version for part in self.stored.buffers().values() if not part.is_inference()]
 
     def written_version(self) -> int:
         """The version of the values, which rises when they are written to."""
@@ -220,7 +217,7 @@ class _Source:
             for suffix, part in new.buffers().items():
                 self.stored.buffers()[suffix].copy_(part)
             written.copy_(self.stored.dequantize(self.dtype))
-            self._read_at = self.versions()
+            self._read_at = Snapshot(self.stored.parts())
             error = float((written.double() - wanted).norm() / wanted.norm().clamp(min=1e-300))
         warnings.warn(
             "the weight of a quantized layer was written to; its new values are quantized, with a relative error of "

@@ -23,6 +23,7 @@ from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, named_conv1d, n
 from dybit.layers.patched_forward import follow_class_
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import forget_weights_, list_weights_
+from dybit.operators.packed_cache import ordinary
 from dybit.tensors.float8 import picklable, restored
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
@@ -71,15 +72,15 @@ def set_bias_(layer: Quantized, bias: Tensor) -> None:
     if old is None:
         layer.added_bias = True
         new = bias.to(layer.get_buffer("weight_scale").device, layer.float_dtype)
-        layer.register_parameter("bias", nn.Parameter(new, requires_grad=False))
+        layer.register_parameter("bias", nn.Parameter(ordinary(new), requires_grad=False))
     else:
-        layer.register_parameter("bias", nn.Parameter(bias.to(old), requires_grad=old.requires_grad))
+        layer.register_parameter("bias", nn.Parameter(ordinary(bias.to(old)), requires_grad=old.requires_grad))
 
 
 def unswap_(layer: Quantized) -> None:
     """Turns a quantized layer back into its floating-point class, in place, with the dequantized weights."""
     weights = {name: layer.quantized_tensor(name).dequantize(layer.float_dtype) for name in layer.weight_specs}
-    layer.__dict__.pop("_ready", None)
+    layer.__dict__.pop("_prepared", None)
     for name in list(weights):
         for suffix in layer.weight_specs[name].buffers():
             del layer._buffers[name + suffix]
@@ -133,7 +134,7 @@ def _is_plainly(cls: Any, known: Any) -> bool:  # noqa: ANN401
 
 def _reduce(layer: Quantized, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
     """Copies and pickles by the original class, since the quantized one is made at run time."""
-    state = {key: value for key, value in layer.__dict__.items() if key != "_ready"}
+    state = {key: value for key, value in layer.__dict__.items() if key != "_prepared"}
     state["_buffers"] = {name: picklable(buffer) for name, buffer in layer._buffers.items()}
     return _rebuild, (original_class(layer), tuple(layer.weight_specs)), state
 

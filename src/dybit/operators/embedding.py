@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dybit.kernels.codes import decode
 from dybit.kernels.packed_codes import unpack
-from dybit.operators.linear import read_spec
+from dybit.operators.dispatch import read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 # index of any shape, int64 or int32; weight … tensor_scale as QuantizedTensor stores them, spec being TensorSpec.key.

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.operators import packed_weight
-from dybit.operators.linear import Cache, _unwatched, linear, read_spec
+from dybit.operators.dispatch import read_spec, unwatched
+from dybit.operators.input_rounding import KEPT, InputRounding
+from dybit.operators.linear import linear
+from dybit.operators.packed_cache import PackedCache
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 # x (n, columns) of any floating type; expert (n,), integers; weight … tensor_scale as QuantizedTensor stores them, spec
@@ -32,13 +35,13 @@ GRADIENT_SCHEMA = (
     "str spec) -> Tensor"
 )
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
-_cache = Cache()
+_cache = PackedCache[list[QuantizedTensor]]()
 
 
 def matrices(weight: QuantizedTensor) -> list[QuantizedTensor]:
     """The matrices of the experts, each a weight of its own, made when they are first asked for."""
     kept = _cache.get(weight, (), lambda: _split(weight))
-    return cast(list[QuantizedTensor], _split(weight) if kept is None else kept)
+    return _split(weight) if kept is None else kept
 
 
 def _split(weight: QuantizedTensor) -> list[QuantizedTensor]:
@@ -98,17 +101,16 @@ def _experts(
     input_group_size: int,
 ) -> Tensor:
     stored = QuantizedTensor(read_spec(spec), weight, weight_scale, weight_choice, tensor_scale)
-    return _compute(x.detach(), expert, stored, input_format, reach, input_group_size)
+    rounding = InputRounding(input_format, reach=reach, group_size=input_group_size)
+    return _compute(x.detach(), expert, stored, rounding)
 
 
-def _compute(
-    x: Tensor, expert: Tensor, weight: QuantizedTensor, input_format: str, reach: float, input_group_size: int
-) -> Tensor:
-    """What the operator computes; no gradients."""
+def _compute(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputRounding) -> Tensor:
+    """The products; no gradients."""
     parts = matrices(weight)
 
     def multiply(number: int, rows: Tensor) -> Tensor:
-        return linear(rows, parts[number], input_format=input_format, reach=reach, input_group_size=input_group_size)
+        return linear(rows, parts[number], rounding=rounding)
 
     return _by_expert(x, expert, len(parts), parts[0].spec.rows, multiply)
 
@@ -159,23 +161,14 @@ torch.library.register_autograd("dybit::experts", _backward, setup_context=_save
 _operator = torch.ops.dybit.experts
 
 
-def experts(
-    x: Tensor,
-    expert: Tensor,
-    weight: QuantizedTensor,
-    input_format: str = "",
-    reach: float = 1.0,
-    input_group_size: int = 0,
-) -> Tensor:
+def experts(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputRounding = KEPT) -> Tensor:
     """Multiplies every row by the matrix of its expert: ``y[i] = weight[expert[i]] · x[i]``.
 
     Args:
         x: Floating point of shape (n, columns).
         expert: Integers of shape (n,); a number that is no expert's gives a row of zeros.
         weight: Of shape (experts, rows, columns) or, transposed, (experts, columns, rows), with ``row_dims=2``.
-        input_format: Name of a single format, or empty to keep the inputs as they are.
-        reach: The largest magnitude of an input is scaled to this value.
-        input_group_size: Columns that share a scale; 0 for all.
+        rounding: How inputs are rounded, at dynamic scales.
 
     Returns:
         Of shape (n, rows) and the type of ``x``.
@@ -190,13 +183,15 @@ def experts(
             f"x must be floating point of shape (n, {weight.spec.columns}) and expert of shape (n,), "
             f"not {x.dtype} of shape {tuple(x.shape)} and {tuple(expert.shape)}"
         )
-    if _unwatched(x, None):
-        return _compute(x, expert, weight, input_format, reach, input_group_size)
+    if rounding.scale is not None:
+        raise DyBitError("rounding must be dynamic for experts, but has a static scale")
+    if unwatched(x):
+        return _compute(x, expert, weight, rounding)
     return cast(
         Tensor,
         _operator(
-            x, expert, weight.packed, weight.scale, weight.choice, weight.tensor_scale, weight.spec.key, input_format,
-            reach, input_group_size,
+            x, expert, weight.packed, weight.scale, weight.choice, weight.tensor_scale, weight.spec.key,
+            rounding.format, rounding.reach, rounding.group_size,
         ),
     )  # fmt: skip
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,59 +13,17 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
-from dybit.formats.codebook import Codebook
-from dybit.formats.format import Format, variants
 from dybit.formats.scaling import Granularity
 from dybit.kernels import extension
-from dybit.kernels.arguments import address
+from dybit.kernels.arguments import address, choice_per_unit, per_unit
 from dybit.kernels.packed_codes import pack
+from dybit.operators.activations import activation_number
+from dybit.operators.input_rounding import KEPT, InputFormat, InputRounding
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
-ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")  # as csrc/kernels.h numbers them
-_F32, _ONE = torch.float32, (1,)
+_F32, _ONE, _CPU = torch.float32, (1,), torch.device("cpu")
 _MAX_BOOKS = 32
 _MAX_SIGNIFICAND = 32767
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """A format of inputs as the kernels round to it: a plain DyBit one, its values times ``factor``.
-
-    Attributes:
-        magnitude_bits: 0 for inputs that are not rounded.
-        max_run: Longest run.
-        signed: Whether there are negative values.
-        factor: A power of two, by which the scale is multiplied: INT8, of values up to 127, is DyBit with
-            ``max_run=1``, of values up to 127/64, and factor 64.
-    """
-
-    magnitude_bits: int = 0
-    max_run: int = 0
-    signed: bool = True
-    factor: float = 1.0
-
-
-@lru_cache(maxsize=256)
-def input_format(name: str) -> InputFormat | None:
-    """The input format of a name, the empty one being no rounding; None if the kernels cannot round to it."""
-    if not name:
-        return InputFormat()
-    book = catalogue.family(name).books[0]
-    for signed in (True, False):
-        for known in variants(book.bits, signed) if book.bits > 1 else ():
-            factor = _factor(book, known)
-            if factor and not (known.midrise or known.spare):
-                return InputFormat(known.magnitude_bits, known.max_run, signed, factor)
-    return None
-
-
-def _factor(book: Codebook, known: Format) -> float:
-    """The power of two by which the levels of two codebooks differ; 0 if they differ by more."""
-    if len(book.levels) != len(known.levels):
-        return 0.0
-    factor = float(book.levels[-1] / known.levels[-1])
-    same = np.array_equal(book.levels, known.levels * factor) and np.array_equal(book.ties_up, known.ties_up)
-    return factor if same and factor > 0 and np.frexp(factor)[0] == 0.5 else 0.0
 
 
 @lru_cache(maxsize=256)
@@ -125,21 +82,14 @@ class PackedWeight:
         if packed.numel() != spec.rows * spec.row_bytes or scale.shape != spec.scale_shape:
             raise DyBitError(f"weight must have {spec.packed_shape} codes and {spec.scale_shape} scales")
         books = len(tables[1])
-        units = spec.unit_shape(spec.choice)
-        if choice is not None and int(choice.max()) >= books:  # a file can hold anything
-            raise DyBitError(f"weight has choice {int(choice.max())}, beyond the {books} codebooks of {spec.family}")
         self._weight = compiled.PackedWeight(
             address("packed", packed.view(-1), torch.uint8, (spec.rows * spec.row_bytes,)),
             spec.rows,
             spec.columns,
             spec.bits,
             spec.group_size or spec.columns,
-            address("scale", scale, _F32, spec.scale_shape),
-            scale.shape[0] > 1,
-            scale.shape[1] > 1,
-            address("choice", choice, torch.uint8, units),
-            choice is not None and units[0] > 1,
-            choice is not None and units[1] > 1,
+            *per_unit("scale", scale, _F32, spec.rows, spec.groups),
+            *choice_per_unit(choice, spec.rows, spec.groups, books),
             address("significands", torch.from_numpy(tables[0]), torch.int32, (books, 1 << spec.bits)),
             address("steps", torch.from_numpy(tables[1]), _F32, (books,)),
             books,
@@ -173,14 +123,12 @@ class PackedWeight:
         self,
         x: Tensor,
         bias: Tensor | None = None,
-        scale: Tensor | None = None,
-        offset: Tensor | None = None,
-        reach: float = 1.0,
+        rounding: InputRounding = KEPT,
         activation: str = "",
     ) -> Tensor:
         """Multiplies rows of inputs by the weight.
 
-        Inputs are rounded to significands at the static ``scale`` and ``offset``, or at the dynamic scale
+        Inputs are rounded to significands at the static scale and offset, or at the dynamic scale
         ``max(|x|) / reach`` of every row or group. For every segment of columns (a part of one group whose sum fits 32
         bits, 4096 at most) the sum of the products of significands is an exact integer. It is converted to FP32 and
         multiplied by the scales; the segments are added in order with fused multiply-adds, then multiplied by the
@@ -190,11 +138,11 @@ class PackedWeight:
         Args:
             x: float32 of shape (rows, columns), contiguous. A row with NaN gives a row of NaN; infinities saturate.
             bias: float32 of shape (weight rows,), contiguous, or None.
-            scale: float32 of shape (1,), or None for dynamic scales.
-            offset: float32 of shape (1,), or None.
-            reach: Of dynamic scales.
-            activation: One of :data:`ACTIVATIONS`, applied to the results while they are in the cache. Within 2e-7 of
-                the exact function, relative to results above 1 (csrc/generic/activation.inc). Torch is no nearer.
+            rounding: Scale, offset and reach of the inputs, whose format and group size are those that the weight was
+                packed for.
+            activation: One of :data:`dybit.operators.activations.ACTIVATIONS`, applied to the results while they are
+                in the cache. Within 2e-7 of the exact function, relative to results above 1
+                (csrc/generic/activation.inc). Torch is no nearer.
 
         Returns:
             float32 of shape (rows, weight rows).
@@ -202,31 +150,7 @@ class PackedWeight:
         Raises:
             DyBitError: A tensor has another type, shape, device or layout, or the activation is unknown.
         """
-        y, results = _outputs(x, self, self)
-        given, _kept = self.addresses(bias, scale, offset, reach)
-        self._weight.linear(*results, *given[1:], torch.get_num_threads(), _activation(activation))
-        return y
-
-    def addresses(
-        self, bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, reach: float
-    ) -> tuple[tuple[Any, int, int, int, float], Tensor | None]:
-        """What the extension takes for a product, and a tensor that must live as long.
-
-        Raises:
-            DyBitError: A tensor has another type, shape, device or layout, or ``reach`` is not positive.
-        """
-        if not reach > 0:
-            raise DyBitError(f"reach must be positive, not {reach!r}")
-        factor = self.inputs.factor
-        if scale is not None and factor != 1:
-            scale = scale * factor
-        return (
-            self._weight,
-            address("bias", bias, _F32, self.shape[:1]),
-            address("scale", scale, _F32, _ONE),
-            address("offset", offset, _F32, _ONE),
-            reach / factor,
-        ), scale
+        return Product(self, bias, rounding).of(x, activation)
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32 of shape (rows, columns)."""
@@ -235,14 +159,42 @@ class PackedWeight:
         return out
 
 
-class Product(NamedTuple):
-    """A weight, and what :meth:`PackedWeight.linear` takes beside it and the inputs."""
+class Product:
+    """A weight with all that :meth:`PackedWeight.linear` takes beside the inputs, checked once.
 
-    weight: PackedWeight
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    offset: Tensor | None = None
-    reach: float = 1.0
+    Args:
+        weight: The weight.
+        bias: As for :meth:`PackedWeight.linear`. Neither it nor the scales may be given other memory afterwards.
+        rounding: Likewise.
+
+    Raises:
+        DyBitError: A tensor has another type, shape, device or layout, or the reach is not positive.
+    """
+
+    __slots__ = ("_kept", "given", "weight")
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, rounding: InputRounding = KEPT) -> None:
+        reach, scale, factor = rounding.reach, rounding.scale, weight.inputs.factor
+        if not reach > 0:
+            raise DyBitError(f"reach must be positive, not {reach!r}")
+        if scale is not None and factor != 1:
+            scale = scale * factor
+        self.weight = weight
+        self._kept = (bias, scale, rounding.offset)  # the extension has their addresses
+        #: The extension's own object, addresses and reach, as the extension takes them.
+        self.given = (
+            weight.compiled,
+            address("bias", bias, _F32, weight.shape[:1]),
+            address("scale", scale, _F32, _ONE),
+            address("offset", rounding.offset, _F32, _ONE),
+            reach / factor,
+        )
+
+    def of(self, x: Tensor, activation: str = "") -> Tensor:
+        """Multiplies rows of inputs: :meth:`PackedWeight.linear`."""
+        y, results = _outputs(x, self.weight, self.weight)
+        self.given[0].linear(*results, *self.given[1:], torch.get_num_threads(), activation_number(activation))
+        return y
 
 
 def feed_forward(
@@ -258,7 +210,7 @@ def feed_forward(
         first: What the activation follows.
         down: The last product.
         second: Of the shape of ``first``, or None.
-        activation: One of :data:`ACTIVATIONS`.
+        activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
 
     Returns:
         float32 of shape (rows, rows of the last weight).
@@ -272,10 +224,9 @@ def feed_forward(
         raise DyBitError(f"down must have {first.weight.shape[0]} columns, but has shape {down.weight.shape}")
     if second is not None and second.weight.shape != first.weight.shape:
         raise DyBitError(f"second must have shape {first.weight.shape}, not {second.weight.shape}")
-    products = (first, down) if second is None else (first, second, down)
-    given, _kept = zip(*(product.weight.addresses(*product[1:]) for product in products), strict=True)
+    hidden = [first.given] if second is None else [first.given, second.given]
     extension.load().feed_forward(  # type: ignore[union-attr]  # the weights were packed by it
-        list(given[:-1]), given[-1], _activation(activation), *results, torch.get_num_threads()
+        hidden, down.given, activation_number(activation), *results, torch.get_num_threads()
     )
     return y
 
@@ -285,15 +236,8 @@ def _outputs(x: Tensor, first: PackedWeight, last: PackedWeight) -> tuple[Tensor
     rows = x.shape[0] if x.ndim == 2 else -1
     start = address("x", x, _F32, (rows, first.shape[1]))
     shape = (rows, last.shape[0])
-    y = torch.empty(shape, dtype=_F32, device="cpu")
+    y = torch.empty(shape, dtype=_F32, device=_CPU)
     return y, (start, rows, address("y", y, _F32, shape))
-
-
-def _activation(name: str) -> int:
-    """The number that the extension knows an activation by."""
-    if name not in ACTIVATIONS:
-        raise DyBitError(f"activation must be one of {', '.join(ACTIVATIONS[1:])}, not {name!r}")
-    return ACTIVATIONS.index(name)
 
 
 def supports(family: str) -> bool:
@@ -319,11 +263,6 @@ def significands(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
     values = torch.from_numpy(tables[0]).float()[choice, weight.codes().long()]
     steps = torch.from_numpy(tables[1])[choice[:, 0]]
     return values, (weight.scales().expand(rows, 1)[:, 0] * steps).contiguous()
-
-
-def max_significand(inputs: InputFormat) -> int:
-    """The largest magnitude of a significand of inputs."""
-    return ((2 << (inputs.magnitude_bits - inputs.max_run)) - 1) << (2 * inputs.max_run - 2)
 
 
 def rows_of(spec: TensorSpec, rows: int) -> TensorSpec:

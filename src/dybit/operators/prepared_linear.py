@@ -1,131 +1,124 @@
-"""A packed weight at hand: what a linear layer keeps between its calls.
+"""A linear layer between its calls: what was looked up and packed once, and each call only checks that it holds.
 
-A product of a few rows, or of many by a small matrix, takes the kernels little more time than
-Python needs to look up what was packed, so that lookup is done once, and each call only checks that it still holds.
+A product of a few rows, or of many by a small matrix, takes the kernels little more time than Python needs for looking
+things up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from dybit.kernels import extension
 from dybit.operators import packed_weight
-from dybit.operators.linear import _packed, _unwatched
-from dybit.operators.packed_weight import PackedWeight, Product
+from dybit.operators.activations import activate
+from dybit.operators.dispatch import unwatched
+from dybit.operators.input_rounding import KEPT, InputRounding
+from dybit.operators.linear import linear, packed_for
+from dybit.operators.packed_cache import Snapshot
+from dybit.operators.packed_weight import Product
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
-_SUFFIXES = ("", "_scale", "_choice", "_tensor_scale")
 
-
-class Ready:
-    """A weight packed for the inputs of one layer.
+class PreparedLinear:
+    """A weight packed for the inputs of one layer, with its bias.
 
     Args:
         weight: The weight.
-        input_format: As for :func:`dybit.operators.linear.linear`.
-        reach: Likewise.
-        input_group_size: Likewise.
+        bias: Of shape (rows,), or None.
+        rounding: How inputs are rounded.
     """
 
-    __slots__ = ("_columns", "_isa", "_most", "_packed", "_parts", "_reach", "_rows", "_versions")
+    __slots__ = ("_bias", "_columns", "_most", "_product", "_rounding", "_rows", "_snapshot", "_weight")
 
-    def __init__(
-        self,
-        weight: QuantizedTensor,
-        input_format: str = "",
-        reach: float = 1.0,
-        input_group_size: int = 0,
-    ) -> None:
-        self._parts = weight.packed, weight.scale, weight.choice, weight.tensor_scale
-        # Tensors made in inference mode have no version; nor can they be written to outside of it.
-        self._versions = [(part, part._version) for part in self._parts if part is not None and not part.is_inference()]
-        self._isa = extension.isa()
-        self._packed = _packed(weight, input_format, input_group_size)
-        self._rows, self._columns, self._reach = weight.spec.rows, weight.spec.columns, reach
-        self._most = self._packed.most_rows if self._packed else 0
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, rounding: InputRounding = KEPT) -> None:
+        self._weight, self._bias, self._rounding = weight, bias, rounding
+        stored = {f"weight{suffix}": part for suffix, part in weight.parts().items()}
+        own = {"input_scale": rounding.scale, "input_offset": rounding.offset}
+        self._snapshot = Snapshot(stored | own), Snapshot({"bias": bias})
+        self._rows, self._columns = weight.spec.rows, weight.spec.columns
+        packed = packed_for(weight, rounding)
+        known = bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.is_contiguous())
+        self._product = Product(packed, bias, rounding) if packed is not None and known else None
+        self._most = 0 if packed is None else packed.most_rows
 
-    def fits(self, buffers: Mapping[str, Tensor | None], name: str = "weight") -> bool:
-        """Whether the buffers are those that were packed, not written to since, and packed for what runs now."""
-        for part, suffix in zip(self._parts, _SUFFIXES, strict=True):
-            if buffers.get(name + suffix) is not part:
-                return False
-        for part, version in self._versions:
-            if part._version != version:
-                return False
-        return self._isa == extension.isa()
+    def holds(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
+        """Whether buffers and bias of a layer are those that were prepared, and were not written to since."""
+        stored, own = self._snapshot
+        return self._bias is bias and stored.holds(buffers) and (bias is None or own.holds({"bias": bias}))
 
-    def multiply(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None = None,
-        offset: Tensor | None = None,
-        activation: str = "",
-    ) -> Tensor | None:
-        """What :func:`dybit.operators.linear.linear` gives, or None where it has to be asked.
+    def multiply(self, x: Tensor, activation: str = "") -> Tensor:
+        """Multiplies as :func:`dybit.operators.linear.linear` and applies an activation.
+
+        Where the kernels compute both, the activation is within 2e-7 of the exact function.
 
         Args:
-            x: Of any shape, type and device.
-            bias: Of shape (rows,), or None.
-            scale: The static scale of the inputs, or None.
-            offset: Their static offset, or None.
-            activation: What follows, one of :data:`dybit.operators.packed_weight.ACTIVATIONS`.
-        """
-        if not self.takes(x, bias):
-            return None
-        y = cast(PackedWeight, self._packed).linear(
-            x.view(-1, self._columns), bias, scale, offset, self._reach, activation
-        )
-        return y.view(*x.shape[:-1], self._rows)
+            x: Floating point of shape (..., columns).
+            activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
 
-    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether the kernels can be asked for a product of ``x``, and nobody watches."""
+        Returns:
+            Of shape (..., rows) and the type of ``x``.
+
+        Raises:
+            DyBitError: As for :func:`dybit.operators.linear.linear`, or the activation is unknown.
+        """
+        product = self._product
+        if product is None or not self._takes(x):
+            return activate(linear(x, self._weight, self._bias, self._rounding), activation)
+        return product.of(x.view(-1, self._columns), activation).view(*x.shape[:-1], self._rows)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the kernels can multiply ``x``, not slower than torch, and nothing watches."""
         return (
             x.dtype is torch.float32
             and x.is_cpu
             and x.is_contiguous()
             and x.shape[-1:] == (self._columns,)
-            and self._allows(x.numel() // self._columns, bias)
-            and _unwatched(x, bias)
-        )
-
-    def _allows(self, rows: int, bias: Tensor | None) -> bool:
-        return (
-            self._packed is not None
-            and rows <= self._most
-            and (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.is_cpu))
+            and x.numel() <= self._most * self._columns
+            and unwatched(x, self._bias)
         )
 
 
-# A weight at hand, the bias beside it, and the static scale and offset of its inputs.
-Operands = tuple[Ready, Tensor | None, Tensor | None, Tensor | None]
-
-
-def feed_forward(x: Tensor, first: Operands, down: Operands, second: Operands | None, activation: str) -> Tensor | None:
-    """What :func:`dybit.operators.packed_weight.feed_forward` gives, or None where the kernels cannot be asked.
+def feed_forward(
+    x: Tensor, first: PreparedLinear, down: PreparedLinear, second: PreparedLinear | None, activation: str
+) -> Tensor:
+    """Returns ``down(activation(first(x)) · second(x))``, without the second factor where ``second`` is None.
 
     Args:
-        x: Of any shape, type and device.
+        x: Floating point of shape (..., columns of ``first``).
         first: What the activation follows.
         down: The last product.
-        second: A factor, or None.
-        activation: One of :data:`dybit.operators.packed_weight.ACTIVATIONS`.
+        second: The factor, or None.
+        activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
+
+    Returns:
+        Of shape (..., rows of ``down``) and the type of ``x``.
+
+    Raises:
+        DyBitError: As for :func:`dybit.operators.linear.linear`, or the activation is unknown.
     """
-    ready, others = first[0], (down,) if second is None else (second, down)
-    rows = x.numel() // ready._columns
-    if not ready.takes(x, first[1]):
-        return None
-    for other, bias, *_ in others:
-        if not other._allows(rows, bias) or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
-            return None
-    products = [
-        Product(cast(PackedWeight, ready._packed), bias, scale, offset, ready._reach)
-        for ready, bias, scale, offset in (first, *others)
-    ]
+    products = _products(x, first, *((second,) if second is not None else ()), down)
+    if products is None:
+        hidden = first.multiply(x, activation)
+        if second is not None:
+            hidden = hidden * second.multiply(x)
+        return down.multiply(hidden)
     factor = None if second is None else products[1]
-    y = packed_weight.feed_forward(x.view(rows, ready._columns), products[0], products[-1], factor, activation)
-    return y.view(*x.shape[:-1], down[0]._rows)
+    rows = x.view(-1, products[0].weight.shape[1])
+    y = packed_weight.feed_forward(rows, products[0], products[-1], factor, activation)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _products(x: Tensor, first: PreparedLinear, *others: PreparedLinear) -> list[Product] | None:
+    """What the kernels multiply by one after the other; None if they cannot."""
+    if first._product is None or not first._takes(x):
+        return None
+    rows, recorded = x.numel() // first._columns, torch.is_grad_enabled()
+    products = [first._product]
+    for other in others:
+        learns = recorded and other._bias is not None and other._bias.requires_grad
+        if other._product is None or rows > other._most or learns:
+            return None
+        products.append(other._product)
+    return products

@@ -18,7 +18,7 @@ from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
 from dybit.layers.description import Described
 from dybit.layers.experts import run_experts
-from dybit.layers.input_spec import InputSpec, round_dynamic, round_inputs
+from dybit.layers.input_spec import InputSpec, round_input, round_inputs
 from dybit.layers.kinds import EXPERTS, RECURRENT, named_experts, transposed, weight_names
 from dybit.layers.patched_forward import follow_class_
 from dybit.layers.recurrent import MadeWeights, forget_weights_, is_plain, list_weights_, recur, recur_once
@@ -74,7 +74,7 @@ class Prepared(Described, nn.Module):
         """Rounds an input; returns it as it is where inputs are kept."""
         if self.static_input is not None:
             return cast(Tensor, self.static_input(x))
-        return x if self.input_spec is None else round_dynamic(self, x, self.input_spec)
+        return x if self.input_spec is None else round_input(self, x, self.input_spec.rounding())
 
     def count_pass(self) -> None:
         """Counts a training pass and chooses codebooks where they are due."""

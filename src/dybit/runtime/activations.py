@@ -7,30 +7,16 @@ trace of the module that holds both; only the trace is taken, the module's own c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
+from dybit.layers.forwards import QuantizedLinear
 from dybit.layers.quantized import Quantized, is_linear
+from dybit.operators.activations import activate
 
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-# By the names of dybit.operators.packed_weight.ACTIVATIONS, for what the kernels do not take.
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-    "silu": functional.silu,
-    "quick_gelu": _quick_gelu,
-}
-# Those of transformers, which must not be imported for it.
+# The names that dybit.operators.activations has for those of transformers, which must not be imported for it.
 _TRANSFORMERS = {
     "GELUActivation": "gelu",
     "GELUTanh": "gelu_tanh",
@@ -52,6 +38,18 @@ def name_of(module: nn.Module | None) -> str:
     return _TRANSFORMERS.get(cls.__name__, "") if cls.__module__ == "transformers.activations" else ""
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and nothing else: no hooks, no other forward put on it."""
+    state = vars(layer)
+    return not (
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+        or "forward" in state
+    )
+
+
 class FusedLinear(nn.Module):
     """A quantized linear layer and the activation after it.
 
@@ -60,7 +58,7 @@ class FusedLinear(nn.Module):
 
     Args:
         layer: The quantized layer; it is shared, not copied.
-        activation: One of :data:`dybit.operators.packed_weight.ACTIVATIONS`.
+        activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
     """
 
     def __init__(self, layer: Quantized, activation: str) -> None:
@@ -69,12 +67,10 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        multiply = getattr(self.layer, "multiply", None)  # dequantize_ takes it away
-        if multiply is not None and not torch.compiler.is_compiling():
-            y = multiply(x, self.activation)
-            if y is not None:
-                return cast(Tensor, y)
-        return _FUNCTIONS[self.activation](self.layer(x))
+        layer = self._modules["layer"]
+        if not torch.compiler.is_compiling() and isinstance(layer, QuantizedLinear) and is_bare(layer):
+            return layer.multiply(x, self.activation)
+        return activate(self.layer(x), self.activation)
 
     def extra_repr(self) -> str:
         """The activation behind the layer."""

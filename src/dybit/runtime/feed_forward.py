@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from dybit.layers.forwards import QuantizedLinear
 from dybit.layers.quantized import Quantized, is_linear
-from dybit.operators.prepared_linear import Operands, feed_forward
-from dybit.runtime.activations import FusedLinear
+from dybit.operators.prepared_linear import feed_forward
+from dybit.runtime.activations import FusedLinear, is_bare
 
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _LEAVES = (Quantized, FusedLinear)
@@ -45,23 +46,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features of the last layer)."""
-        if not torch.compiler.is_compiling() and (y := self._at_once(x)) is not None:
-            return y
-        hidden = self.first(x)
-        return cast(Tensor, self.down(hidden if self.second is None else hidden * self.second(x)))
-
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """The results by the kernels; None where they cannot be asked."""
         parts = self._modules  # read without nn.Module's search for attributes, which a single row would notice
-        first = cast(FusedLinear, parts["first"])
-        operands = []
-        for layer in (first._modules["layer"], parts["down"], parts["second"]):
-            if layer is not None:
-                get = getattr(layer, "operands", None)  # dequantize_ takes it away
-                if get is None:
-                    return None
-                operands.append(cast(Operands, get()))
-        return feed_forward(x, operands[0], operands[1], operands[2] if len(operands) > 2 else None, first.activation)
+        first, second = cast(FusedLinear, parts["first"]), parts["second"]
+        layers = (first._modules["layer"], parts["down"], *((second,) if second is not None else ()))
+        if torch.compiler.is_compiling() or not all(isinstance(x, QuantizedLinear) and is_bare(x) for x in layers):
+            hidden = self.first(x)
+            return cast(Tensor, self.down(hidden if second is None else hidden * second(x)))
+        prepared = [cast(QuantizedLinear, layer).prepared() for layer in layers]
+        return feed_forward(x, prepared[0], prepared[1], prepared[2] if len(prepared) > 2 else None, first.activation)
 
 
 class _Tracer(fx.Tracer):

@@ -22,8 +22,8 @@ from torch.nn import functional
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.forwards import is_convolution
 from dybit.layers.quantized import Quantized
-from dybit.operators import packed_weight
-from dybit.operators.integer_conv import ImageFormat, UnknownError
+from dybit.operators.images import ImageFormat, UnknownError
+from dybit.operators.input_rounding import input_format
 from dybit.runtime.activations import FusedLinear, fuse_activations
 from dybit.runtime.feed_forward import FeedForward, fuse_feed_forward
 from dybit.runtime.image_layers import FusedConv, Rounding
@@ -176,7 +176,7 @@ def _takes_images(module: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and not (spec.offset and any(conv._reversed_padding_repeated_twice))  # zero is no multiple of a step from it
         and module.float_dtype == torch.float32
-        and packed_weight.input_format(spec.format) is not None
+        and input_format(spec.format) is not None
     )
 
 

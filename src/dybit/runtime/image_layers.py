@@ -6,16 +6,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dybit.kernels import extension
 from dybit.layers.quantized import Quantized
-from dybit.operators.integer_conv import ImageFormat, Prepared, conv_image, round_image
-from dybit.operators.linear import _unwatched
+from dybit.operators.conv_geometry import ConvGeometry
+from dybit.operators.dispatch import unwatched
+from dybit.operators.images import ImageFormat, round_image
+from dybit.operators.input_rounding import InputRounding
+from dybit.operators.integer_conv import PreparedConv, conv_image
+from dybit.operators.packed_cache import Snapshot
 
-_WEIGHT = ("weight", "weight_scale", "weight_choice", "weight_tensor_scale")
-
-
-def _versions(parts: tuple[Tensor | None, ...]) -> list[int]:
-    return [0 if part is None or part.is_inference() else part._version for part in parts]
+_WEIGHT = ("weight", "weight_scale", "weight_choice", "weight_tensor_scale", "input_scale", "input_offset")
 
 
 class FusedConv(nn.Module):
@@ -50,36 +49,36 @@ class FusedConv(nn.Module):
         self.layer, self.source, self.out = layer, source, out
         self.register_buffer("out_scale", out_scale, persistent=False)
         self.register_buffer("out_offset", out_offset, persistent=False)
-        self._prepared: tuple[Prepared, tuple[Tensor | None, ...], list[int]] | None = None
+        self._prepared: tuple[PreparedConv, Snapshot] | None = None
         conv = cast(nn.Conv2d, layer)
-        self._options: tuple[Any, ...] = (
-            (*conv.stride,), padding, (*conv.dilation,), conv.groups, source.name, source.border,
-            *limits, keep, *((out.name, out.border) if out else ("", ())),
-        )  # fmt: skip
+        self._geometry = ConvGeometry.of(conv.stride, padding, conv.dilation, conv.groups)
+        self._limits, self._keep = limits, keep
 
     def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convolves an image: results and the next image, of which one may be empty (``Prepared``)."""
-        buffers, bias = self.layer._buffers, self.layer.own_bias
-        scales = (cast(Tensor, buffers["input_scale"]), buffers.get("input_offset"), self.out_scale, self.out_offset)
-        if not _unwatched(image, bias):
-            return conv_image(image, addend, self.layer.quantized_tensor(), bias, *scales, *self._options)
-        parts = (*(buffers.get(name) for name in _WEIGHT), bias, *scales)
-        if not self._fits(image, parts):
-            made = Prepared(image.shape, self.layer.quantized_tensor(), bias, *scales, *self._options)
-            self._prepared = (made, parts, _versions(parts))
-        assert self._prepared is not None
-        return self._prepared[0].run(image, addend)
+        """Convolves an image: results and the next image, of which one may be empty (``PreparedConv``)."""
+        state, bias = self.layer._buffers, self.layer.own_bias
+        if not unwatched(image, bias):
+            return conv_image(image, addend, *self._arguments(bias))
+        parts = {**state, **self._buffers, "bias": bias}
+        prepared = self._prepared
+        if prepared is None or image.shape != prepared[0].shape or not prepared[1].holds(parts):
+            given = {name: parts.get(name) for name in (*_WEIGHT, *self._buffers, "bias")}
+            prepared = self._prepared = PreparedConv(image.shape, *self._arguments(bias)), Snapshot(given)
+        return prepared[0].run(image, addend)
 
-    def _fits(self, image: Tensor, parts: tuple[Tensor | None, ...]) -> bool:
-        """Whether what was prepared is for such an image and for the same tensors, not written to since."""
-        if self._prepared is None:
-            return False
-        made, before, versions = self._prepared
+    def _arguments(self, bias: Tensor | None) -> tuple[Any, ...]:
+        """What the operator takes beside the image and the addend."""
+        out = None if self.out is None else InputRounding(self.out.name, self.out_scale, self.out_offset)
         return (
-            image.shape == made.shape
-            and all(a is b for a, b in zip(parts, before, strict=True))
-            and versions == _versions(parts)
-            and made.isa == extension.isa()
+            self.layer.quantized_tensor(),
+            bias,
+            self._geometry,
+            self.layer.input_rounding(),
+            self.source.border,
+            out,
+            self.out.border if self.out else (),
+            self._limits,
+            self._keep,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +110,7 @@ class Rounding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rounds (batch, channels, *size)."""
-        return round_image(x, self.scale, self.offset, self.out)
+        return round_image(x, InputRounding(self.out.name, self.scale, self.offset), self.out.border)
 
     def extra_repr(self) -> str:
         """What it gives."""

@@ -263,13 +263,16 @@ class QuantizedTensor:
 
     def buffers(self) -> dict[str, Tensor]:
         """The stored tensors by the suffixes of :meth:`TensorSpec.buffers`."""
-        parts = {
+        return {suffix: tensor for suffix, tensor in self.parts().items() if tensor is not None}
+
+    def parts(self) -> dict[str, Tensor | None]:
+        """The same, with None for what is not stored."""
+        return {
             "": self.packed,
             "_scale": self.scale,
             "_choice": self.choice,
             "_tensor_scale": self.tensor_scale,
         }
-        return {suffix: tensor for suffix, tensor in parts.items() if tensor is not None}
 
     def scales(self, index: Tensor | None = None) -> Tensor:
         """The scales as numbers: float32 of shape ``spec.scale_shape``, or those of some rows."""

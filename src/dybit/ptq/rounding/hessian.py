@@ -7,7 +7,6 @@ inputs, x holding what the columns of the weight's matrix multiply: features, or
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeGuard, cast
@@ -19,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dybit.layers.kinds import channel_groups, transposed
 from dybit.models.running import check_finite, positions
+from dybit.operators.packed_cache import Snapshot
 from dybit.tensors.quantized_tensor import TensorSpec
 
 _CHUNK = 1 << 23  # elements of patches at once
@@ -31,15 +31,15 @@ class _Moment:
     owner: tuple[str, int]
     mean: Tensor | None = None
     count: int = 0
-    seen: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # inputs that are counted in
+    seen: list[Snapshot] = field(default_factory=list)  # inputs that are counted in
 
     def has(self, x: Tensor) -> bool:
         """Whether an input that still exists is counted in."""
-        return any(ref() is x and version == _version(x) for ref, version in self.seen)
+        return any(snapshot.holds({"x": x}) for snapshot in self.seen)
 
     def add(self, x: Tensor, chunks: Iterator[Tensor]) -> None:
-        self.seen = [entry for entry in self.seen if entry[0]() is not None]
-        self.seen.append((weakref.ref(x), _version(x)))
+        self.seen = [snapshot for snapshot in self.seen if snapshot.alive]
+        self.seen.append(Snapshot({"x": x}))
         for rows in chunks:
             total = self.count + rows.shape[1]
             if self.mean is None:
@@ -204,11 +204,6 @@ def _spread(module: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     for k, d, p, extra in zip(module.kernel_size, module.dilation, padding, module.output_padding, strict=True):
         amounts = [d * (k - 1) - p, d * (k - 1) - p + extra, *amounts]
     return functional.pad(zeros, amounts), (1,) * dims
-
-
-def _version(x: Tensor) -> int:
-    """Changes when a tensor is changed in place."""
-    return 0 if x.is_inference() else x._version
 
 
 def _is_convolution(module: nn.Module) -> TypeGuard[_ConvNd]:

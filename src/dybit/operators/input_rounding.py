@@ -1,0 +1,91 @@
+"""How the inputs of operators are rounded to codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from dybit.formats import catalogue
+from dybit.formats.codebook import Codebook
+from dybit.formats.format import Format, variants
+from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
+
+
+@dataclass(frozen=True, eq=False)
+class InputRounding:
+    """How the inputs of an operator are rounded to codes.
+
+    Args:
+        format: Name of a single format, or empty to keep the inputs as they are.
+        scale: The static scale, float32 of shape (1,); None for dynamic scales.
+        offset: The static offset, float32 of shape (1,), or None.
+        reach: Dynamic scales map the largest magnitude to this value.
+        group_size: Columns that share a dynamic scale; 0 for all.
+    """
+
+    format: str = ""
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    reach: float = 1.0
+    group_size: int = 0
+
+    def round(self, x: Tensor) -> Tensor:
+        """Returns the values of the codes of ``x``, of its shape and type; dynamic scales are those of its rows."""
+        if not self.format:
+            return x
+        if self.scale is not None:
+            return cast(Tensor, fake_quantize(x, self.scale, self.offset, self.format))
+        return cast(Tensor, fake_quantize_dynamic(x, self.format, self.reach, self.group_size))
+
+
+KEPT = InputRounding()
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """A format of inputs as the kernels round to it: a plain DyBit one, its values times ``factor``.
+
+    Attributes:
+        magnitude_bits: 0 for inputs that are not rounded.
+        max_run: Longest run.
+        signed: Whether there are negative values.
+        factor: A power of two, by which the scale is multiplied: INT8, of values up to 127, is DyBit with
+            ``max_run=1``, of values up to 127/64, and factor 64.
+    """
+
+    magnitude_bits: int = 0
+    max_run: int = 0
+    signed: bool = True
+    factor: float = 1.0
+
+
+@lru_cache(maxsize=256)
+def input_format(name: str) -> InputFormat | None:
+    """The input format of a name, the empty one being no rounding; None if the kernels cannot round to it."""
+    if not name:
+        return InputFormat()
+    book = catalogue.family(name).books[0]
+    for signed in (True, False):
+        for known in variants(book.bits, signed) if book.bits > 1 else ():
+            factor = _factor(book, known)
+            if factor and not (known.midrise or known.spare):
+                return InputFormat(known.magnitude_bits, known.max_run, signed, factor)
+    return None
+
+
+def _factor(book: Codebook, known: Format) -> float:
+    """The power of two by which the levels of two codebooks differ; 0 if they differ by more."""
+    if len(book.levels) != len(known.levels):
+        return 0.0
+    factor = float(book.levels[-1] / known.levels[-1])
+    same = np.array_equal(book.levels, known.levels * factor) and np.array_equal(book.ties_up, known.ties_up)
+    return factor if same and factor > 0 and np.frexp(factor)[0] == 0.5 else 0.0
+
+
+def max_significand(inputs: InputFormat) -> int:
+    """The largest magnitude of a significand of inputs."""
+    return ((2 << (inputs.magnitude_bits - inputs.max_run)) - 1) << (2 * inputs.max_run - 2)

@@ -1,0 +1,106 @@
+"""Whether something that was made from tensors still holds, and the cache of what weights were packed into."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from dybit.kernels import extension
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+_T = TypeVar("_T")
+
+
+class Snapshot:
+    """Tensors at one moment, to tell later whether they have been replaced or written to.
+
+    Writes through ``tensor.data`` and through NumPy arrays cannot be seen. Nor can writes to tensors that were made in
+    inference mode, so a snapshot of such a tensor never holds (see :func:`ordinary`).
+
+    Args:
+        parts: The tensors by name, with None for those that are missing. They are not kept alive.
+    """
+
+    __slots__ = ("_absent", "_isa", "_present", "_unknown")
+
+    def __init__(self, parts: Mapping[str, Tensor | None]) -> None:
+        given = {name: part for name, part in parts.items() if part is not None}
+        self._absent = [name for name in parts if name not in given]
+        self._unknown = any(part.is_inference() for part in given.values())
+        self._present = [
+            (name, weakref.ref(part), part._version, part.data_ptr())
+            for name, part in given.items()
+            if not self._unknown
+        ]
+        self._isa = extension.isa()
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of the tensors still exist, so that it may hold again."""
+        return not self._unknown and all(ref() is not None for _, ref, _, _ in self._present)
+
+    def holds(self, parts: Mapping[str, Tensor | None]) -> bool:
+        """Whether these are the same tensors, not written to since, and the same kernels run.
+
+        Args:
+            parts: Tensors by name; others than those of the snapshot do not matter.
+        """
+        get = parts.get
+        for name, ref, version, address in self._present:
+            part = get(name)
+            if part is None or ref() is not part or part._version != version or part.data_ptr() != address:
+                return False
+        for name in self._absent:
+            if get(name) is not None:
+                return False
+        return not self._unknown and self._isa == extension.isa()
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """Returns a copy of a tensor that was made in inference mode, and any other tensor itself.
+
+    Writes to ordinary tensors can be seen, also where they happen in inference mode; and autograd can save them.
+    """
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+class PackedCache(Generic[_T]):
+    """What weights were packed into, kept as long as they live; never in a state dict, copy or pickle."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[object, ...], tuple[Snapshot, _T | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, weight: QuantizedTensor, key: tuple[object, ...], make: Callable[[], _T | None]) -> _T | None:
+        """Returns what ``make`` returned for a weight and a key, now or earlier.
+
+        Args:
+            weight: The weight.
+            key: What else the result depends on.
+            make: Packs the weight; returns None if the kernels cannot compute with it.
+
+        Returns:
+            The packed weight; None without the kernels, and where ``make`` returned None.
+        """
+        whole = (id(weight.packed), *key)
+        parts = weight.parts()
+        entry = self._entries.get(whole)
+        if entry is not None and entry[0].holds(parts):
+            return entry[1]
+        if extension.isa() == extension.FALLBACK or not weight.packed.is_cpu:
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # what is made may be kept in turn
+            packed = make()
+        if entry is None:
+            weakref.finalize(weight.packed, self._entries.pop, whole, None).atexit = False
+        self._entries[whole] = Snapshot(parts), packed
+        return packed

@@ -1,0 +1,168 @@
+"""Convolutions in the layout of the compiled kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dybit.kernels import extension
+from dybit.kernels.arguments import address
+from dybit.kernels.packed_codes import pack
+from dybit.operators import packed_weight
+from dybit.operators.conv_geometry import ConvGeometry, Extents
+from dybit.operators.input_rounding import InputFormat, InputRounding, input_format, max_significand
+from dybit.operators.packed_cache import PackedCache
+from dybit.tensors.quantized_tensor import QuantizedTensor
+
+_F32 = torch.float32
+_EXACT = 1 << 24  # up to here FP32 holds every integer
+_LEAST_COLUMNS = 8  # of a group: with fewer, and no kernel of its own, torch is faster
+
+
+class PackedConv:
+    """A convolution in the layout of the kernels: a weight for every group, or one table where channels are alone.
+
+    Args:
+        compiled: The extension's own object.
+        inputs: The format of the inputs.
+        parts: The weights that the extension has the addresses of.
+        channels: Channels of the inputs.
+        rows: Channels of the results.
+    """
+
+    def __init__(
+        self,
+        compiled: Any,  # noqa: ANN401
+        inputs: InputFormat,
+        parts: list[packed_weight.PackedWeight],
+        channels: int,
+        rows: int,
+    ) -> None:
+        self.parts = parts
+        self.compiled = compiled
+        self._channels, self._rows, self._inputs = channels, rows, inputs
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        places: Sequence[int],
+        bias: Tensor | None,
+        rounding: InputRounding,
+    ) -> bool:
+        """Convolves channels-last images.
+
+        Args:
+            x: float32 of shape (batch, *size, channels), contiguous.
+            y: Where the results go: float32 of shape (batch, *places, rows), contiguous.
+            places: The size of the results.
+            bias: float32 of shape (rows,), or None.
+            rounding: How inputs are rounded.
+
+        Returns:
+            False if ``x`` holds NaN, which has no significand.
+
+        Raises:
+            DyBitError: A tensor has another type, shape, device or layout.
+        """
+        scale, factor = rounding.scale, self._inputs.factor
+        if scale is not None and factor != 1:
+            scale = scale * factor
+        batch, *size = x.shape[:-1]
+        return bool(
+            self.compiled.run(
+                address("x", x, _F32, (batch, *size, self._channels)),
+                batch,
+                (1,) * (3 - len(size)) + tuple(size),
+                address("y", y, _F32, (batch, *places, self._rows)),
+                address("bias", bias, _F32, (self._rows,)),
+                address("input_scale", scale, _F32, (1,)),
+                address("input_offset", rounding.offset, _F32, (1,)),
+                rounding.reach / factor,
+                torch.get_num_threads(),
+            )
+        )
+
+
+_cache = PackedCache[PackedConv]()
+
+
+def packed_conv_for(weight: QuantizedTensor, geometry: ConvGeometry, rounding: InputRounding) -> PackedConv | None:
+    """Returns a convolution in the layout of the kernels, made when it is first used.
+
+    None if the kernels cannot do it, or not faster than torch.
+    """
+    has_offset = rounding.offset is not None
+    key = (rounding.format, geometry, has_offset)
+    return _cache.get(weight, key, lambda: _pack(weight, geometry, input_format(rounding.format), has_offset))
+
+
+def _pack(
+    weight: QuantizedTensor, geometry: ConvGeometry, inputs: InputFormat | None, has_offset: bool
+) -> PackedConv | None:
+    compiled, spec = extension.load(), weight.spec
+    if compiled is None or inputs is None or not packed_weight.supports(spec.family) or spec.transposed:
+        return None
+    extents, groups = geometry.extents(spec.shape[2:]), geometry.groups
+    if has_offset and any(map(any, extents[3:])):  # a border of zeros is no multiple of a step from the offset
+        return None
+    if spec.shape[1] == 1 and groups > 1:
+        return _pack_depthwise(weight, extents, groups, inputs)
+    if groups > 1 and spec.columns < _LEAST_COLUMNS:
+        return None
+    permuted = spec.groups == 1 and math.prod(spec.shape[2:]) > 1
+    rows = spec.rows // groups
+    parts = [packed_weight.PackedWeight(_rows(weight, g * rows, rows, permuted), inputs) for g in range(groups)]
+    channels = spec.shape[1] * groups
+    made = compiled.Conv([part.compiled for part in parts], extents, channels, groups, not permuted)
+    return PackedConv(made, inputs, parts, channels, spec.rows)
+
+
+def _rows(weight: QuantizedTensor, start: int, count: int, permuted: bool) -> QuantizedTensor:
+    """Some rows of a weight; ``permuted`` with columns by kernel position and then channel."""
+    spec = weight.spec
+    if count == spec.rows and not permuted:
+        return weight
+    codes = weight.codes()[start : start + count]
+    if permuted:
+        codes = codes.view(count, spec.shape[1], -1).transpose(1, 2).reshape(count, spec.columns)
+    scale, choice = weight.scales(), weight.choices()
+    units = (count, spec.groups)
+    part = packed_weight.rows_of(spec, count)
+    return QuantizedTensor(
+        part,
+        pack(codes, spec.bits, spec.group_size).view(part.packed_shape),
+        _some(scale, start, units),
+        None if choice is None else packed_weight.pack_choices(_some(choice, start, units), part),
+    )
+
+
+def _some(units: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
+    """The scales or choices of some rows, one for every group."""
+    rows = units if units.shape[0] == 1 else units[start : start + shape[0]]
+    return rows.expand(shape).contiguous()
+
+
+def _pack_depthwise(weight: QuantizedTensor, extents: Extents, groups: int, inputs: InputFormat) -> PackedConv | None:
+    compiled, spec = extension.load(), weight.spec
+    if spec.rows != groups or spec.groups != 1 or compiled is None:
+        return None
+    significands, scales = packed_weight.significands(weight)
+    largest = max_significand(inputs) * float(significands.abs().sum(1).max())
+    if largest >= _EXACT:
+        return None
+    by_tap = significands.T.contiguous()
+    made = compiled.Depthwise(
+        address("significands", by_tap, _F32, (spec.columns, groups)),
+        address("scales", scales, _F32, (groups,)),
+        extents,
+        groups,
+        inputs.magnitude_bits,
+        inputs.max_run,
+        inputs.signed,
+    )
+    return PackedConv(made, inputs, [], groups, groups)

@@ -1,0 +1,97 @@
+"""Images of significands against NumPy, on every instruction set and in plain torch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dybit.errors import DyBitError
+from dybit.formats.format import Format
+from dybit.kernels import extension
+from dybit.operators.images import ImageFormat, UnknownError, decode_image, round_image
+from dybit.operators.input_rounding import InputRounding
+from kernels import ISAS, by_torch
+
+exact = settings(derandomize=True, deadline=None, max_examples=25)
+INT8 = InputRounding("int8", torch.tensor([0.1]))
+
+
+@pytest.fixture(autouse=True)
+def _restore_isa():
+    before = extension.isa()
+    yield
+    if before in ISAS:
+        extension.use(before)
+
+
+def on_all(compute):
+    """What every instruction set computes, which must be one, and what plain torch does."""
+    results = []
+    for isa in ISAS:
+        extension.use(isa)
+        results.append(compute())
+        assert torch.equal(results[-1][0], results[0][0]), isa
+    plain = by_torch(compute)
+    return (results or [plain])[0], plain
+
+
+@pytest.mark.parametrize("name", ["u8r1", "s8r1", "s6r2", "u8r3", "s8", "u4"])
+@exact
+@given(st.integers(0, 2**32 - 1))
+def test_images_hold_the_significands_of_the_oracle(name, seed):
+    rng = np.random.default_rng(seed)
+    fmt, scale = Format.parse(name), np.float32(rng.uniform(0.01, 2))
+    channels, size = int(rng.integers(1, 70)), [int(n) for n in rng.integers(1, 6, 2)]
+    border = tuple(int(n) for n in rng.integers(0, 3, 4))
+    # values, ties, what lies beside them, and what saturates
+    shape, steps = (2, channels, *size), np.diff(np.unique(fmt.values))
+    x = ((rng.choice(fmt.values, shape) + rng.choice(steps, shape) / 2) * scale).astype(np.float32)
+    x = np.where(rng.random(shape) < 0.3, np.nextafter(x, np.float32(9e9)), x)
+    x = x * rng.choice([1, -1, 1e6], shape, p=[0.7, 0.2, 0.1])
+    x = x.astype(np.float32)
+    made = ImageFormat(name, border)
+    rounding = InputRounding(name, torch.tensor([scale]))
+    ((image,), (plain,)) = on_all(lambda: (round_image(torch.from_numpy(x), rounding, border),))
+    assert torch.equal(image, plain) and image.dtype == made.dtype
+    expected = np.zeros(made.shape(2, channels, size), dtype=np.int64)
+    inner = expected[:, border[0] : border[0] + size[0], border[2] : border[2] + size[1], :channels]
+    inner[:] = fmt.significands[fmt.encode(x / scale)].transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(image.numpy(), expected)
+
+
+def test_opcheck():
+    rounding = (torch.randn(2, 20, 5, 4), torch.tensor([0.02]), None, "int8", (1, 0, 2, 1))
+    torch.library.opcheck(torch.ops.dybit.round_image, rounding)
+
+
+def test_nan_is_refused_and_infinity_saturates():
+    x = torch.ones(1, 5, 3, 3)
+    x[0, 2, 1, 1] = float("nan")
+    with pytest.raises(UnknownError, match="NaN"):
+        round_image(x, INT8, (0,) * 4)
+    x[0, 2, 1, 1] = float("inf")
+    assert round_image(x, INT8, (0,) * 4).max() == 127
+
+
+def test_values_of_an_image():
+    rounding = InputRounding("u8r3", torch.tensor([0.07]), torch.tensor([-0.4]))
+    x = torch.rand(2, 3, 5, 4)
+    image = round_image(x, rounding, (0,) * 4)
+    made = ImageFormat("u8r3", (0,) * 4)
+    torch.testing.assert_close(decode_image(image, 3, made, rounding), rounding.round(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_an_image():
+    x = torch.ones(1, 4, 3, 3)
+    with pytest.raises(DyBitError, match="border must be zero where there is an offset"):
+        round_image(x, InputRounding("int8", torch.ones(1), torch.ones(1)), (1,) * 4)
+    with pytest.raises(DyBitError, match="rounding must have a static scale"):
+        ImageFormat("int8", (0,) * 4).rounded(InputRounding("int8"))
+    with pytest.raises(DyBitError, match="x must be floating point of 4 dimensions"):
+        round_image(x[0], INT8, (0,) * 4)
+
+
+def test_the_image_of_an_empty_sample_is_its_border():
+    image = round_image(torch.ones(1, 4, 0, 5), INT8, (1,) * 4)
+    assert image.shape == (1, 2, 7, 4) and not image.any()

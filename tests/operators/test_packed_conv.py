@@ -1,0 +1,64 @@
+"""Which convolutions the kernels take, and what they refuse."""
+
+import pytest
+import torch
+
+from dybit.errors import DyBitError
+from dybit.operators.conv_geometry import ConvGeometry
+from dybit.operators.input_rounding import InputRounding
+from dybit.operators.packed_conv import packed_conv_for
+from dybit.tensors.encoding import quantize
+from dybit.tensors.quantized_tensor import TensorSpec
+from kernels import ISAS
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+ONES, NONE, BORDER = (1, 1), (0,) * 4, (1,) * 4
+STATIC, OFFSET = InputRounding("int8", torch.ones(1)), InputRounding("u8r1", torch.ones(1), torch.ones(1))
+
+
+def weight_of(shape, family="dybit4"):
+    return quantize(torch.randn(shape), TensorSpec(family, shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "family", "groups", "padding", "rounding", "taken"),
+    [
+        ((4, 6, 3, 3), "dybit4", 1, BORDER, STATIC, True),
+        ((4, 6, 3, 3), "dybit4", 1, NONE, OFFSET, True),
+        ((4, 6, 3, 3), "dybit4", 1, BORDER, OFFSET, False),  # zeros are no multiples of a step from the offset
+        ((4, 6, 3, 3), "nf4", 1, BORDER, STATIC, False),
+        ((4, 6, 3, 3), "dybit4", 1, BORDER, InputRounding("nf4", torch.ones(1)), False),
+        ((6, 1, 3, 3), "dybit4", 6, BORDER, STATIC, True),
+        ((12, 1, 3, 3), "dybit4", 6, BORDER, STATIC, False),  # two results a channel
+        ((4, 6, 3, 3), "dybit4", 2, BORDER, STATIC, True),
+        ((4, 2, 1, 3), "dybit4", 2, BORDER, STATIC, False),  # groups of too few columns
+    ],
+)
+def test_what_the_kernels_take(shape, family, groups, padding, rounding, taken):
+    weight, geometry = weight_of(shape, family), ConvGeometry(ONES, padding, ONES, groups)
+    packed = packed_conv_for(weight, geometry, rounding)
+    assert (packed is not None) == taken and packed_conv_for(weight, geometry, rounding) is packed
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((4, 6, 3, 3), 1), ((6, 1, 3, 3), 6)])
+def test_foreign_tensors_never_reach_the_kernels(shape, groups):
+    packed = packed_conv_for(weight_of(shape), ConvGeometry(ONES, NONE, ONES, groups), STATIC)
+    x, y, bias = torch.randn(2, 7, 8, 6), torch.empty(2, 5, 6, shape[0]), torch.randn(shape[0])
+    assert packed.run(x, y, (5, 6), bias, STATIC)
+    half, wide = torch.bfloat16, torch.float64
+    for given in (
+        (x.to(half), y, (5, 6), bias, STATIC),
+        (x.to(wide), y, (5, 6), bias, STATIC),
+        (x.to("meta"), y, (5, 6), bias, STATIC),
+        (x[..., :5].contiguous(), y, (5, 6), bias, STATIC),
+        (x.permute(0, 1, 3, 2), y, (5, 6), bias, STATIC),
+        (x, y.to(half), (5, 6), bias, STATIC),
+        (x, y[:1], (5, 6), bias, STATIC),
+        (x, y, (5, 6), bias.to(wide), STATIC),
+        (x, y, (5, 6), bias[1:], STATIC),
+        (x, y, (5, 6), bias, InputRounding("int8", torch.ones(1, dtype=half))),
+        (x, y, (5, 6), bias, InputRounding("int8", torch.ones(1, 1))),
+        (x, y, (5, 6), bias, InputRounding("int8", torch.ones(1), torch.zeros(1, dtype=wide))),
+    ):
+        with pytest.raises(DyBitError, match="must be a contiguous float32 tensor"):
+            packed.run(*given)
