@@ -77,7 +77,8 @@ class QuantizedWeight(Tensor):
 
     Shape, type and device are known at once; the values are dequantized at the first operation that needs them. What
     is written to it, in place or by ``weight.data = values``, is quantized at once into the codes, scales and choices
-    of the layer, with a :class:`~dybit.errors.DyBitWarning` that gives the error. It cannot be trained.
+    of the layer, with a :class:`~dybit.errors.DyBitWarning` that gives the error. It cannot be trained. An ordinary
+    tensor takes its values by ``copy_``; ``ordinary.data = weight`` passes it by, so that torch finds no memory.
 
     Args:
         source: The stored weight.
