@@ -199,6 +199,29 @@ def test_every_module_says_what_it_is(path, name):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
+def lengths(source):
+    """The lines of a module, and of each of its functions without the docstring."""
+    yield "module", len(source.splitlines())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(node, clean=False) is not None else 0
+            yield node.name, node.end_lineno - node.lineno + 1 - doc
+
+
+@each_module
+def test_modules_and_functions_are_short(path, name):
+    long = [(what, lines) for what, lines in lengths(path.read_text()) if lines > (450 if what == "module" else 60)]
+    assert not long
+
+
+def test_lengths_leave_out_docstrings_only():
+    source = (
+        'def f(x,\n      y):\n    """One.\n\n    Two.\n    """\n    # why\n    return x\n\nasync def g():\n    pass'
+    )
+    assert [*lengths(source)] == [("module", 11), ("f", 4), ("g", 2)]
+
+
 def private(name):
     return name.startswith("_") and not name.startswith("__")
 

@@ -150,8 +150,8 @@ def progress(title: str, total: float | None = None) -> Iterator[Bar]:
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         TextColumn("[dim]{task.fields[text]}"),
     )
     with Progress(*columns, console=console, transient=True) as shown:

@@ -19,7 +19,6 @@ from dybit.safe_files import check_regular
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dybit.models.coverage import Coverage
     from dybit.models.file_plan import FilePlan
     from dybit.models.streaming import Outcome
     from dybit.models.tensor_files import Stored
@@ -76,26 +75,11 @@ def quantize(
 
     Example: dybit quantize dybit.demo:smollm2 -o smol --algorithm gptq --calibration dybit.demo:smollm2_batches
     """
-    plan = options.make_recipe(
-        recipe,
-        weights=weights,
-        activations=activations,
-        embeddings=embeddings,
-        group_size=group_size,
-        granularity=granularity,
-        scale=scale,
-        variants=variants,
-        method=method,
-        criterion=criterion,
-        activation_mode=activation_mode,
-    )
+    plan = options.make_recipe(recipe, **options.recipe_fields(locals()))
     check_target(output)
     chain = options.chain(algorithm, calibration is not None)
     if not sources.is_reference(model) and model.endswith((".safetensors", ".safetensors.index.json")):
-        if calibration is not None:
-            raise DyBitError(f"--calibration {calibration!r} needs a model that can be run, not the file {model!r}")
-        if chain not in (None, "auto", ("rtn",)):
-            raise DyBitError(f"--algorithm {algorithm!r} needs a model that can be run, not the file {model!r}")
+        _check_needs_no_model(model, calibration, None if chain in (None, "auto", ("rtn",)) else algorithm)
         rows, fp32 = _quantize_file(model, output, plan, strict, workers)
     elif not sources.is_reference(model) and Path(model).is_file():
         pickled = Path(model).suffix in _PICKLES
@@ -109,22 +93,27 @@ def quantize(
             data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=model,
                                         tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
         rows, fp32 = _quantize_model(loaded, output, plan, data, chain, workdir, strict)
-    print_layers(rows, None if every else _SHOWN_LAYERS)
-    stored = sum(file.stat().st_size for file in output.iterdir())
-    print_totals(fp32, stored)
-    out().print(str(_coverage(output)), soft_wrap=True)
-    out().print(f"saved to {output}; SQNR is that of each weight, unweighted", soft_wrap=True)
+    _print(rows, fp32, output, None if every else _SHOWN_LAYERS)
     if sources.is_reference(model):
         note(f"next: dybit evaluate {output} --model {model} --data module:function")
     else:
         note(f"next: dybit info {output}")
 
 
-def _coverage(path: Path) -> Coverage | None:
-    """What a checkpoint says about itself."""
+def _print(rows: list[LayerRow], fp32: int, output: Path, limit: int | None) -> None:
+    """Prints the layers, the sizes and what stayed in floating point."""
     from dybit.models.manifest import read_manifest
 
-    return read_manifest(path).coverage
+    print_layers(rows, limit)
+    print_totals(fp32, sum(file.stat().st_size for file in output.iterdir()))
+    out().print(str(read_manifest(output).coverage), soft_wrap=True)
+    out().print(f"saved to {output}; SQNR compares each weight with its original", soft_wrap=True)
+
+
+def _check_needs_no_model(path: str, calibration: str | None, algorithm: str | None) -> None:
+    for option, value in (("calibration", calibration), ("algorithm", algorithm)):
+        if value is not None:
+            raise DyBitError(f"--{option} {value!r} needs a model that can be run, not the file {path!r}")
 
 
 def needs_calibration(recipe: Recipe, calibration: str | None) -> None:

@@ -130,9 +130,7 @@ def search(
     check_arguments(sensitivity, workers)
     costs = _costs(cost, constraints)
     every = as_candidates(_default_candidates(costs, recipe) if candidates is None else candidates)
-    subject = Subject(model, batches, recipe)
-    if not any(isinstance(one, SizeCost) for one in costs):
-        _leave_tables(subject)
+    subject = _subject(model, batches, recipe, costs)
     together = tuple(subject.groups(groups, shared_inputs))
     tables = tuple(cost_table(one, subject, every, _staged(progress, "timing")) for one in costs)
     blank = {name: [0.0] * len(every) for name in subject.layers}
@@ -151,7 +149,7 @@ def search(
     trial = Trial(model, subject, problem, constraints, evaluation, progress, quantize)
     found = trial.refine(rounds)
     front = _front(trial, pareto) if pareto else ()
-    uniform = uniform_choices(problem) if baselines or pareto else {}
+    uniform = _uniform(trial) if baselines or pareto else ()
     greedy = _greedy(trial, found) if baselines and not limits_loss(constraints) else None
     return Result(
         found.recipe,
@@ -161,7 +159,7 @@ def search(
         sensitivity,
         trial.judge.unit,
         tuple(trial.history),
-        tuple(trial.measure(choice, f"uniform {name}", strict=False) for name, choice in uniform.items()),
+        uniform,
         front,
         greedy,
         subject,
@@ -172,6 +170,12 @@ def _front(trial: Trial, count: int) -> tuple[Point, ...]:
     """Tries recipes from slow to fast."""
     choices = trial.problem.front(speed_table(trial.problem).name, count)
     return tuple(trial.measure(c, f"pareto {index:02d}", strict=False) for index, c in enumerate(choices, 1))
+
+
+def _uniform(trial: Trial) -> tuple[Point, ...]:
+    """Tries one candidate for all layers."""
+    choices = uniform_choices(trial.problem)
+    return tuple(trial.measure(choice, f"uniform {name}", strict=False) for name, choice in choices.items())
 
 
 def _greedy(trial: Trial, found: Point) -> Point | None:
@@ -217,13 +221,19 @@ def _default_candidates(costs: Sequence[Cost | ShapeCost], recipe: Recipe | None
     return [Candidate(bits, recipe.activations if recipe else None) for bits in (8, 6, 5, 4, 3, 2)]
 
 
-def _leave_tables(subject: Subject) -> None:
-    """Takes embedding tables that take part in no product out of the search: their width changes no time."""
+def _subject(
+    model: nn.Module, batches: Iterable[Any], recipe: Recipe | None, costs: Sequence[Cost | ShapeCost]
+) -> Subject:
+    """The measured model. A cost in time excludes embedding tables in no product: their width changes no time."""
+    subject = Subject(model, batches, recipe)
+    if any(isinstance(one, SizeCost) for one in costs):
+        return subject
     for name in list(subject.layers):
         if name in subject.embeddings and not subject.ties[name]:
             del subject.layers[name], subject.ties[name]
     if not subject.layers:
         raise DyBitError("there is nothing to search: the model has embedding tables only")
+    return subject
 
 
 def _staged(progress: Progress | None, stage: str) -> Progress | None:
