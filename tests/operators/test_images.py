@@ -84,7 +84,7 @@ def test_values_of_an_image():
 
 def test_what_cannot_be_an_image():
     x = torch.ones(1, 4, 3, 3)
-    with pytest.raises(DyBitError, match="border must be zero where there is an offset"):
+    with pytest.raises(DyBitError, match="border must be zero if rounding has an offset"):
         round_image(x, InputRounding("int8", torch.ones(1), torch.ones(1)), (1,) * 4)
     with pytest.raises(DyBitError, match="rounding must have a static scale"):
         ImageFormat("int8", (0,) * 4).rounded(InputRounding("int8"))

@@ -1,4 +1,4 @@
-"""Activations that the kernels compute behind a product, while its results are in the cache."""
+"""Activations that the kernels apply to a product while its results are in the cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "quick_gelu": _quick_gelu,
 }
-ACTIVATIONS = tuple(_FUNCTIONS)  # as csrc/weight.h numbers them
+ACTIVATIONS = tuple(_FUNCTIONS)  # numbered as in csrc/weight.h
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -41,7 +41,7 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 def activation_number(name: str) -> int:
-    """Returns the number that the kernels know an activation by.
+    """Returns the number of an activation in the kernels.
 
     Raises:
         DyBitError: The name is unknown.

@@ -1,7 +1,7 @@
 """The operator ``torch.ops.dybit.conv``: convolves rounded inputs with a packed weight, by kernels or plain torch.
 
-The operator takes the portable form. The kernels' own layout is kept beside a weight from its first use on. Inside,
-images are channels-last: inputs that are so already are used as they are, and their results are laid out likewise.
+The operator takes the portable form of the weight. The first call packs it for the kernels and caches the result. The
+kernels work on channels-last images: such inputs are not copied, and their results are channels-last.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dybit.operators.input_rounding import InputRounding
 from dybit.operators.packed_conv import packed_conv_for
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
-# x (batch, channels, *size); weight … tensor_scale as QuantizedTensor stores them, spec being TensorSpec.key; stride to
-# groups as ConvGeometry has them, input_scale, input_offset, input_format and reach as InputRounding. Dynamic scales
-# are those of samples.
+# x (batch, channels, *size). weight to tensor_scale: the buffers of a QuantizedTensor; spec: TensorSpec.key. stride to
+# groups: see ConvGeometry. input_scale, input_offset, input_format and reach: see InputRounding. A dynamic scale
+# belongs to one sample.
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, Tensor? bias, "
     "Tensor? input_scale, Tensor? input_offset, str spec, int[] stride, int[] padding, int[] dilation, int groups, "
@@ -59,14 +59,14 @@ def _conv(
 def _compute(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None, geometry: ConvGeometry, rounding: InputRounding
 ) -> Tensor:
-    """The convolution by the kernels or in plain torch; no gradients."""
+    """Computes the convolution by the kernels or in plain torch, without gradients."""
     _check(x, bias, weight, geometry.groups, rounding.format)
     places = geometry.output_size(x.shape[0], x.shape[2:], weight.spec.shape[2:])
     layout = _layout(x)
     y = _by_kernel(x, weight, bias, geometry, rounding, places, layout)
     if y is not None:
         return y
-    # Dynamic scales are those of samples, which are rows here.
+    # Each sample has one dynamic scale, so each sample is one row.
     rounded = rounding.round(x if rounding.scale is not None else x.flatten(1)).view(x.shape)
     y = geometry.convolve(rounded, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
     out = torch.empty_like(y, memory_format=layout)
@@ -82,7 +82,7 @@ def _by_kernel(
     places: Sequence[int],
     layout: torch.memory_format,
 ) -> Tensor | None:
-    """The results by the kernels; None if they cannot compute them, as where ``x`` holds NaN."""
+    """Computes the convolution by the kernels; None if they cannot, for example because ``x`` holds NaN."""
     if x.dtype not in _KERNEL_TYPES or not x.is_cpu or not x.numel():
         return None
     packed = packed_conv_for(weight, geometry, rounding)
@@ -101,7 +101,7 @@ def _by_kernel(
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """The layout of the result: that of the input."""
+    """Returns the memory format of the result, which is that of the input."""
     layout = _LAYOUTS.get(x.ndim - 2)
     if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
         return torch.contiguous_format
@@ -136,7 +136,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    """The gradient of inputs and bias; rounding counts as the identity, and codes have none."""
+    """Computes the gradients of input and bias. Rounding passes gradients unchanged; codes get none."""
     x_grad = None
     if ctx.needs_input_grad[0]:
         weight = QuantizedTensor(read_spec(ctx.spec), *ctx.saved_tensors).dequantize(grad.dtype)
@@ -155,26 +155,26 @@ _operator = torch.ops.dybit.conv
 def conv(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None, geometry: ConvGeometry, rounding: InputRounding
 ) -> Tensor:
-    """Convolves inputs, rounded to codes, with a packed weight in one to three dimensions.
+    r"""Rounds inputs to codes and convolves them with a packed weight, in one to three dimensions.
 
-    With the compiled kernels the products of significands are summed as integers and scaled in a fixed order; the
-    plain-torch path has the same codes and sums their values in floating point. They run where the formats are DyBit's
-    or alike; not for borders of zeros with an offset, for several small groups of more than one channel, or where x
-    holds NaN. Inputs in channels-last layout are used without a copy, and their results are so laid out.
+    The kernels sum products of significands as integers and scale the sums in a fixed order. Plain torch uses the same
+    codes and sums their values in floating point. It runs if the kernels do not support a format, if zero padding
+    meets an input offset, for several small groups of more than one channel, and if ``x`` holds NaN. Channels-last
+    inputs are not copied, and their results are channels-last.
 
     Args:
-        x: Floating point of shape (batch, channels, *size), or without the batch.
-        weight: Of shape (out_channels, channels / groups, *kernel).
+        x: Floating point of shape (batch, channels, \*size), or without the batch.
+        weight: Of shape (out_channels, channels / groups, \*kernel).
         bias: Of shape (out_channels,), or None.
         geometry: Stride, padding, dilation and groups.
-        rounding: How inputs are rounded. Dynamic scales are those of samples, whatever the group size.
+        rounding: How inputs are rounded. Each sample has one dynamic scale; the group size is ignored.
 
     Returns:
-        Of shape (batch, out_channels, *output size) and the type of ``x``.
+        Of shape (batch, out_channels, \*output size) and the type of ``x``.
 
     Raises:
-        DyBitError: ``x`` or ``bias`` has another shape or is not floating point, or ``rounding`` has no
-            single format.
+        DyBitError: ``x`` or ``bias`` has the wrong shape, ``x`` is not floating point, or ``rounding`` names a
+            family instead of a single format.
     """
     if x.ndim == len(weight.spec.shape) - 1:
         return conv(x[None], weight, bias, geometry, rounding)[0]

@@ -1,4 +1,4 @@
-"""How a convolution goes over its input: sizes, and the convolution itself in plain torch."""
+"""The geometry of a convolution: its sizes, and the convolution itself in plain torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Extents = list[tuple[int, ...]]  # kernel, stride, dilation, zeros before and af
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How a convolution goes over its input.
+    """Stride, padding, dilation and groups of a convolution.
 
     Args:
         stride: Of every dimension.
@@ -36,7 +36,7 @@ class ConvGeometry:
     def of(
         cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int = 1
     ) -> ConvGeometry:
-        """The same from any sequences."""
+        """Makes the geometry from any sequences."""
         return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
 
     def extents(self, kernel: Sequence[int]) -> Extents:
@@ -56,8 +56,8 @@ class ConvGeometry:
 
         Args:
             batch: Number of samples.
-            size: That of a sample.
-            kernel: That of the kernel.
+            size: Of a sample.
+            kernel: Of the kernel.
 
         Raises:
             DyBitError: A sample is empty, or smaller than the kernel.
@@ -89,7 +89,7 @@ class ConvGeometry:
         return cast(Tensor, function(x, weight, bias, self.stride, before, self.dilation, self.groups))
 
     def input_gradient(self, grad: Tensor, shape: Sequence[int], weight: Tensor) -> Tensor:
-        """Returns the gradient of an input of a shape, from that of the result."""
+        """Returns the gradient of an input of a given shape from the gradient of the result."""
         sizes = [n + self.padding[2 * i] + self.padding[2 * i + 1] for i, n in enumerate(shape[2:])]
         padded = grad.new_empty(1).expand(*shape[:2], *sizes)  # only its shape is used
         zeros, wanted = [0] * len(sizes), [True, False, False]

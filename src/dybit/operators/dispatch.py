@@ -1,4 +1,4 @@
-"""What the operators share: when they have to go through torch's dispatcher, and how they are told of a weight."""
+"""Shared by the operators: when to go through torch's dispatcher, and how to read the spec of a weight."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def read_spec(key: str) -> TensorSpec:
 
 
 def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether nothing records, traces or transforms what happens to tensors, so that no operator need be called.
+    """Whether torch's dispatcher can be bypassed: no autograd, tracing, dispatch mode or functorch transform is active.
 
-    Torch's dispatch of an operator written in Python costs more than a small product.
+    Dispatching an operator written in Python takes longer than a small product.
 
     Args:
         x: The input.
@@ -38,5 +38,5 @@ def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def no_view(y: Tensor) -> Tensor:
-    """Returns the same values as no view: autograd refuses to modify a view in place that an operator returned."""
+    """Returns the same values, not as a view: autograd forbids in-place changes of a view that an operator returned."""
     return cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape)) if y._is_view() else y

@@ -1,4 +1,4 @@
-"""The operator ``torch.ops.dybit.embedding``: looks up rows of a packed table, and dequantizes no others."""
+"""The operator ``torch.ops.dybit.embedding``: looks up rows of a packed table and dequantizes only these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dybit.kernels.packed_codes import unpack
 from dybit.operators.dispatch import read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
-# index of any shape, int64 or int32; weight … tensor_scale as QuantizedTensor stores them, spec being TensorSpec.key.
+# index of any shape, int64 or int32. weight to tensor_scale: the buffers of a QuantizedTensor; spec: TensorSpec.key.
 # Returns (*index shape, columns), float32.
 SCHEMA = (
     "(Tensor index, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, str spec) "
@@ -33,7 +33,7 @@ def _embedding(
     rows = index.reshape(-1).long()
     packed = weight.reshape(table.rows, table.row_bytes)
     by_row = QuantizedTensor(table, packed, weight_scale, weight_choice, tensor_scale)
-    if weight_scale.shape[0] > 1:  # only theirs, before they become numbers
+    if weight_scale.shape[0] > 1:  # select rows before converting the choices to numbers
         by_row = QuantizedTensor(table, packed, weight_scale.index_select(0, rows), weight_choice, tensor_scale)
     scale, choice = by_row.scales(), _choices(by_row, rows)
     chosen = packed.index_select(0, rows)
@@ -42,7 +42,7 @@ def _embedding(
 
 
 def _choices(table: QuantizedTensor, rows: Tensor) -> Tensor | None:
-    """The choices of some rows, unpacked where every row has bytes of its own."""
+    """Returns the choices of some rows. Unpacks only these rows if every row starts at a byte."""
     units = table.spec.unit_shape(table.spec.choice)
     if table.choice is None or units[0] == 1:
         return table.choices()
@@ -62,14 +62,14 @@ _operator = torch.ops.dybit.embedding
 
 
 def embedding(index: Tensor, weight: QuantizedTensor) -> Tensor:
-    """Looks up rows of a packed table.
+    r"""Looks up rows of a packed table.
 
     Args:
         index: Integers of any shape, each a row.
         weight: The table, of shape (rows, columns).
 
     Returns:
-        The values of the rows' codes: float32 of shape (*index.shape, columns).
+        The values of the rows: float32 of shape (\*index.shape, columns).
 
     Raises:
         IndexError: An index is out of range.

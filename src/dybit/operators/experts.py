@@ -1,7 +1,7 @@
-"""The operator ``torch.ops.dybit.experts``: every row of inputs times the packed matrix of its own expert.
+"""The operator ``torch.ops.dybit.experts``: multiplies every row by the packed matrix of its expert.
 
-The matrices of all experts are one weight of shape (experts, rows, columns); of those
-that are hit each is multiplied as a linear layer of its own, with the same kernels.
+The matrices of all experts are one weight of shape (experts, rows, columns). Each expert that has rows is multiplied
+as a linear layer, by the same kernels.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dybit.operators.linear import linear
 from dybit.operators.packed_cache import PackedCache
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
-# x (n, columns) of any floating type; expert (n,), integers; weight … tensor_scale as QuantizedTensor stores them, spec
-# being TensorSpec.key, of shape (experts, rows, columns) or, transposed, (experts, columns, rows). input_format is
-# empty for inputs that are kept, else they are rounded at dynamic scales of reach and input_group_size (0: a row).
+# x (n, columns) of any floating type; expert (n,), integers. weight to tensor_scale: the buffers of a QuantizedTensor
+# of shape (experts, rows, columns) or, transposed, (experts, columns, rows); spec: TensorSpec.key. An empty
+# input_format keeps inputs; else they are rounded at dynamic scales of reach and input_group_size (0: a row).
 # Returns (n, rows) of the type of x.
 SCHEMA = (
     "(Tensor x, Tensor expert, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, "
@@ -39,7 +39,7 @@ _cache = PackedCache[list[QuantizedTensor]]()
 
 
 def matrices(weight: QuantizedTensor) -> list[QuantizedTensor]:
-    """The matrices of the experts, each a weight of its own, made when they are first asked for."""
+    """Returns the matrix of each expert as a weight of its own. They are made at the first call."""
     kept = _cache.get(weight, (), lambda: _split(weight))
     return _split(weight) if kept is None else kept
 
@@ -67,7 +67,7 @@ def _split(weight: QuantizedTensor) -> list[QuantizedTensor]:
 
 
 def _alias(tensor: Tensor, start: int, rows: int) -> Tensor:
-    """Some rows, of the same memory. Not a view: it would keep the tensor alive, and what is kept for it with it."""
+    """Returns some rows in the same memory. A view would keep the tensor alive, and with it its cached packed form."""
     given = tensor.detach().contiguous()[start : start + rows]
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
         given.untyped_storage(), given.storage_offset(), given.shape, given.stride()
@@ -75,7 +75,7 @@ def _alias(tensor: Tensor, start: int, rows: int) -> Tensor:
 
 
 def _by_expert(x: Tensor, expert: Tensor, experts: int, rows: int, multiply: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Rows (n, columns) sorted by expert, multiplied, and put back: (n, rows); zeros for experts that are none."""
+    """Sorts rows (n, columns) by expert, multiplies, and restores the order: (n, rows). Unknown experts give zeros."""
     order = torch.argsort(expert, stable=True)
     numbers, counts = torch.unique_consecutive(expert.index_select(0, order), return_counts=True)
     parts = []
@@ -106,7 +106,7 @@ def _experts(
 
 
 def _compute(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputRounding) -> Tensor:
-    """The products; no gradients."""
+    """Computes the products, without gradients."""
     parts = matrices(weight)
 
     def multiply(number: int, rows: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    """The gradient of inputs; rounding counts as the identity, and codes have none."""
+    """Computes the gradient of the input. Rounding passes gradients unchanged; codes get none."""
     return torch.ops.dybit.experts_gradient(grad, *ctx.saved_tensors, ctx.spec), *(None,) * 9
 
 
@@ -166,7 +166,7 @@ def experts(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputR
 
     Args:
         x: Floating point of shape (n, columns).
-        expert: Integers of shape (n,); a number that is no expert's gives a row of zeros.
+        expert: Integers of shape (n,). A number out of range gives a row of zeros.
         weight: Of shape (experts, rows, columns) or, transposed, (experts, columns, rows), with ``row_dims=2``.
         rounding: How inputs are rounded, at dynamic scales.
 
@@ -197,7 +197,7 @@ def experts(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputR
 
 
 def multiply_by_torch(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-    """The same with floating-point matrices, (experts, rows, columns), and inputs that are kept."""
+    """Multiplies by floating-point matrices (experts, rows, columns); inputs are not rounded."""
     return _by_expert(
         x,
         expert,
@@ -218,14 +218,14 @@ def mix(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """What a layer of experts computes: the weighted sum of what the experts of every token make of it.
+    """Computes a layer of experts: for every token the weighted sum of its experts' outputs.
 
     Args:
         up: Multiplies rows (n, hidden) by the first matrices of their experts (n,).
-        activation: What is applied to the result.
+        activation: Applied to the result of ``up``.
         down: Multiplies by the second matrices: (n, hidden).
         hidden_states: Of shape (tokens, hidden).
-        top_k_index: The experts of every token, (tokens, k); a number beyond the last expert is none, and adds nothing.
+        top_k_index: The experts of every token, (tokens, k). A number beyond the last expert adds nothing.
         top_k_weights: Their weights, (tokens, k), or those of all experts, (tokens, experts).
 
     Returns:

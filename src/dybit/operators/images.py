@@ -1,8 +1,8 @@
 """Images of significands: activations that stay integers from one convolution to the next.
 
-An image is channels-last with a border of zeros, of shape (batch, *size and border, pitch): what the next convolution
-reads, in one byte a value (two where significands are wide). ``torch.ops.dybit.round_image`` makes one of
-floating-point activations.
+An image is channels-last, of shape (batch, *size with the border, pitch), with a border of zeros for the padding of
+the next convolution. A value takes one byte, or two if significands are wide. ``torch.ops.dybit.round_image`` makes
+an image from floating-point activations.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from dybit.kernels.arguments import address, kernels_for
 from dybit.kernels.code_operators import fake_quantize
 from dybit.operators.input_rounding import InputFormat, InputRounding, input_format, max_significand
 
-# format and border as ImageFormat has them
+# format, border: see ImageFormat
 SCHEMA = "(Tensor x, Tensor scale, Tensor? offset, str format, int[] border) -> Tensor"
 _KINDS = {torch.int8: 1, torch.uint8: 2, torch.int16: 3}  # InputKind in csrc/kernels.h
-_DENSE = 16  # channels: from here on every place starts at a multiple of 32, as products want it
+_DENSE = 16  # with so many channels or more, the channels of a pixel are padded to a multiple of 32 for the products
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 
-Rounded = tuple[int, int, bool, float, float]  # magnitude bits, longest run, signed, scale, offset: as csrc takes them
+Rounded = tuple[int, int, bool, float, float]  # magnitude bits, longest run, signed, scale, offset: arguments of csrc
 
 
 class UnknownError(DyBitError):
@@ -47,10 +47,10 @@ class ImageFormat:
 
     @cached_property
     def inputs(self) -> InputFormat:
-        """The format as the kernels know it.
+        """The format in the kernels.
 
         Raises:
-            DyBitError: They do not.
+            DyBitError: The kernels do not know it.
         """
         inputs = input_format(self.name) if self.name else None
         if inputs is None:
@@ -59,37 +59,37 @@ class ImageFormat:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """uint8, int8 or int16, whichever holds every significand."""
+        """uint8, int8 or int16: the first that holds every significand."""
         if max_significand(self.inputs) <= (127 if self.inputs.signed else 255):
             return torch.int8 if self.inputs.signed else torch.uint8
         return torch.int16
 
     @cached_property
     def layout(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """What the extension takes: a number for the type, and the zeros before and after in three dimensions."""
+        """Arguments of the extension: the number of the type, and the zeros before and after in three dimensions."""
         zeros = (0,) * (3 - len(self.border) // 2)
         return _KINDS[self.dtype], (*zeros, *self.border[::2]), (*zeros, *self.border[1::2])
 
     def shape(self, batch: int, channels: int, size: Sequence[int]) -> tuple[int, ...]:
-        """The shape of an image of some size."""
+        """Returns the shape of an image of a given size."""
         pitch = channels if channels < _DENSE else (channels + 31) // 32 * 32
         padded = (n + self.border[2 * i] + self.border[2 * i + 1] for i, n in enumerate(size))
         return (batch, *padded, pitch)
 
     def size(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The size of an image of some shape, without its border."""
+        """Returns the size of an image of a given shape, without its border."""
         return tuple(n - self.border[2 * i] - self.border[2 * i + 1] for i, n in enumerate(shape[1:-1]))
 
     def rounded(self, rounding: InputRounding) -> Rounded:
-        """What the extension takes for rounding to such an image.
+        """Returns the extension's arguments for rounding to such an image.
 
         Raises:
-            DyBitError: There is no static scale, or an offset with a border.
+            DyBitError: ``rounding`` has no static scale, or has an offset while the image has a border.
         """
         if rounding.scale is None:
             raise DyBitError("rounding must have a static scale for an image")
         if rounding.offset is not None and any(self.border):
-            raise DyBitError(f"border must be zero where there is an offset, not {self.border}")
+            raise DyBitError(f"border must be zero if rounding has an offset, not {self.border}")
         shift = 0.0 if rounding.offset is None else rounding.offset.item()
         inputs = self.inputs
         scale = rounding.scale.item() * inputs.factor
@@ -97,7 +97,7 @@ class ImageFormat:
 
     @property
     def unit(self) -> float:
-        """Significands in a value of 1 at scale 1."""
+        """The significand of the value 1 at scale 1."""
         return float(2 ** (self.inputs.magnitude_bits - 1)) / self.inputs.factor
 
 

@@ -34,7 +34,7 @@ class InputRounding:
     group_size: int = 0
 
     def round(self, x: Tensor) -> Tensor:
-        """Returns the values of the codes of ``x``, of its shape and type; dynamic scales are those of its rows."""
+        """Rounds ``x`` to codes and returns their values, of its shape and type. Each row has its own dynamic scale."""
         if not self.format:
             return x
         if self.scale is not None:
@@ -47,14 +47,14 @@ KEPT = InputRounding()
 
 @dataclass(frozen=True)
 class InputFormat:
-    """A format of inputs as the kernels round to it: a plain DyBit one, its values times ``factor``.
+    """A format of inputs in the kernels: a plain DyBit format, with its values times ``factor``.
 
     Attributes:
         magnitude_bits: 0 for inputs that are not rounded.
         max_run: Longest run.
         signed: Whether there are negative values.
-        factor: A power of two, by which the scale is multiplied: INT8, of values up to 127, is DyBit with
-            ``max_run=1``, of values up to 127/64, and factor 64.
+        factor: A power of two that multiplies the scale. INT8 has values up to 127: it is DyBit with ``max_run=1``,
+            whose values go up to 127/64, and factor 64.
     """
 
     magnitude_bits: int = 0
@@ -65,7 +65,7 @@ class InputFormat:
 
 @lru_cache(maxsize=256)
 def input_format(name: str) -> InputFormat | None:
-    """The input format of a name, the empty one being no rounding; None if the kernels cannot round to it."""
+    """Returns the input format of a name; None if the kernels cannot round to it. The empty name means no rounding."""
     if not name:
         return InputFormat()
     book = catalogue.family(name).books[0]
@@ -78,7 +78,7 @@ def input_format(name: str) -> InputFormat | None:
 
 
 def _factor(book: Codebook, known: Format) -> float:
-    """The power of two by which the levels of two codebooks differ; 0 if they differ by more."""
+    """Returns the power of two by which the values of two codebooks differ; 0 if they differ otherwise."""
     if len(book.levels) != len(known.levels):
         return 0.0
     factor = float(book.levels[-1] / known.levels[-1])
@@ -87,5 +87,5 @@ def _factor(book: Codebook, known: Format) -> float:
 
 
 def max_significand(inputs: InputFormat) -> int:
-    """The largest magnitude of a significand of inputs."""
+    """Returns the largest magnitude of a significand of inputs."""
     return ((2 << (inputs.magnitude_bits - inputs.max_run)) - 1) << (2 * inputs.max_run - 2)

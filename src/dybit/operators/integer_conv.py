@@ -1,7 +1,7 @@
 """The operator ``torch.ops.dybit.conv_image``: convolves an image of significands.
 
-It adds, clamps, and returns floating point, the next image, or both. Codes are those that ``conv`` would have made of
-the same values, and sums are its sums, so that a chain of images gives the bits of the layers one by one.
+It adds, clamps, and returns floating point, the next image, or both. Codes and sums are those of ``conv``, so a chain
+of images gives the same bits as its layers one by one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dybit.operators.input_rounding import InputRounding
 from dybit.operators.packed_conv import packed_conv_for
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
-# stride to groups as ConvGeometry has them; format and border of images as ImageFormat.
+# stride to groups: see ConvGeometry. format and border of images: see ImageFormat.
 SCHEMA = (
     "(Tensor image, Tensor? addend, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, "
     "Tensor? bias, Tensor scale, Tensor? offset, Tensor? out_scale, Tensor? out_offset, str spec, int[] stride, "
@@ -45,22 +45,22 @@ _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 
 
 class PreparedConv:
-    """A convolution of images of one shape, with what can be found out before there is one.
+    """A convolution of images of one shape, prepared before the first image.
 
     Args:
         shape: Of the image.
         weight: Of shape (out_channels, channels / groups, *kernel).
         bias: Of shape (out_channels,), or None.
-        geometry: Stride, padding, dilation and groups; the padding is at most the border.
-        rounding: Format, static scale and offset of the image; an offset only without a border.
+        geometry: Stride, padding, dilation and groups. The padding is at most the border.
+        rounding: Format, static scale and offset of the image. With a border there must be no offset.
         border: The border of the image.
-        out: The same of the next image, or None for none.
+        out: Format, static scale and offset of the next image; None to make no image.
         out_border: The border of the next image.
-        limits: Between which results are clamped.
-        keep: Whether the results are wanted in floating point.
+        limits: The lowest and the highest result; others are clamped.
+        keep: Whether to return the results in floating point.
 
     Raises:
-        DyBitError: Shapes do not fit each other, or there is no static scale.
+        DyBitError: Shapes do not fit each other, or a static scale is missing.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class PreparedConv:
         self._call = (batch, three(size), scale)
 
     def _sizes(self) -> tuple[tuple[int, ...], list[int]]:
-        """The size of the image without its border, and that of the results."""
+        """Returns the size of the image without its border, and the size of the results."""
         spec, border = self._weight.spec, self._made.border
         if len(self.shape) != len(spec.shape):
             raise DyBitError(f"image must have {len(spec.shape)} dimensions, not shape {self.shape}")
@@ -123,12 +123,12 @@ class PreparedConv:
             addend: Floating point that broadcasts to the results, or None.
 
         Returns:
-            The results, float32 of shape (batch, out_channels, *size) laid out channels-last, and the next image; an
-            empty tensor in the place of what is not wanted.
+            The results, channels-last float32 of shape (batch, out_channels, *size), and the next image. Either is an
+            empty tensor if it was not requested.
 
         Raises:
-            UnknownError: A result that is to be rounded is NaN, or ``addend`` has a larger shape than the results.
-            DyBitError: ``image`` is none of the format.
+            UnknownError: A result to be rounded is NaN, or ``addend`` has a larger shape than the results.
+            DyBitError: ``image`` does not have the prepared type and shape.
         """
         if image.dtype != self._made.dtype or image.shape != self.shape or not image.is_contiguous():
             raise DyBitError(
@@ -159,7 +159,7 @@ class PreparedConv:
         return y.permute(self._to_first) if self._keep else y, result
 
     def _by_torch(self, image: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same in plain torch: the same codes, their products summed in floating point."""
+        """Computes the same in plain torch: the same codes, with products summed in floating point."""
         x = decode_image(image, self._channels, self._made, self._rounding)
         y = self._geometry.convolve(x, self._weight.dequantize(torch.float32), self._bias)
         if addend is not None:
@@ -247,7 +247,7 @@ def conv_image(
     limits: tuple[float, float] = (-_INFINITY, _INFINITY),
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Calls the operator; arguments, results and errors are those of :class:`PreparedConv` and its ``run``."""
+    """Calls the operator. Arguments, results and errors: see :class:`PreparedConv` and its ``run``."""
     parts = (weight.packed, weight.scale, weight.choice, weight.tensor_scale)
     scales = (rounding.scale, rounding.offset, out and out.scale, out and out.offset)
     laid = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups, rounding.format, border)

@@ -1,7 +1,7 @@
 """The operator ``torch.ops.dybit.linear``: inputs times a packed weight, by the kernels or by plain torch.
 
-The operator takes the portable form. The kernels' own layout is made when a weight is first used and kept beside it,
-never in a state dict, a copy or a pickle of it.
+The operator takes the portable form of the weight. The first call packs it for the kernels and caches the result,
+which is never part of a state dict, a copy or a pickle.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dybit.operators.packed_cache import PackedCache
 from dybit.operators.packed_weight import PackedWeight, supports
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
-# x (..., columns) of any floating type; weight, weight_scale, weight_choice and tensor_scale as QuantizedTensor stores
-# them, spec being TensorSpec.key; the rest as InputRounding has it. Returns (..., rows) of the type of x.
+# x (..., columns) of any floating type. weight to tensor_scale: the buffers of a QuantizedTensor; spec: TensorSpec.key.
+# The rest: see InputRounding. Returns (..., rows) of the type of x.
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, Tensor? bias, "
     "Tensor? input_scale, Tensor? input_offset, str spec, str input_format, float reach, int input_group_size) "
@@ -31,7 +31,7 @@ _cache = PackedCache[PackedWeight]()
 
 
 def packed_for(weight: QuantizedTensor, rounding: InputRounding) -> PackedWeight | None:
-    """Returns a weight in the layout of the kernels, made when it is first used; None if they cannot do it."""
+    """Returns a weight in the layout of the kernels, packed at the first call; None if they do not support it."""
 
     def make() -> PackedWeight | None:
         inputs = input_format(rounding.format)
@@ -62,11 +62,11 @@ def _linear(
 
 
 def _compute(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, rounding: InputRounding) -> Tensor:
-    """The product by the kernels or in plain torch; no gradients."""
+    """Computes the product by the kernels or in plain torch, without gradients."""
     _check(x, bias, weight.spec)
     packed = packed_for(weight, rounding) if x.dtype in _KERNEL_TYPES and x.is_cpu else None
     if packed is None:
-        # The same codes of inputs and weights, their products summed in floating point.
+        # The same codes of inputs and weights; their products are summed in floating point.
         matrix = _matrix(weight, x.dtype)
         return torch.nn.functional.linear(rounding.round(x), matrix, None if bias is None else bias.to(x.dtype))
     rows = x.detach().reshape(-1, x.shape[-1])
@@ -104,7 +104,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    """The gradient of inputs and bias; rounding counts as the identity, and codes have none."""
+    """Computes the gradients of input and bias. Rounding passes gradients unchanged; codes get none."""
     x_grad = None
     if ctx.needs_input_grad[0]:
         x_grad = grad @ _matrix(QuantizedTensor(read_spec(ctx.spec), *ctx.saved_tensors), grad.dtype)
@@ -120,16 +120,16 @@ _operator = torch.ops.dybit.linear
 
 
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, rounding: InputRounding = KEPT) -> Tensor:
-    """Returns ``x · weightᵀ + bias``, the inputs rounded to codes first.
+    """Rounds inputs to codes and returns ``x · weightᵀ + bias``.
 
-    With the compiled kernels the products of significands are summed as integers and scaled in a fixed order
-    (:meth:`dybit.operators.packed_weight.PackedWeight.linear`). Plain torch takes the same codes and sums their values
-    in floating point, so that the two differ by the rounding of those sums. For half-precision ``x`` plain torch also
-    rounds inputs and weights to its type, which the kernels do not. NaN in a row of ``x`` makes the row's results NaN.
+    The kernels sum products of significands as integers and scale the sums in a fixed order
+    (:meth:`dybit.operators.packed_weight.PackedWeight.linear`). Plain torch uses the same codes and sums their values
+    in floating point, so the two differ by the rounding of these sums. For half-precision ``x``, plain torch also
+    rounds inputs and weights to half precision; the kernels do not. NaN in a row of ``x`` makes the row's results NaN.
 
     Args:
         x: Floating point of shape (..., columns).
-        weight: Of ``columns`` columns.
+        weight: Of shape (rows, columns).
         bias: Of shape (rows,), or None.
         rounding: How inputs are rounded.
 
@@ -137,7 +137,7 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, round
         Of shape (..., rows) and the type of ``x``.
 
     Raises:
-        DyBitError: ``x`` or ``bias`` has another shape or is not floating point.
+        DyBitError: ``x`` or ``bias`` has the wrong shape, or ``x`` is not floating point.
     """
     if unwatched(x, bias):
         return _compute(x, weight, bias, rounding)

@@ -1,4 +1,4 @@
-"""Whether something that was made from tensors still holds, and the cache of what weights were packed into."""
+"""The cache of packed weights, and snapshots that tell whether tensors have changed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _T = TypeVar("_T")
 
 
 class Snapshot:
-    """Tensors at one moment, to tell later whether they have been replaced or written to.
+    """Records tensors, to tell later whether they have been replaced or written to.
 
-    Writes through ``tensor.data`` and through NumPy arrays cannot be seen. Nor can writes to tensors that were made in
-    inference mode, so a snapshot of such a tensor never holds (see :func:`ordinary`).
+    Writes through ``tensor.data`` and through NumPy arrays cannot be detected. Nor can writes to tensors that were made
+    in inference mode, so a snapshot of such a tensor never holds (see :func:`ordinary`).
 
     Args:
-        parts: The tensors by name, with None for those that are missing. They are not kept alive.
+        parts: The tensors by name; None for missing ones. They are not kept alive.
     """
 
     __slots__ = ("_absent", "_isa", "_present", "_unknown")
@@ -40,14 +40,14 @@ class Snapshot:
 
     @property
     def alive(self) -> bool:
-        """Whether all of the tensors still exist, so that it may hold again."""
+        """Whether all tensors still exist. If one is gone, the snapshot can never hold again."""
         return not self._unknown and all(ref() is not None for _, ref, _, _ in self._present)
 
     def holds(self, parts: Mapping[str, Tensor | None]) -> bool:
-        """Whether these are the same tensors, not written to since, and the same kernels run.
+        """Whether these are the same tensors, unchanged since, and the same kernels are selected.
 
         Args:
-            parts: Tensors by name; others than those of the snapshot do not matter.
+            parts: Tensors by name. Names that the snapshot does not have are ignored.
         """
         get = parts.get
         for name, ref, version, address in self._present:
@@ -63,7 +63,7 @@ class Snapshot:
 def ordinary(tensor: Tensor) -> Tensor:
     """Returns a copy of a tensor that was made in inference mode, and any other tensor itself.
 
-    Writes to ordinary tensors can be seen, also where they happen in inference mode; and autograd can save them.
+    Writes to ordinary tensors can be detected, even in inference mode, and autograd can save them.
     """
     if not tensor.is_inference():
         return tensor
@@ -72,7 +72,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 
 class PackedCache(Generic[_T]):
-    """What weights were packed into, kept as long as they live; never in a state dict, copy or pickle."""
+    """Keeps packed weights as long as the weights live. They are never in a state dict, copy or pickle."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[object, ...], tuple[Snapshot, _T | None]] = {}
@@ -81,15 +81,15 @@ class PackedCache(Generic[_T]):
         return len(self._entries)
 
     def get(self, weight: QuantizedTensor, key: tuple[object, ...], make: Callable[[], _T | None]) -> _T | None:
-        """Returns what ``make`` returned for a weight and a key, now or earlier.
+        """Returns the cached result of ``make`` for a weight and a key, and calls ``make`` if there is none that holds.
 
         Args:
             weight: The weight.
-            key: What else the result depends on.
+            key: Everything else that the result depends on.
             make: Packs the weight; returns None if the kernels cannot compute with it.
 
         Returns:
-            The packed weight; None without the kernels, and where ``make`` returned None.
+            The packed weight; None without the kernels, or if ``make`` returned None.
         """
         whole = (id(weight.packed), *key)
         parts = weight.parts()
@@ -98,7 +98,7 @@ class PackedCache(Generic[_T]):
             return entry[1]
         if extension.isa() == extension.FALLBACK or not weight.packed.is_cpu:
             return None
-        with torch.inference_mode(False), torch.no_grad():  # what is made may be kept in turn
+        with torch.inference_mode(False), torch.no_grad():  # the result may itself be a key of this cache
             packed = make()
         if entry is None:
             weakref.finalize(weight.packed, self._entries.pop, whole, None).atexit = False

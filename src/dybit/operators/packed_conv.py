@@ -19,17 +19,17 @@ from dybit.operators.packed_cache import PackedCache
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _F32 = torch.float32
-_EXACT = 1 << 24  # up to here FP32 holds every integer
-_LEAST_COLUMNS = 8  # of a group: with fewer, and no kernel of its own, torch is faster
+_EXACT = 1 << 24  # FP32 holds every integer up to here
+_LEAST_COLUMNS = 8  # per group: with fewer, torch is faster unless the kernels have a special case
 
 
 class PackedConv:
-    """A convolution in the layout of the kernels: a weight for every group, or one table where channels are alone.
+    """A convolution in the layout of the kernels: one weight per group, or one table for depthwise convolutions.
 
     Args:
         compiled: The extension's own object.
         inputs: The format of the inputs.
-        parts: The weights that the extension has the addresses of.
+        parts: The weights whose addresses the extension holds.
         channels: Channels of the inputs.
         rows: Channels of the results.
     """
@@ -58,7 +58,7 @@ class PackedConv:
 
         Args:
             x: float32 of shape (batch, *size, channels), contiguous.
-            y: Where the results go: float32 of shape (batch, *places, rows), contiguous.
+            y: Receives the results: float32 of shape (batch, *places, rows), contiguous.
             places: The size of the results.
             bias: float32 of shape (rows,), or None.
             rounding: How inputs are rounded.
@@ -92,9 +92,9 @@ _cache = PackedCache[PackedConv]()
 
 
 def packed_conv_for(weight: QuantizedTensor, geometry: ConvGeometry, rounding: InputRounding) -> PackedConv | None:
-    """Returns a convolution in the layout of the kernels, made when it is first used.
+    """Returns a convolution in the layout of the kernels, packed at the first call.
 
-    None if the kernels cannot do it, or not faster than torch.
+    Returns None if the kernels do not support it, or if torch is faster.
     """
     has_offset = rounding.offset is not None
     key = (rounding.format, geometry, has_offset)
@@ -108,7 +108,7 @@ def _pack(
     if compiled is None or inputs is None or not packed_weight.supports(spec.family) or spec.transposed:
         return None
     extents, groups = geometry.extents(spec.shape[2:]), geometry.groups
-    if has_offset and any(map(any, extents[3:])):  # a border of zeros is no multiple of a step from the offset
+    if has_offset and any(map(any, extents[3:])):  # zeros of the border have no code if there is an offset
         return None
     if spec.shape[1] == 1 and groups > 1:
         return _pack_depthwise(weight, extents, groups, inputs)
@@ -123,7 +123,7 @@ def _pack(
 
 
 def _rows(weight: QuantizedTensor, start: int, count: int, permuted: bool) -> QuantizedTensor:
-    """Some rows of a weight; ``permuted`` with columns by kernel position and then channel."""
+    """Returns some rows of a weight. ``permuted`` orders columns by kernel position, then by channel."""
     spec = weight.spec
     if count == spec.rows and not permuted:
         return weight
@@ -142,7 +142,7 @@ def _rows(weight: QuantizedTensor, start: int, count: int, permuted: bool) -> Qu
 
 
 def _some(units: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
-    """The scales or choices of some rows, one for every group."""
+    """Returns the scales or choices of some rows, one for every group."""
     rows = units if units.shape[0] == 1 else units[start : start + shape[0]]
     return rows.expand(shape).contiguous()
 

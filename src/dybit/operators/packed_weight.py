@@ -28,7 +28,7 @@ _MAX_SIGNIFICAND = 32767
 
 @lru_cache(maxsize=256)
 def _tables(family: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Significands (books, codes) int32 and steps (books,) float32 of a family; None if they do not fit 16 bits."""
+    """Returns significands (books, codes) int32 and steps (books,) float32; None if they do not fit 16 bits."""
     books = catalogue.family(family).books
     if len(books) > _MAX_BOOKS or not 2 <= books[0].bits <= 8:
         return None
@@ -48,7 +48,7 @@ def _tables(family: str) -> tuple[np.ndarray, np.ndarray] | None:
 class Storage(IntEnum):
     """How the kernels store a weight (csrc/weight.h): codes of 2 to 4 bits, or significands of 8 or 16 bits.
 
-    ``RUNS`` stores significands of 16 bits as indices of 8 bits.
+    ``RUNS`` stores 16-bit significands as 8-bit indices.
     """
 
     CODES2 = 2
@@ -64,10 +64,8 @@ class PackedWeight:
 
     Args:
         weight: The portable form, on the CPU.
-        inputs: The format of the inputs, with ``input_group_size`` consecutive ones sharing a scale (0: a row).
+        inputs: The format of the inputs. ``input_group_size`` consecutive inputs share a scale (0: a row).
 
-    Raises:
-        DyBitError: The kernels cannot hold it (ask :func:`supports` first), or it has a choice beyond its codebooks.
     """
 
     def __init__(self, weight: QuantizedTensor, inputs: InputFormat, input_group_size: int = 0) -> None:
@@ -101,7 +99,7 @@ class PackedWeight:
         self.shape = (spec.rows, spec.columns)
         self.inputs = inputs
         self.isa: str = self._weight.isa
-        #: Up to so many rows, :meth:`linear` takes less time than a product with what :meth:`dequantize` gives.
+        #: Up to so many rows, :meth:`linear` is faster than a product with the result of :meth:`dequantize`.
         self.most_rows = 1 if inputs.magnitude_bits == 0 and self.isa == "scalar" else sys.maxsize
 
     @property
@@ -132,17 +130,17 @@ class PackedWeight:
         ``max(|x|) / reach`` of every row or group. For every segment of columns (a part of one group whose sum fits 32
         bits, 4096 at most) the sum of the products of significands is an exact integer. It is converted to FP32 and
         multiplied by the scales; the segments are added in order with fused multiply-adds, then multiplied by the
-        row's input scale, and the bias is added (csrc/weight.h). All paths agree bit for bit. Of inputs that are not
-        rounded, products are summed in FP32: for several rows in the order of the columns, with the weights' values.
+        row's input scale, and the bias is added (csrc/weight.h). All paths agree bit for bit. Without rounding of
+        inputs, products are summed in FP32; for several rows, in the order of the columns.
 
         Args:
             x: float32 of shape (rows, columns), contiguous. A row with NaN gives a row of NaN; infinities saturate.
             bias: float32 of shape (weight rows,), contiguous, or None.
-            rounding: Scale, offset and reach of the inputs, whose format and group size are those that the weight was
-                packed for.
+            rounding: Scale, offset and reach of the inputs. Format and group size are those that the weight was packed
+                for.
             activation: One of :data:`dybit.operators.activations.ACTIVATIONS`, applied to the results while they are
-                in the cache. Within 2e-7 of the exact function, relative to results above 1
-                (csrc/generic/activation.inc). Torch is no nearer.
+                in the cache. It is within 2e-7 of the exact function, relative to results above 1
+                (csrc/generic/activation.inc); torch is no closer.
 
         Returns:
             float32 of shape (rows, weight rows).
@@ -153,19 +151,19 @@ class PackedWeight:
         return Product(self, bias, rounding).of(x, activation)
 
     def dequantize(self) -> Tensor:
-        """The values that the codes stand for: float32 of shape (rows, columns)."""
+        """Returns the values of the codes: float32 of shape (rows, columns)."""
         out = torch.empty(self.shape, dtype=_F32, device="cpu")
         self._weight.dequantize(address("out", out, _F32, self.shape), torch.get_num_threads())
         return out
 
 
 class Product:
-    """A weight with all that :meth:`PackedWeight.linear` takes beside the inputs, checked once.
+    """A weight with all other arguments of :meth:`PackedWeight.linear` but the inputs, checked once.
 
     Args:
         weight: The weight.
-        bias: As for :meth:`PackedWeight.linear`. Neither it nor the scales may be given other memory afterwards.
-        rounding: Likewise.
+        bias: As for :meth:`PackedWeight.linear`. Do not move its memory, or that of the scales, afterwards.
+        rounding: As for :meth:`PackedWeight.linear`.
 
     Raises:
         DyBitError: A tensor has another type, shape, device or layout, or the reach is not positive.
@@ -180,8 +178,8 @@ class Product:
         if scale is not None and factor != 1:
             scale = scale * factor
         self.weight = weight
-        self._kept = (bias, scale, rounding.offset)  # the extension has their addresses
-        #: The extension's own object, addresses and reach, as the extension takes them.
+        self._kept = (bias, scale, rounding.offset)  # the extension holds their addresses
+        #: Arguments of the extension: its own object, addresses and reach.
         self.given = (
             weight.compiled,
             address("bias", bias, _F32, weight.shape[:1]),
@@ -200,14 +198,14 @@ class Product:
 def feed_forward(
     x: Tensor, first: Product, down: Product, second: Product | None = None, activation: str = ""
 ) -> Tensor:
-    """Returns ``down(activation(first(x)) · second(x))``, without the second factor where ``second`` is None.
+    """Returns ``down(activation(first(x)) · second(x))``, or ``down(activation(first(x)))`` if ``second`` is None.
 
-    It goes by some hundred rows at a time, whose results between the products stay in the cache. Bit for bit what
-    :meth:`PackedWeight.linear` and a product of its results give.
+    Computes a few hundred rows at a time, so that intermediate results stay in the cache. The bits are those of
+    separate calls of :meth:`PackedWeight.linear`.
 
     Args:
         x: As for :meth:`PackedWeight.linear`.
-        first: What the activation follows.
+        first: The product before the activation.
         down: The last product.
         second: Of the shape of ``first``, or None.
         activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
@@ -232,7 +230,7 @@ def feed_forward(
 
 
 def _outputs(x: Tensor, first: PackedWeight, last: PackedWeight) -> tuple[Tensor, tuple[int, int, int]]:
-    """Memory for the results, and what the extension takes: the address of x, its rows, the address of the results."""
+    """Allocates the results. Returns them and the address of x, its rows, and the address of the results."""
     rows = x.shape[0] if x.ndim == 2 else -1
     start = address("x", x, _F32, (rows, first.shape[1]))
     shape = (rows, last.shape[0])
@@ -241,18 +239,18 @@ def _outputs(x: Tensor, first: PackedWeight, last: PackedWeight) -> tuple[Tensor
 
 
 def supports(family: str) -> bool:
-    """Whether the kernels are there and can hold weights of a family: its values must be multiples of one step."""
+    """Whether the kernels are installed and support a family: its values must be multiples of one step."""
     return extension.load() is not None and _tables(family) is not None
 
 
 def significands(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """The significands of a weight whose rows have one scale each, and the values of one unit of them.
+    """Returns the significands of a weight with one scale per row, and the value of one unit of each row.
 
     Returns:
         float32 of shapes (rows, columns) and (rows,).
 
     Raises:
-        DyBitError: The family's values are no multiples of one step.
+        DyBitError: The family's values are not multiples of one step.
     """
     tables = _tables(weight.spec.family)
     if tables is None:
@@ -266,7 +264,7 @@ def significands(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(spec: TensorSpec, rows: int) -> TensorSpec:
-    """The spec of some rows of a weight, every unit with an FP32 scale and a choice of its own."""
+    """Returns the spec of some rows of a weight, with an FP32 scale and a choice for every unit."""
     granularity: Granularity = "group" if spec.group_size else "channel"
     return TensorSpec(spec.family, (rows, *spec.shape[1:]), granularity, spec.group_size, "fp32", granularity)
 

@@ -1,7 +1,6 @@
-"""A linear layer between its calls: what was looked up and packed once, and each call only checks that it holds.
+"""A linear layer prepared for many calls: it is packed once, and each call only checks that nothing has changed.
 
-A product of a few rows, or of many by a small matrix, takes the kernels little more time than Python needs for looking
-things up.
+A small product takes the kernels little longer than Python needs to look up the packed weight.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ class PreparedLinear:
         self._most = 0 if packed is None else packed.most_rows
 
     def holds(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
-        """Whether buffers and bias of a layer are those that were prepared, and were not written to since."""
+        """Whether buffers and bias of a layer are the prepared ones, unchanged since."""
         stored, own = self._snapshot
         return self._bias is bias and stored.holds(buffers) and (bias is None or own.holds({"bias": bias}))
 
     def multiply(self, x: Tensor, activation: str = "") -> Tensor:
         """Multiplies as :func:`dybit.operators.linear.linear` and applies an activation.
 
-        Where the kernels compute both, the activation is within 2e-7 of the exact function.
+        If the kernels compute both, the activation is within 2e-7 of the exact function.
 
         Args:
             x: Floating point of shape (..., columns).
@@ -69,7 +68,7 @@ class PreparedLinear:
         return product.of(x.view(-1, self._columns), activation).view(*x.shape[:-1], self._rows)
 
     def _takes(self, x: Tensor) -> bool:
-        """Whether the kernels can multiply ``x``, not slower than torch, and nothing watches."""
+        """Whether the kernels can multiply ``x``, are not slower than torch, and the dispatcher can be bypassed."""
         return (
             x.dtype is torch.float32
             and x.is_cpu
@@ -83,11 +82,11 @@ class PreparedLinear:
 def feed_forward(
     x: Tensor, first: PreparedLinear, down: PreparedLinear, second: PreparedLinear | None, activation: str
 ) -> Tensor:
-    """Returns ``down(activation(first(x)) · second(x))``, without the second factor where ``second`` is None.
+    """Returns ``down(activation(first(x)) · second(x))``, or ``down(activation(first(x)))`` if ``second`` is None.
 
     Args:
         x: Floating point of shape (..., columns of ``first``).
-        first: What the activation follows.
+        first: The product before the activation.
         down: The last product.
         second: The factor, or None.
         activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
@@ -111,7 +110,7 @@ def feed_forward(
 
 
 def _products(x: Tensor, first: PreparedLinear, *others: PreparedLinear) -> list[Product] | None:
-    """What the kernels multiply by one after the other; None if they cannot."""
+    """Returns the products that the kernels compute one after the other; None if they do not support them."""
     if first._product is None or not first._takes(x):
         return None
     rows, recorded = x.numel() // first._columns, torch.is_grad_enabled()

@@ -1,1 +1,1 @@
-"""Quantization-aware training: weights and inputs are rounded in training, and scales are learned."""
+"""Quantization-aware training: rounds weights and inputs in training and learns their scales."""

@@ -1,4 +1,4 @@
-"""Rounding that learns: straight-through gradients for what is rounded, and those of learned step sizes.
+"""Rounding with gradients: straight-through for the rounded tensor, and learned step sizes.
 
 The gradients are those of LSQ (Esser et al., ICLR 2020) and LSQ+ (Bhalgat et
 al., 2020), written for any codebook. With levels l, scale s, offset o and x̂ = s · l(x) + o, where l(x) is the level
@@ -8,12 +8,12 @@ nearest to (x - o) / s:
 * ∂x̂/∂s is l(x) - (x - o) / s inside, and l(x) outside;
 * ∂x̂/∂o is 0 inside and 1 outside.
 
-What is learned is the logarithm of s / b, where b is the scale that was chosen from the data, and the offset counted in
-steps, so that one step of an optimizer changes any scale by about the same share. The step size a is the mean distance
-of adjacent levels times b, which is LSQ's where the levels are integers; Q is the largest magnitude in steps, and N the
-number of elements that share the scale. LSQ's gradient of a, ∂L/∂a / √(N · Q), changes a by ∂L/∂a / √(N · Q) / a of its
-own size. The gradient given here is the true one of the logarithm times the constant 1 / (a² √(N · Q)): at s = b the
-same change, and no running away as s becomes small.
+The learned parameters are the logarithm of s / b, where b is the scale chosen from data, and the offset in steps. One
+step of an optimizer then changes any scale by about the same share. The step size a is the mean distance of adjacent
+levels times b; for integer levels it is LSQ's. Q is the largest magnitude in steps, N the number of elements that
+share the scale. LSQ's gradient of a, ∂L/∂a / √(N · Q), changes a by the relative amount ∂L/∂a / √(N · Q) / a. The
+gradient used here is that of the logarithm times the constant 1 / (a² √(N · Q)). At s = b it makes the same change,
+and it does not diverge as s becomes small.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dybit.kernels import rounding
 from dybit.kernels.code_operators import fake_quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
-_SMALLEST_SHARE = 2.0**-10  # of the largest scale of a weight: smaller ones learn more slowly
+_SMALLEST_SHARE = 2.0**-10  # relative to the largest scale of a weight: smaller scales learn more slowly
 _SMALLEST_BASE = 2.0**-30
 
 
@@ -45,46 +45,46 @@ def learning_factors(books: tuple[Codebook, ...], device: torch.device) -> Tenso
 
 
 def _round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str) -> Tensor:
-    """``torch.ops.dybit.fake_quantize``, past the dispatcher where nobody traces: half the time, on small layers."""
+    """Calls ``torch.ops.dybit.fake_quantize``, if possible without the dispatcher: twice as fast on small layers."""
     if _callable_directly(x):
         return rounding.fake_quantize(x, scale, offset, catalogue.family(format).books[0])
     return cast(Tensor, fake_quantize(x, scale, offset, format))
 
 
 def _callable_directly(x: Tensor) -> bool:
-    """Whether a tensor has memory, and no compiler is to see the operator."""
+    """Whether a tensor has memory and no compiler needs to see the operator."""
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 @cache
 def spacing(book: Codebook) -> float:
-    """The mean distance of adjacent levels."""
+    """Returns the mean distance of adjacent levels."""
     return float(book.levels[-1] - book.levels[0]) / (len(book.levels) - 1)
 
 
 @cache
 def learning_factor(book: Codebook) -> float:
-    """What turns s · ∂L/∂s / b² / √N into the gradient given to the logarithm of a scale that N elements share."""
+    """Returns the factor that turns s · ∂L/∂s / b² / √N into the gradient of the logarithm of a scale of N elements."""
     step = spacing(book)
     return 1 / (step**2 * math.sqrt(np.abs(book.levels).max() / step))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight, or some rows of its matrix, falls into the units that share a scale.
+    """Splits a weight, or some rows of its matrix, into the units that share a scale.
 
     All views are taken within one autograd function: on small layers, a node for each would cost more than rounding.
 
     Args:
         spec: How the weight is stored.
-        rows: Whether it is rows of the matrix, (count, columns).
+        rows: Whether the tensor is some rows of the matrix, (count, columns).
     """
 
     spec: TensorSpec
     rows: bool = False
 
     def split(self, x: Tensor) -> Tensor:
-        """The units: float32 of shape (units, length), the last groups of rows filled up with zeros."""
+        """Returns the units: float32 of shape (units, length). The last group of a row is padded with zeros."""
         matrix = (x if self.rows else self.spec.to_matrix(x)).float()
         if self.spec.granularity == "tensor":
             return matrix.reshape(1, -1)
@@ -94,7 +94,7 @@ class Layout:
         return matrix
 
     def join(self, units: Tensor, like: Tensor) -> Tensor:
-        """The inverse, in the shape and type of ``like``."""
+        """Inverts :meth:`split`, in the shape and type of ``like``."""
         matrix = units.view(-1, self.spec.columns) if not self._grouped else units.view(-1, self._filled)
         if self._grouped and self._filled > self.spec.columns:
             matrix = matrix[:, : self.spec.columns].contiguous()
@@ -110,9 +110,9 @@ class Layout:
 
 
 def _base(chosen: Tensor) -> Tensor:
-    """The chosen scales by which gradients are divided, none next to zero.
+    """Returns the chosen scales by which gradients are divided, bounded away from zero.
 
-    Units that are zero, or next to nothing beside the others, have scales so small that their squares are zero.
+    Scales of zero or tiny units are so small that their squares are zero.
     """
     size = chosen.abs()
     return torch.maximum(size, (size.amax() * _SMALLEST_SHARE).clamp(min=_SMALLEST_BASE))
@@ -164,10 +164,10 @@ def round_weight(
     """Rounds a weight with a scale and a codebook for every unit; NaN stays NaN.
 
     Args:
-        weight: Floating point, as the layout says; its gradient is straight-through.
-        log_scale: What is learned, a number a unit: it only receives the gradient described above.
-        scale: The scales in use, float32 of the same shape, none of them zero.
-        chosen: Those that were chosen from data, the same.
+        weight: Floating point, as the layout says. Its gradient is straight-through.
+        log_scale: The learned parameter, one number per unit. Its value is not read; it receives the gradient.
+        scale: The scales in use, float32 of the same shape, nonzero.
+        chosen: The scales chosen from data, float32 of the same shape.
         choice: The codebook of every unit, uint8 of the same shape; None for a family of one.
         layout: How units lie in the weight.
 
@@ -208,7 +208,7 @@ class _RoundInput(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # slope is s · ∂L/∂s
             log_grad = slope.mul_(learning_factors((book,), x.device)[0] / (_base(chosen).square() * shared))
         if ctx.needs_input_grad[2]:
-            # A step is the unit of the shift, as it is of the gradient's factor: hence one spacing more.
+            # The shift and the gradient's factor both count in steps, hence one more factor of the spacing.
             factor = learning_factor(book) * spacing(book) / (chosen * shared)
             shift_grad = torch.zeros_like(scale) if clipped is None else clipped * factor
         return x_grad, log_grad, shift_grad, None, None, None, None
@@ -223,14 +223,14 @@ def round_input(
     offset: Tensor | None,
     format: str,
 ) -> Tensor:
-    """Rounds an input that has one scale, and maybe an offset; NaN stays NaN.
+    """Rounds an input with one scale and an optional offset; NaN stays NaN.
 
     Args:
-        x: Floating point of any shape, samples first; its gradient is straight-through.
-        log_scale: What is learned, float32 of shape (1,): it only receives the gradient described above.
-        shift: The same for the offset, or None.
+        x: Floating point of any shape, samples first. Its gradient is straight-through.
+        log_scale: The learned parameter, float32 of shape (1,). Its value is not read; it receives the gradient.
+        shift: The learned parameter of the offset, likewise, or None.
         scale: The scale in use, float32 of shape (1,).
-        chosen: The one that was chosen from data, the same.
+        chosen: The scale chosen from data, float32 of shape (1,).
         offset: The offset in use, float32 of shape (1,), or None.
         format: Name of a single format.
 

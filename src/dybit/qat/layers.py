@@ -1,7 +1,7 @@
-"""Layers in training: any supported module, its weights rounded whenever they are read, and its inputs rounded.
+"""Layers in training: supported modules that round their inputs, and their weights at every read.
 
-As in ``quantized`` a module changes its class and stays the
-same object. ``weight`` is a property that rounds the parameter of that name, which stays in floating point and learns.
+As in ``quantized``, a module changes its class and stays the same object. ``weight`` is a property that rounds the
+floating-point parameter of that name.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Prepared(Described, nn.Module):
 
     Attributes:
         prepared_weights: The names of the weights that are rounded; ``<name>_quantizer`` does it.
-        refreshed_weights: Those whose codebooks this layer chooses anew; not a tied weight that another layer does.
-        input_spec: How dynamic inputs are rounded, or None. Static ones are rounded by ``input_quantizer``.
+        refreshed_weights: The weights whose codebooks this layer updates. A tied weight is updated by one layer only.
+        input_spec: How dynamic inputs are rounded, or None. ``input_quantizer`` rounds static ones.
     """
 
     prepared_weights: tuple[str, ...]
@@ -47,17 +47,17 @@ class Prepared(Described, nn.Module):
         return {name: self.weight_quantizer_of(name).spec for name in self.prepared_weights}
 
     def set_input_(self, spec: InputSpec | None, scale: Tensor | None, offset: Tensor | None) -> None:
-        """As :meth:`Described.set_input_`, for dynamic inputs; static ones are in ``input_quantizer``.
+        """As :meth:`Described.set_input_`, for dynamic inputs. ``input_quantizer`` holds static ones.
 
         Raises:
-            DyBitError: Inputs are static, or are kept, on one side only.
+            DyBitError: The layer and ``spec`` differ in whether inputs are rounded, or ``spec`` is static.
         """
         if (spec is None) != (self.input_spec is None) or (spec is not None and spec.mode == "static"):
             raise DyBitError(f"inputs are rounded as {spec} in the state dict, as {self.input_spec} in the model")
         self.input_spec = spec
 
     def weight_quantizer_of(self, name: str) -> WeightQuantizer:
-        """What rounds a weight."""
+        """Returns the quantizer of a weight."""
         return cast(WeightQuantizer, self._modules[f"{name}_quantizer"])
 
     @property
@@ -71,20 +71,20 @@ class Prepared(Described, nn.Module):
         return self.input_spec is not None or self.static_input is not None
 
     def round_input(self, x: Tensor) -> Tensor:
-        """Rounds an input; returns it as it is where inputs are kept."""
+        """Rounds an input, or returns it unchanged if inputs are not quantized."""
         if self.static_input is not None:
             return cast(Tensor, self.static_input(x))
         return x if self.input_spec is None else round_input(self, x, self.input_spec.rounding())
 
     def count_pass(self) -> None:
-        """Counts a training pass and chooses codebooks where they are due."""
+        """Counts a training pass and updates codebooks that are due."""
         for name in self.refreshed_weights:
             quantizer = self.weight_quantizer_of(name)
             if quantizer.count():
                 quantizer.refresh(cast(Tensor, self._parameters[name]))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
-        """Calls the layer with its hooks; where torch.fx traces, the layer becomes a node of the graph."""
+        """Calls the layer with its hooks. Under torch.fx tracing, the layer becomes a node of the graph."""
         if (tracer := tracer_of(args, kwargs)) is not None:
             return call_leaf(tracer, self, args, kwargs)
         return super().__call__(*args, **kwargs)
@@ -102,7 +102,7 @@ class Prepared(Described, nn.Module):
 
 
 class _PreparedEmbedding(Prepared):
-    """An embedding that rounds only the rows that it looks up."""
+    """An embedding that rounds only the rows it looks up."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
@@ -114,7 +114,7 @@ class _PreparedEmbedding(Prepared):
 
 
 class _PreparedAttention(Prepared):
-    """Multi-head attention; where inputs are rounded, so is that of ``out_proj``, which torch's forward never calls."""
+    """Multi-head attention. If inputs are rounded, so is that of ``out_proj``, which torch's forward never calls."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As ``nn.MultiheadAttention.forward``."""
@@ -136,7 +136,7 @@ class _PreparedAttention(Prepared):
 
 
 class _PreparedExperts(Prepared):
-    """The experts of a mixture; where inputs are rounded, so are those of the second product, inside."""
+    """The experts of a mixture. If inputs are rounded, also rounds the inner inputs of the second product."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """As transformers' experts."""
@@ -151,7 +151,7 @@ class _PreparedExperts(Prepared):
 
 
 class _PreparedRecurrent(MadeWeights, Prepared):
-    """A recurrent layer or cell; where inputs are rounded, so are the states, which are made inside."""
+    """A recurrent layer or cell. If inputs are rounded, also rounds the states."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As the layer's own forward."""
@@ -169,7 +169,7 @@ class _PreparedRecurrent(MadeWeights, Prepared):
 
 
 class _PreparedBag(Prepared):
-    """An embedding with sums or means that rounds only the rows that it looks up."""
+    """An embedding bag that rounds only the rows it looks up."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.EmbeddingBag.forward``."""
@@ -192,10 +192,10 @@ def prepare_layer_(
 
     Args:
         module: A module for which :func:`dybit.layers.kinds.weight_names` is not empty.
-        weights: What rounds its weights, by name; empty to round only the inputs. Tied weights have one in common.
-        refreshed: The names of the weights whose codebooks this layer is to choose anew.
+        weights: The quantizers of its weights, by name; empty to round only the inputs. Tied weights share one.
+        refreshed: The names of the weights whose codebooks this layer updates.
         input_spec: How dynamic inputs are rounded, or None.
-        static_input: What rounds static inputs, or None.
+        static_input: Returns the quantizer of static inputs, or None if there are none.
     """
     before = type(module)
     module.__class__ = _prepared_class(type(module), tuple(weights))  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ def prepare_layer_(
 
 
 def unprepare_(layer: Prepared) -> None:
-    """Turns a layer in training back into its floating-point class, in place, with its floating-point weights."""
+    """Turns a layer in training back into its floating-point class and weights, in place."""
     for name in (*(f"{name}_quantizer" for name in layer.prepared_weights), "input_quantizer"):
         layer._modules.pop(name, None)
     for attribute in ("prepared_weights", "refreshed_weights", "input_spec"):
@@ -225,17 +225,17 @@ def unprepare_(layer: Prepared) -> None:
 
 
 def floating_class(layer: Prepared) -> type[nn.Module]:
-    """The class that a layer in training had before."""
+    """Returns the floating-point class of a layer in training."""
     return next(cls for cls in type(layer).__mro__ if not issubclass(cls, Prepared) and issubclass(cls, nn.Module))
 
 
 def prepared_layers(model: nn.Module) -> dict[str, Prepared]:
-    """The layers in training of a model by qualified name."""
+    """Returns the layers in training of a model by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a module that can be quantized, as parameters."""
+    """Returns the weights of a module that can be quantized, as parameters."""
     found = {name: module._parameters.get(name) for name in weight_names(module)}
     return {name: parameter for name, parameter in found.items() if parameter is not None}
 
@@ -263,6 +263,6 @@ def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 
 
 def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """An empty layer in training of a class; its state follows."""
+    """Makes an empty layer in training of a class; unpickling then sets its state."""
     prepared = _prepared_class(cls, names)  # type: ignore[arg-type]
     return prepared.__new__(prepared)

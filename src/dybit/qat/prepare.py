@@ -22,7 +22,10 @@ from dybit.recipe import LayerRecipe, Recipe
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 BatchNorm = Literal["keep", "fold"]
-_MIDRISE_WIDTHS = (2, 3)  # where training starts from mid-rise variants, whatever the recipe's default; see docs/qat.md
+_MIDRISE_WIDTHS = (
+    2,
+    3,
+)  # training at these widths starts from mid-rise variants, whatever the recipe's default; see docs/qat.md
 
 
 def prepare_qat_(
@@ -40,30 +43,30 @@ def prepare_qat_(
 ) -> nn.Module:
     """Prepares a model for quantization-aware training, in place.
 
-    What :func:`dybit.quantize_` would quantize is rounded from now on, with straight-through gradients and scales that
-    learn, while weights stay parameters in floating point. Train it as any model, with parameters taken from it now;
-    then call :func:`convert_`. In evaluation mode it computes what the converted model will compute, bit for bit.
+    Rounds in every forward what :func:`dybit.quantize_` would quantize, with straight-through gradients and learned
+    scales. Weights stay floating-point parameters. Train the model as usual, with an optimizer made after this call,
+    then call :func:`convert_`. In evaluation mode the outputs are those of the converted model, bit for bit.
 
     Args:
-        model: The model, best a trained one.
-        recipe: How it will be quantized. Where it leaves the variants open, weights of 2 and 3 bits are mid-rise,
-            which training makes better use of than rounding alone does.
-        calibration: As for :func:`dybit.quantize_`. Without it, static inputs are observed in the first training passes
-            and rounded from then on.
-        batch_norm: ``keep`` leaves batch norms as they are, in training and afterwards; ``fold`` folds them into the
-            convolutions before them now, with their running statistics, which thereby are frozen.
-        learn_scales: Whether scales and offsets learn, or stay as they are chosen.
+        model: The model, preferably a trained one.
+        recipe: How it will be quantized. If it does not set the variants, weights of 2 and 3 bits use mid-rise
+            variants, which gain more from training.
+        calibration: As for :func:`dybit.quantize_`. Without it, the first training passes observe static inputs, and
+            later ones round them.
+        batch_norm: ``keep`` keeps batch norms, in training and afterwards. ``fold`` folds them into the convolutions
+            before them now, which freezes their running statistics.
+        learn_scales: Whether to learn scales and offsets.
         observe: Training passes that observe the inputs of a layer without calibration.
-        refresh_every: Training passes of a layer after which its codebooks are chosen anew; 0 for never.
-        freeze_after: Training passes of a layer after which its codebooks are never chosen anew.
-        hysteresis: By what share another codebook's error must be smaller to take the place of the one in use.
+        refresh_every: Training passes of a layer between two updates of its codebooks; 0 for none.
+        freeze_after: Training passes of a layer after which its codebooks are no longer updated.
+        hysteresis: The relative reduction of the error that a codebook must bring to replace the current one.
         progress: As for :func:`dybit.quantize_`.
 
     Returns:
-        The same model, in the mode it was in.
+        The same model, in the same mode (training or evaluation) as before.
 
     Raises:
-        DyBitError: The model is prepared already, an argument is out of range, or as for :func:`dybit.quantize_`.
+        DyBitError: The model is already prepared, or an argument is out of range; or as for :func:`dybit.quantize_`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -80,7 +83,7 @@ def prepare_qat_(
     originals: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def remember(done: int, total: int, text: str) -> None:
-        """Keeps the parameters of the layer that is about to be quantized."""
+        """Keeps the parameters of the layer that is quantized next."""
         if done < total and text in modules:
             originals[modules[text]] = dict(modules[text]._parameters)
         if progress:
@@ -107,7 +110,7 @@ def prepare_qat_(
 
 
 def _for_training(recipe: Recipe) -> Recipe:
-    """A recipe in which weights of 2 and 3 bits are mid-rise unless it says which variants they may choose from."""
+    """Returns the recipe with mid-rise weights of 2 and 3 bits, unless it sets the variants."""
 
     def weights(width: int | str | None, variants: str | None) -> int | str | None:
         return f"dybit{width}mid" if width in _MIDRISE_WIDTHS and variants is None else width
@@ -128,7 +131,7 @@ def _for_training(recipe: Recipe) -> Recipe:
 
 
 def _without_calibration(recipe: Recipe) -> Recipe:
-    """A recipe whose static inputs are dynamic, for the time being."""
+    """Returns the recipe with dynamic inputs in place of static ones, which are observed later."""
     rules = []
     for pattern, changes in recipe.rules:
         kept = changes and tuple(
@@ -146,7 +149,7 @@ def _prepare_layer_(
     learned: bool,
     known: dict[int, WeightQuantizer],
 ) -> None:
-    """Turns a quantized layer into one in training that starts from the same scales."""
+    """Turns a quantized layer into a layer in training with the same scales."""
     quantizers, refreshed = {}, []
     for name in layer.weight_specs:
         key = id(originals[name])
@@ -156,7 +159,7 @@ def _prepare_layer_(
         quantizers[name] = known[key]
     spec = layer.input_spec
     static = None
-    kept = is_embedding(layer) or has_dynamic_inputs(layer)  # the latter's inputs are dynamic
+    kept = is_embedding(layer) or has_dynamic_inputs(layer)  # inner weights have dynamic inputs
     if recipe.activations is not None and recipe.activation_mode == "static" and not kept:
         static = InputQuantizer(recipe, schedule, learned)
         if spec is not None and spec.mode == "static":
@@ -168,14 +171,14 @@ def _prepare_layer_(
 
 
 def convert_(model: nn.Module) -> nn.Module:
-    """Turns a model in training into a quantized one, in place: what :func:`dybit.quantize_` makes.
+    """Turns a prepared model into a quantized one, in place, like one from :func:`dybit.quantize_`.
 
     Returns:
         The same model. Its layers hold packed codes, and :func:`dybit.save` saves it.
 
     Raises:
-        DyBitError: The model is not prepared, its inputs have not been observed to the end, or a weight or scale is not
-            finite. The model is not changed then.
+        DyBitError: The model is not prepared, the observation of its inputs is not complete, or a weight or scale is
+            not finite. The model is then unchanged.
     """
     layers = prepared_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
@@ -216,7 +219,7 @@ _Inputs = tuple[Any, ...]  # the last three arguments of swap_
 def _export(
     name: str, layer: Prepared, known: dict[int, QuantizedTensor]
 ) -> tuple[dict[str, QuantizedTensor], _Inputs]:
-    """What :func:`dybit.layers.quantized.swap_` takes to make the quantized layer."""
+    """Returns the arguments of :func:`dybit.layers.swap.swap_` for the quantized layer."""
     weights = {}
     try:
         for key in layer.prepared_weights:
@@ -232,15 +235,15 @@ def _export(
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
-    """The divergence of a student's predictions from its teacher's (Hinton et al., 2015), to be added to a loss.
+    """Returns the divergence of a student's predictions from its teacher's (Hinton et al., 2015). Add it to a loss.
 
     Args:
         student: Logits of shape (..., classes).
         teacher: Logits of the same shape; no gradient flows into them.
-        temperature: By what both are divided, above 0.
+        temperature: Divides both logits; above 0.
 
     Returns:
-        KL(teacher ‖ student) · temperature², averaged over all but the classes.
+        KL(teacher ‖ student) · temperature², averaged over all dimensions but the classes.
 
     Raises:
         DyBitError: ``temperature`` is not above 0.

@@ -1,9 +1,9 @@
-"""What a layer in training holds for each weight and for its input: learned scales, codebooks, and when to choose anew.
+"""Quantizers of the weights and inputs of layers in training: learned scales, codebooks, and when to update them.
 
-All that training changes is in parameters and buffers, so that state
-dicts resume it, and what is chosen from data is in buffers, which distributed training copies from the first process to
-all others. A scale is the product of a chosen one (a buffer) and a learned factor (the exponential of a parameter): it
-never changes its sign, and weight decay pulls it towards the chosen one.
+All state is in parameters and buffers, so that a state dict resumes training. Choices made from data are in buffers,
+which distributed training copies from the first process to the others. A scale is the product of a chosen scale (a
+buffer) and a learned factor (the exponential of a parameter): its sign never changes, and weight decay pulls it
+towards the chosen scale.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from dybit.tensors.quantized_tensor import QuantizedTensor
 from dybit.tensors.scale_search import Scales, choose_scales
 from dybit.tensors.scale_types import largest_scale, nearest_scale
 
-_SAMPLE = 1 << 14  # elements of an input that are kept to choose from
+_SAMPLE = 1 << 14  # observed elements of an input that are kept
 _SEED = 0x0DB17
-_ROUNDING = 1 - 2.0**-10  # a scale that is too large by rounding needs no larger factor
+_ROUNDING = 1 - 2.0**-10  # a scale that exceeds the factor by rounding only does not need a larger one
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When training passes observe inputs and choose codebooks anew.
+    """When training passes observe inputs and update codebooks.
 
     Args:
-        observe: Passes that observe the inputs of a layer before its scale is chosen, where calibration has not.
-        refresh_every: Passes between two choices of codebooks; 0 to keep the first.
-        freeze_after: The last pass at which codebooks are chosen.
-        hysteresis: By what share another codebook's error must be smaller to take the place of the one in use.
+        observe: Passes that observe the inputs of a layer before its scale is chosen, without calibration.
+        refresh_every: Passes between two updates of codebooks; 0 to keep the first codebooks.
+        freeze_after: The last pass that updates codebooks.
+        hysteresis: The relative reduction of the error that a codebook must bring to replace the current one.
 
     Raises:
         DyBitError: A value is out of range.
@@ -62,12 +62,12 @@ class Schedule:
             raise DyBitError(f"hysteresis must be at least 0 and below 1, not {self.hysteresis!r}")
 
     def due(self, passes: int) -> bool:
-        """Whether codebooks are chosen at a pass, counted from 1."""
+        """Whether a pass, counted from 1, updates codebooks."""
         return self.refresh_every > 0 and passes <= self.freeze_after and passes % self.refresh_every == 0
 
 
 class _Quantizer(nn.Module):
-    """What both kinds share: counting passes, and numbers that stay float32."""
+    """Base of both quantizers: counts passes and keeps its tensors in float32."""
 
     passes: Tensor
     log_scale: nn.Parameter
@@ -78,16 +78,16 @@ class _Quantizer(nn.Module):
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def count(self) -> bool:
-        """Counts a training pass; returns whether codebooks are due.
+        """Counts a training pass and returns whether to update codebooks.
 
-        A pass that gradient checkpointing repeats during the backward pass is not another one.
+        A pass that gradient checkpointing repeats during the backward pass is not counted again.
         """
         if not self.training or in_backward():
             return False
         return self.schedule.due(int(self.passes.add_(1)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantizer:
-        """Moves tensors but keeps their types: scales in half precision would be other scales."""
+        """Moves tensors but keeps their types: half precision would change the scales."""
         before = [(table, name, table[name]) for table in (self._buffers, self._parameters) for name in table]
         before = [(table, name, old.data if old is not None else None) for table, name, old in before]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -109,8 +109,8 @@ class WeightQuantizer(_Quantizer):
     Args:
         weight: The quantized weight to start from.
         recipe: How codebooks are chosen: its ``method`` and ``percentile``.
-        schedule: When they are.
-        learned: Whether scales learn.
+        schedule: When codebooks are chosen.
+        learned: Whether to learn scales.
 
     Attributes:
         log_scale: Logarithm of the learned factors, float32 of shape ``spec.scale_shape``.
@@ -135,12 +135,12 @@ class WeightQuantizer(_Quantizer):
 
     @torch.no_grad()
     def scales(self) -> Tensor:
-        """The scales in use, numbers that the scale type can hold: float32 of shape ``spec.scale_shape``."""
+        """Returns the scales in use, rounded to the scale type: float32 of shape ``spec.scale_shape``."""
         return nearest_scale(self.scale * self.log_scale.exp(), self.spec.scale, self.factor())
 
     @torch.no_grad()
     def factor(self) -> Tensor | None:
-        """The factor of E4M3 scales in use: a power of two times the chosen one, where scales have grown beyond it."""
+        """Returns the factor of E4M3 scales in use: the chosen one, times a power of two if scales have outgrown it."""
         if self.tensor_scale is None:
             return None
         ratio = (self.scale * self.log_scale.exp()).abs().amax() / largest_scale("e4m3") / self.tensor_scale
@@ -151,7 +151,7 @@ class WeightQuantizer(_Quantizer):
         return round_weight(weight, self.log_scale, self.scales(), self.scale, self.choice, Layout(self.spec))
 
     def lookup(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Rounds some rows of the matrix, (count, columns); ``index`` of shape (count,) says which."""
+        """Rounds some rows of the matrix, (count, columns), selected by ``index`` of shape (count,)."""
         log_scale, scale, chosen, choice = self.log_scale, self.scales(), self.scale, self.choice
         if chosen.shape[0] > 1:
             log_scale, scale, chosen = (table.index_select(0, index) for table in (log_scale, scale, chosen))  # type: ignore[assignment]
@@ -160,7 +160,7 @@ class WeightQuantizer(_Quantizer):
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
-        """Chooses codebooks anew; where one changes, so does its scale."""
+        """Updates codebooks, and the scale of every codebook that changes."""
         matrix = self.spec.to_matrix(weight.detach()).float()
         if self.choice is None or not bool(torch.isfinite(matrix).all()):
             return
@@ -178,7 +178,7 @@ class WeightQuantizer(_Quantizer):
         )
         assert chosen.choice is not None
         changed = chosen.choice != self.choice
-        # The learned factor stays as it is: distributed training copies buffers from process to process, only. They are
+        # The learned factor stays: distributed training copies only buffers from process to process. They are
         # replaced and not written to, since a backward pass may still need the old ones.
         self.scale = torch.where(changed, chosen.scale / self.log_scale.exp(), self.scale)
         self.choice = chosen.choice
@@ -186,7 +186,7 @@ class WeightQuantizer(_Quantizer):
             self.tensor_scale = torch.full_like(self.tensor_scale, chosen.tensor_scale)
 
     def export(self, weight: Tensor) -> QuantizedTensor:
-        """The weight as packed codes, which stand for what :meth:`forward` returns.
+        """Packs the weight into codes, with the values that :meth:`forward` returns.
 
         Raises:
             DyBitError: The weight or a scale is not finite.
@@ -200,26 +200,26 @@ class WeightQuantizer(_Quantizer):
         return encode_matrix(self.spec.to_matrix(weight), self.spec, scales)
 
     def extra_repr(self) -> str:
-        """The family and what shares a scale."""
+        """The family and the granularity of the scales."""
         return f"{self.spec.family}/{self.spec.group_size or self.spec.granularity}"
 
 
 class InputQuantizer(_Quantizer):
-    """Rounds an input with a learned static scale; observes inputs until there is one.
+    """Rounds an input with a learned static scale, after observing inputs to choose the first one.
 
     Args:
         recipe: How the format, the scale and the offset are chosen.
-        schedule: When they are.
-        learned: Whether scale and offset learn.
+        schedule: When they are chosen.
+        learned: Whether to learn scale and offset.
 
     Attributes:
         log_scale: Logarithm of the learned factor, float32 of shape (1,).
-        shift: What is learned of the offset, counted in steps of the chosen scale: float32 of shape (1,); None where
-            the recipe allows no offset.
+        shift: The learned part of the offset, in steps of the chosen scale: float32 of shape (1,); None if the recipe
+            allows no offset.
         scale: The chosen scale, float32 of shape (1,).
-        offset: The chosen offset, the same.
-        choice: The chosen one of ``candidates``, int64 of shape (); -1 before.
-        candidates: (format, with an offset) of every possible choice.
+        offset: The chosen offset, float32 of shape (1,).
+        choice: Index of the chosen candidate, int64 of shape (); -1 before there is one.
+        candidates: Every possible choice: (format, whether it has an offset).
     """
 
     scale: Tensor
@@ -244,25 +244,25 @@ class InputQuantizer(_Quantizer):
         self.register_buffer("scale", zero + 1)
         self.register_buffer("offset", zero.clone())
         self.register_buffer("choice", torch.tensor(-1, dtype=torch.int64, device="cpu"))
-        # No buffers, since processes may see batches of different sizes; a run that resumes observes anew.
+        # Not buffers, since processes may see batches of different sizes; a resumed run starts observing again.
         self.seen = 0
         self._sample = torch.empty(0, dtype=torch.float32, device="cpu")
         self._extremes = (0.0, 0.0)
 
     @property
     def ready(self) -> bool:
-        """Whether there is a scale."""
+        """Whether a scale has been chosen."""
         return int(self.choice) >= 0
 
     def set_(self, spec: InputSpec, scale: Tensor, offset: Tensor | None) -> None:
-        """Sets format, scale and offset; what is learned afterwards changes them by a factor and by steps."""
+        """Sets format, scale and offset. Training then changes the scale by a factor and the offset by steps."""
         self.choice = torch.full_like(self.choice, self.candidates.index((spec.format, spec.offset)))
         self.scale = scale.to(self.scale.device) / self.log_scale.detach().exp()
         if offset is not None:
             self.offset = offset.to(self.offset.device) - self._moved()
 
     def export(self) -> tuple[InputSpec, Tensor, Tensor | None]:
-        """The format, the scale in use and the offset in use, float32 of shape (1,) or None.
+        """Returns the format, the scale and the offset in use, float32 of shape (1,) or None.
 
         Raises:
             DyBitError: The scale or the offset is not finite.
@@ -280,7 +280,7 @@ class InputQuantizer(_Quantizer):
         return self.shift.detach() * (self.scale * spacing(book))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rounds an input, floating point of any shape; before there is a scale, returns its values as they are."""
+        """Rounds an input, floating point of any shape. Before a scale is chosen, returns the values unchanged."""
         due = self.count() and x.numel() > 0
         if not self.ready:
             self.settle()
@@ -288,7 +288,7 @@ class InputQuantizer(_Quantizer):
             if self.training and not in_backward() and x.numel():
                 self._observe(x.detach())
             idle = self.log_scale if self.shift is None else self.log_scale + self.shift
-            return x + (idle.sum() * 0.0).to(x.dtype)  # distributed training wants every parameter used
+            return x + (idle.sum() * 0.0).to(x.dtype)  # distributed training requires that every parameter is used
         if due:
             self._refresh(x.detach())
         name, has_offset = self.candidates[int(self.choice)]
@@ -301,13 +301,13 @@ class InputQuantizer(_Quantizer):
         """Adds a batch to an exponential moving sample."""
         low, high = float(x.min()), float(x.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise DyBitError(f"the input of a layer is {low} to {high} while it is observed")
+            raise DyBitError(f"the input of a layer ranges from {low} to {high} while it is observed")
         self.seen += 1
         new = _draw(x, self.seen)
         if self.seen == 1:
             self._sample, self._extremes = new, (low, high)
         else:
-            # Every batch takes the place of an equal share of the sample: old ones fade away.
+            # Every batch replaces an equal share of the sample, so that old batches fade out.
             count = min(len(new), max(1, 2 * len(self._sample) // (self.schedule.observe + 1)))
             generator = torch.Generator().manual_seed(_SEED + self.seen)
             places = torch.randperm(len(self._sample), generator=generator, dtype=torch.int64, device="cpu")[:count]
@@ -316,9 +316,9 @@ class InputQuantizer(_Quantizer):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Chooses format, scale and offset once enough was observed.
+        """Chooses format, scale and offset after the last observing pass.
 
-        Not at the end of the last pass that observes, since gradient checkpointing may repeat that pass.
+        It is called in the pass after it, since gradient checkpointing may repeat the last observing pass.
         """
         if not self.ready and self.seen >= self.schedule.observe and not in_backward():
             statistics = InputStatistics(low=self._extremes[0], high=self._extremes[1], samples=[self._sample[:, None]])
@@ -328,7 +328,7 @@ class InputQuantizer(_Quantizer):
 
     @torch.no_grad()
     def _refresh(self, x: Tensor) -> None:
-        """Chooses the format anew, of the same kind and with the same offset; where it changes, so does the scale."""
+        """Updates the format within its kind, and the scale if the format changes. The offset stays."""
         spec, _, offset = self.export()
         family = next(f for f in self.families if f and any(book.name == spec.format for book in f.books))
         sample = _draw(x, int(self.passes))
@@ -355,7 +355,7 @@ class InputQuantizer(_Quantizer):
 
 
 def _draw(x: Tensor, seed: int) -> Tensor:
-    """Some of the elements of a tensor, float32 of shape (at most _SAMPLE,)."""
+    """Draws elements of a tensor: float32 of shape (at most _SAMPLE,)."""
     flat = x.reshape(-1)
     if len(flat) > _SAMPLE:
         generator = torch.Generator().manual_seed(_SEED + seed)

@@ -1,1 +1,1 @@
-"""Quantized models as programs of kernels."""
+"""Fused inference: whole quantized models as sequences of kernel calls."""

@@ -1,7 +1,7 @@
-"""Activations that quantized linear layers compute while their results are in the cache.
+"""Fuses activations into the quantized linear layers before them: the kernels apply them to results in the cache.
 
-Which layer an activation follows is read from a ``torch.fx``
-trace of the module that holds both; only the trace is taken, the module's own code keeps running.
+A ``torch.fx`` trace of the parent module shows which layer an activation follows. Only the trace is used; the module
+keeps running its own code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dybit.layers.forwards import QuantizedLinear
 from dybit.layers.quantized import Quantized, is_linear
 from dybit.operators.activations import activate
 
-# The names that dybit.operators.activations has for those of transformers, which must not be imported for it.
+# Names of dybit.operators.activations by transformers' class names, since importing transformers is slow.
 _TRANSFORMERS = {
     "GELUActivation": "gelu",
     "GELUTanh": "gelu_tanh",
@@ -29,7 +29,7 @@ _TRANSFORMERS = {
 
 
 def name_of(module: nn.Module | None) -> str:
-    """The name that the kernels have for an activation; empty if they have none."""
+    """Returns the kernels' name of an activation; empty if they do not have it."""
     cls = type(module)
     if cls is nn.GELU:
         return "gelu" if cast(nn.GELU, module).approximate == "none" else "gelu_tanh"
@@ -39,7 +39,7 @@ def name_of(module: nn.Module | None) -> str:
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a call of a module is its class's forward and nothing else: no hooks, no other forward put on it."""
+    """Whether calling a module runs the forward of its class and nothing else: no hooks, no replaced forward."""
     state = vars(layer)
     return not (
         state["_forward_pre_hooks"]
@@ -53,11 +53,11 @@ def is_bare(layer: nn.Module) -> bool:
 class FusedLinear(nn.Module):
     """A quantized linear layer and the activation after it.
 
-    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take,
-    such as other types than float32, the two run one after the other.
+    The two run one after the other if gradients are recorded, under ``torch.compile`` and ``torch.export``, and for
+    inputs that the kernels do not support, such as half precision.
 
     Args:
-        layer: The quantized layer; it is shared, not copied.
+        layer: The quantized layer. It is shared, not copied.
         activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
     """
 
@@ -66,35 +66,35 @@ class FusedLinear(nn.Module):
         self.layer, self.activation = layer, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """Maps (..., in_features) to (..., out_features)."""
         layer = self._modules["layer"]
         if not torch.compiler.is_compiling() and isinstance(layer, QuantizedLinear) and is_bare(layer):
             return layer.multiply(x, self.activation)
         return activate(self.layer(x), self.activation)
 
     def extra_repr(self) -> str:
-        """The activation behind the layer."""
+        """The activation after the layer."""
         return f"activation={self.activation}"
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers and activations whole."""
+    """Treats layers and activations as leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Quantized) or bool(name_of(m)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fuse_activations(model: nn.Module) -> tuple[nn.Module, int]:
-    """Fuses every quantized linear layer whose only user is an activation, both being children of one module.
+    """Fuses every quantized linear layer whose only user is an activation in the same parent module.
 
-    Modules that ``torch.fx`` cannot trace stay as they are.
+    Modules that ``torch.fx`` cannot trace are not changed.
 
     Args:
         model: It is not changed.
 
     Returns:
-        The model and how many layers were fused: where any was, copies of the modules around it, which share everything
-        else; ``model`` itself where none was.
+        The fused model and the number of fused layers. Modules that contain fused layers are copies, all others are
+        shared. If nothing is fused, ``model`` itself.
     """
     replaced: dict[nn.Module, nn.Module] = {}
     fused = _replace(model, replaced)
@@ -102,7 +102,7 @@ def fuse_activations(model: nn.Module) -> tuple[nn.Module, int]:
 
 
 def _replace(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module with its layers fused, or itself; ``replaced`` has what stands for those that were seen."""
+    """Returns a module with its layers fused, or the module itself. ``replaced`` maps modules seen before."""
     if module not in replaced and not isinstance(module, Quantized):
         changed = _fused_children(module)
         for name, child in module.named_children():
@@ -116,7 +116,7 @@ def _replace(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modu
 
 
 def _fused_children(module: nn.Module) -> dict[str, nn.Module]:
-    """Fused layers, and identities in the place of their activations, by the names of children."""
+    """Returns the fused layers, and identities in place of their activations, by the names of children."""
     children = dict(module.named_children())
     layers = {name for name, child in children.items() if isinstance(child, Quantized) and is_linear(child)}
     activations = {name: known for name, child in children.items() if (known := name_of(child))}
@@ -124,7 +124,7 @@ def _fused_children(module: nn.Module) -> dict[str, nn.Module]:
         return {}
     try:
         nodes = _Tracer().trace(module).nodes
-    except Exception:  # tracing runs the module's own code on proxies, and that fails in any way it likes
+    except Exception:  # tracing runs the module's own code on proxies, which can raise any exception
         return {}
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes:
@@ -136,7 +136,7 @@ def _fused_children(module: nn.Module) -> dict[str, nn.Module]:
         alone = all(len(node.users) == 1 for node in calls[name])
         if alone and len(users) == 1 and (user := users.pop()) in activations:
             pairs[name] = user
-    # An activation with other inputs stays, and so do its layers.
+    # an activation that is also used elsewhere is not fused
     for name in set(pairs.values()):
         if any(str(source.target) not in pairs for node in calls[name] for source in node.all_input_nodes):
             pairs = {layer: user for layer, user in pairs.items() if user != name}

@@ -1,7 +1,7 @@
-"""The feed-forward parts of transformers: linear layers with an activation between them, computed as one.
+"""Fuses feed-forward blocks of transformers: linear layers with an activation between them become one kernel call.
 
-Like ``activations``, whose layers it goes on from,
-it reads a ``torch.fx`` trace of a module to find out which layer follows which; the module's own code keeps running.
+It starts from the layers that ``activations`` has fused. A ``torch.fx`` trace shows which layer follows which; modules
+keep running their own code.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _LEAVES = (Quantized, FusedLinear)
 
 
 class FeedForward(nn.Module):
-    """``down(first(x))``, or ``down(first(x) · second(x))``, some hundred rows at a time.
+    """``down(first(x))``, or ``down(first(x) · second(x))``, a few hundred rows at a time.
 
-    Where gradients are recorded, under ``torch.compile`` and ``torch.export``, and for what the kernels do not take,
-    the layers run one after the other.
+    The layers run one after the other if gradients are recorded, under ``torch.compile`` and ``torch.export``, and for
+    inputs that the kernels do not support.
 
     Args:
-        first: A quantized layer with the activation that follows it; it is shared, not copied, like the others.
-        down: The quantized layer at the end.
+        first: A quantized layer with the activation after it. All layers are shared, not copied.
+        down: The last quantized layer.
         second: A quantized layer for the factor, or None.
     """
 
@@ -45,8 +45,8 @@ class FeedForward(nn.Module):
         self.register_module("second", second)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features of the last layer)."""
-        parts = self._modules  # read without nn.Module's search for attributes, which a single row would notice
+        """Maps (..., in_features) to (..., out_features of the last layer)."""
+        parts = self._modules  # bypasses nn.Module's attribute lookup, which is slow compared with a single row
         first, second = cast(FusedLinear, parts["first"]), parts["second"]
         layers = (first._modules["layer"], parts["down"], *((second,) if second is not None else ()))
         if torch.compiler.is_compiling() or not all(isinstance(x, QuantizedLinear) and is_bare(x) for x in layers):
@@ -57,7 +57,7 @@ class FeedForward(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Goes into those modules only that hold layers and can be traced by themselves."""
+    """Enters only modules that contain layers and can be traced on their own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if super().is_leaf_module(m, module_qualified_name) or not any(isinstance(x, _LEAVES) for x in m.modules()):
@@ -65,33 +65,34 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (*_LEAVES, FeedForward)) or _trace(m) is None
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ANN401
-        """Without what is wrapped around a forward: it hands on arguments one by one, which proxies cannot."""
+        """Traces the forward without its decorators, which pass on arguments in ways that proxies do not support."""
         return super().create_args_for_root(inspect.unwrap(root_fn), is_module, concrete_args)
 
     def keys(self, obj: fx.Proxy) -> Any:  # noqa: ANN401  # as fx
-        """Of keyword arguments that are only handed on: they need not be known."""
+        """Returns no keys: keyword arguments that are only passed on need not be known."""
         return iter(())
 
 
 def _trace(module: nn.Module) -> fx.Graph | None:
-    """The calls of a module, or None where they cannot be read from its code."""
+    """Returns the traced calls of a module, or None if it cannot be traced."""
     try:
         return _Tracer().trace(module)
-    except Exception:  # tracing runs the module's own code on proxies, and that fails in any way it likes
+    except Exception:  # tracing runs the module's own code on proxies, which can raise any exception
         return None
 
 
 def fuse_feed_forward(model: nn.Module) -> nn.Module:
-    """Puts a :class:`FeedForward` in the place of layers whose results go to the next layer only.
+    """Replaces chains of layers, whose results go only to the next layer, by :class:`FeedForward`.
 
-    Two layers may lie in different modules, as in BERT; of three, as in Llama, the module that holds them must do
-    nothing else, and is replaced as a whole.
+    A chain of two layers may span different modules, as in BERT. A chain of three, as in Llama, must be all that one
+    module computes; the module is replaced as a whole.
 
     Args:
         model: A model after :func:`dybit.runtime.activations.fuse_activations`. It is not changed.
 
     Returns:
-        Copies of the modules around the layers, which share everything else; ``model`` itself where there are none.
+        The fused model. Modules that contain fused layers are copies, all others are shared. If nothing is fused,
+        ``model`` itself.
     """
     return _Fusion().visit(model)
 
@@ -101,14 +102,14 @@ class _Fusion:
 
     def __init__(self) -> None:
         self._replaced: dict[nn.Module, nn.Module] = {}
-        self._open: set[nn.Module] = set()  # modules that return what a layer with its activation gives
+        self._open: set[nn.Module] = set()  # modules that return the result of a layer with its activation
 
     def visit(self, module: nn.Module) -> nn.Module:
         """Returns the module that replaces another."""
         if isinstance(module, _LEAVES):
             return module
         if module not in self._replaced:
-            self._replaced[module] = module  # until it is known, for a module inside of itself
+            self._replaced[module] = module  # provisional, for a module that contains itself
             children = {name: self.visit(child) for name, child in module.named_children()}
             changed = {name: new for name, new in children.items() if new is not module._modules[name]}
             new = _with(module, changed) if changed else module
@@ -137,7 +138,9 @@ class _Fusion:
                     return whole
             elif (down := _linear(user, module)) is not None and counts[str(user.target)] == 1:
                 changed |= {str(node.target): FeedForward(first, down), str(user.target): nn.Identity()}
-        if changed and _trace(fused := _with(module, changed)) is not None:  # its code may want more of a layer
+        if (
+            changed and _trace(fused := _with(module, changed)) is not None
+        ):  # its code may read other attributes of the layer
             module = fused
         if returned:
             self._open.add(module)
@@ -183,7 +186,7 @@ def _is_identity(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _user(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The only user of a node, behind what returns its argument."""
+    """Returns the only user of a node, skipping identities."""
     while len(node.users) == 1:
         node = next(iter(node.users))
         if not _is_identity(node, root):
@@ -192,7 +195,7 @@ def _user(node: fx.Node, root: nn.Module) -> fx.Node | None:
 
 
 def _source(node: fx.Node, root: nn.Module) -> fx.Node:
-    """Where a value comes from, before what returns its argument."""
+    """Returns the origin of a value, skipping identities."""
     while _is_identity(node, root):
         node = node.all_input_nodes[0]
     return node
@@ -209,7 +212,7 @@ def _with(module: nn.Module, changed: dict[str, nn.Module]) -> nn.Module:
 
 
 def _by_child(changed: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, nn.Module]]]:
-    """Changes grouped by the first part of their path; an empty rest is the child itself."""
+    """Groups changes by the first part of their path. An empty rest means the child itself."""
     groups: dict[str, dict[str, nn.Module]] = {}
     for path, new in changed.items():
         name, _, rest = path.partition(".")

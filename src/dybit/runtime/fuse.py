@@ -1,11 +1,11 @@
 """Fuses a quantized model for inference: between quantized convolutions, activations stay integers.
 
-Linear layers with an activation behind them are :mod:`dybit.runtime.activations`'s, those that follow each other
-:mod:`dybit.runtime.feed_forward`'s.
+:mod:`dybit.runtime.activations` fuses linear layers with activations, :mod:`dybit.runtime.feed_forward` whole
+feed-forward blocks.
 
-The model is traced with ``torch.fx``. A convolution takes up the addition
-and the clamping (ReLU, ReLU6 …) that follow it, rounds its results as the next convolutions want their inputs, border
-included, and hands them on as an image of significands (:mod:`dybit.operators.integer_conv`).
+The model is traced with ``torch.fx``. A convolution absorbs the addition and the clamping (ReLU, ReLU6, …) after it,
+rounds its results to the input format of the next convolutions, adds their border, and passes them on as an image of
+significands (:mod:`dybit.operators.integer_conv`).
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ _IN_PLACE = (operator.iadd, torch.relu_, functional.relu_, torch.clamp_)
 class Fused(nn.Module):
     """A fused model; :func:`fuse` makes it.
 
-    Where images cannot stand for the activations, the model runs layer by layer as it did: for NaN, which has no
-    significand, for inputs that are not float32, and where gradients are recorded. Under ``torch.compile`` and
-    ``torch.export``, which see the graph alone, NaN raises :class:`DyBitError`.
+    The model runs layer by layer if an activation is NaN, if inputs are not float32, and if gradients are recorded.
+    Under ``torch.compile`` and ``torch.export``, which see only the graph, NaN raises :class:`DyBitError`.
 
     Attributes:
         graph: The fused graph, a ``torch.fx.GraphModule``.
-        fused: How many convolutions hand on integers.
+        fused: The number of convolutions that pass on integers.
     """
 
     def __init__(self, graph: fx.GraphModule, model: nn.Module, fused: int) -> None:
         super().__init__()
         self.graph = graph
         self.fused = fused
-        self._model = (model,)  # not registered: its layers are those of the graph
+        self._model = (model,)  # not registered as a submodule: the graph has the same layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the model's own signature
         """As the model."""
@@ -68,7 +67,7 @@ class Fused(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Keeps quantized layers whole."""
+    """Treats quantized layers as leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Quantized | FusedLinear | FeedForward) or super().is_leaf_module(m, module_qualified_name)
@@ -76,7 +75,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass
 class _Stage:
-    """A convolution in the graph and what it takes up."""
+    """A convolution in the graph and the nodes it absorbs."""
 
     conv: fx.Node
     layer: Quantized
@@ -85,16 +84,16 @@ class _Stage:
     pads: tuple[fx.Node, ...]
     addend: fx.Node | None = None
     limits: tuple[float, float] = (-_INFINITY, _INFINITY)
-    taken: list[fx.Node] = field(default_factory=list)  # the addition and the clamp
+    taken: list[fx.Node] = field(default_factory=list)  # addition and clamp
 
     @property
     def result(self) -> fx.Node:
-        """What the others see of it."""
+        """The node whose value other nodes use."""
         return self.taken[-1] if self.taken else self.conv
 
     @property
     def rounding(self) -> tuple[str, float, float | None]:
-        """Format, scale and offset of its input: convolutions that agree can share an image."""
+        """Format, scale and offset of the input. Convolutions that agree can share an image."""
         spec, (scale, offset) = self.layer.input_spec, self.scales
         assert spec is not None
         return spec.format, float(scale), None if offset is None else float(offset)
@@ -108,27 +107,21 @@ class _Stage:
 def fuse(model: nn.Module) -> nn.Module:
     """Fuses a quantized model for inference.
 
-    Convolutions with static input scales take up a residual addition and a ReLU, ReLU6 or clamp behind them, and hand
-    their results on as integers to such convolutions that follow, also behind zero padding; results that others want,
-    too, are given in floating point as well. With the compiled kernels the outputs are those of the model bit for bit
-    (though laid out channels-last). In plain torch floating-point sums may differ in their order.
+    Convolutions with static input scales absorb the residual addition and the ReLU, ReLU6 or clamp after them. They
+    pass their results on as integers to the next such convolutions, also through zero padding. If other modules use
+    the results, they are also computed in floating point. With the compiled kernels, outputs equal those of the model
+    bit for bit, in channels-last layout. In plain torch, floating-point sums may differ in their order.
 
-    A quantized linear layer takes up the ReLU, GELU, SiLU or quick GELU that is its only user, both being children of
-    one module; the kernels compute it while the results are in the cache, to within 2e-7 of the exact function.
-    Where its results only go to another quantized linear layer, or only into a product with those of a second one,
-    which goes to a third, as in the feed-forward parts of transformers, the layers are one call of the kernels, with
-    the same results.
+    A quantized linear layer absorbs a ReLU, GELU, SiLU or quick GELU in the same parent module that is its only user.
+    The kernels compute it within 2e-7 of the exact function. Feed-forward blocks of transformers (two layers in a row,
+    or the product of two layers followed by a third) become one kernel call with the same results.
 
     Args:
         model: A model after :func:`dybit.quantize_`, in evaluation mode. It is not changed; layers are shared with it.
 
     Returns:
         A model with the signature of ``model``, for batches of any size: a :class:`Fused` one if it has convolutions
-        that round their inputs by static scales, else one of its own class; ``model`` itself, with a warning, where
-        there is nothing to fuse.
-
-    Raises:
-        DyBitError: The model has such convolutions, and ``torch.fx`` cannot trace it; the message says why.
+        with static input scales, else one of its own class. If nothing can be fused, ``model`` itself, with a warning.
 
     Example:
         >>> fused = dybit.fuse(dybit.quantize_(model, recipe, calibration=batches))  # doctest: +SKIP
@@ -139,7 +132,9 @@ def fuse(model: nn.Module) -> nn.Module:
     if not any(_takes_images(module) for module in model.modules()):
         if activations:
             return linear
-        return _unchanged(model, "no convolution has a static input scale, and no linear layer an activation behind it")
+        return _unchanged(
+            model, "no convolution has a static input scale, and no linear layer is followed by an activation"
+        )
     try:
         graph = _Tracer().trace(linear)
     except Exception as error:  # tracing runs the model's own code on proxies, and that fails in any way it likes
@@ -148,7 +143,7 @@ def fuse(model: nn.Module) -> nn.Module:
     _drop_identities(module)
     stages = _stages(module)
     if not any(stage.result is not stage.conv for stage in stages) and not _links(stages):
-        return linear if activations else _unchanged(model, "no convolution is followed by what it could take up")
+        return linear if activations else _unchanged(model, "no convolution is followed by a node that it could absorb")
     fused = _rewrite(module, stages)
     return Fused(module, model, fused).train(model.training)
 
@@ -159,7 +154,7 @@ def _unchanged(model: nn.Module, why: str) -> nn.Module:
 
 
 def _drop_identities(module: fx.GraphModule) -> None:
-    """Takes out what returns its input, such as the place of a folded batch norm."""
+    """Removes identities, such as those in place of folded batch norms."""
     for node in list(module.graph.nodes):
         if type(_called(node, module)) is nn.Identity and len(node.all_input_nodes) == 1:
             node.replace_all_uses_with(node.all_input_nodes[0])
@@ -167,14 +162,16 @@ def _drop_identities(module: fx.GraphModule) -> None:
 
 
 def _takes_images(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose inputs are rounded as images are."""
+    """Whether a module is a convolution whose inputs can be images."""
     if not isinstance(module, Quantized) or not is_convolution(module) or module.input_spec is None:
         return False
     conv, spec = cast(nn.Conv2d, module), module.input_spec
     return (
         spec.mode == "static"
         and conv.padding_mode == "zeros"
-        and not (spec.offset and any(conv._reversed_padding_repeated_twice))  # zero is no multiple of a step from it
+        and not (
+            spec.offset and any(conv._reversed_padding_repeated_twice)
+        )  # zero padding has no code if there is an offset
         and module.float_dtype == torch.float32
         and input_format(spec.format) is not None
     )
@@ -185,7 +182,7 @@ def _called(node: fx.Node, root: nn.Module) -> nn.Module | None:
 
 
 def _stages(module: fx.GraphModule) -> list[_Stage]:
-    """The convolutions that take images, each with what it takes up, in the order in which they can run."""
+    """Returns the convolutions that take images, each with the nodes it absorbs, in an order in which they can run."""
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     stages = []
     for node in module.graph.nodes:
@@ -208,7 +205,7 @@ def _stages(module: fx.GraphModule) -> list[_Stage]:
 
 
 def _overwritten(node: fx.Node) -> bool:
-    """Whether another user than the only one may write into a value."""
+    """Whether another node may write to a value in place."""
     return len(node.users) > 1 and any(_in_place(user, node) for user in node.users)
 
 
@@ -227,12 +224,12 @@ def _in_place(node: fx.Node, value: fx.Node) -> bool:
 
 
 def _take_up(stage: _Stage, module: fx.GraphModule, order: dict[fx.Node, int], own: set[fx.Node]) -> None:
-    """Extends a convolution by an addition and a clamp that are its only users."""
+    """Lets a convolution absorb an addition and a clamp that are its only users."""
     user = _only_user(stage.result)
     if user is not None and user.op != "call_module" and user.target in _ADDITIONS and not user.kwargs:
         others = [arg for arg in user.args if arg is not stage.result]
         other = others[0] if len(user.args) == 2 and len(others) == 1 else None
-        # Of two convolutions the later adds; the other is then computed already.
+        # Of two convolutions the later one adds, since the other has already run.
         rival = other in own and len(other.users) == 1 and order[other] > order[stage.conv]  # type: ignore[union-attr,index]
         if isinstance(other, fx.Node) and not rival and not _in_place(user, other) and not _overwritten(other):
             stage.addend = other
@@ -249,7 +246,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
-    """Between which values a node clamps its only tensor; None if it does something else."""
+    """Returns the limits between which a node clamps its only tensor; None if it does something else."""
     module = _called(node, root)
     if module is not None:
         if type(module) is nn.ReLU:
@@ -281,7 +278,7 @@ def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
 
 
 def _zeros(node: fx.Node, root: nn.Module, count: int) -> tuple[int, ...] | None:
-    """The zeros that a node adds before and after each of the last dimensions; None if it is no such padding."""
+    """Returns the zeros that a node adds before and after each of the last dimensions; None for other nodes."""
     module = _called(node, root)
     if isinstance(
         module, nn.ZeroPad1d | nn.ZeroPad2d | nn.ZeroPad3d | nn.ConstantPad1d | nn.ConstantPad2d | nn.ConstantPad3d
@@ -304,29 +301,29 @@ def _zeros(node: fx.Node, root: nn.Module, count: int) -> tuple[int, ...] | None
 
 
 def _paired(padding: Any) -> tuple[int, ...]:  # noqa: ANN401
-    """Padding in the order of the dimensions, from torch's, the last first."""
+    """Reverses the order of padding: torch lists the last dimension first."""
     return tuple(n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2])
 
 
 def _links(stages: list[_Stage]) -> bool:
-    """Whether a convolution takes the result of another."""
+    """Whether a convolution uses the result of another."""
     results = {stage.result for stage in stages}
     return any(stage.source in results for stage in stages)
 
 
 def _border(stages: list[_Stage]) -> tuple[int, ...]:
-    """The border that an image needs for all of its convolutions."""
+    """Returns the border that an image needs for all of its convolutions."""
     return tuple(max(sizes) for sizes in zip(*(stage.padding for stage in stages), strict=True))
 
 
 def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
-    """Puts fused convolutions in the place of the stages; how many give an image."""
+    """Replaces the stages by fused convolutions. Returns how many produce an image."""
     graph = module.graph
     consumers: dict[fx.Node, list[_Stage]] = {}
     for stage in stages:
         consumers.setdefault(stage.source, []).append(stage)
     images: dict[tuple[fx.Node, tuple[Any, ...]], tuple[fx.Node, ImageFormat]] = {}
-    values: dict[fx.Node, fx.Node] = {}  # results in floating point by the nodes that gave them
+    values: dict[fx.Node, fx.Node] = {}  # floating-point results by the nodes that they replace
     fused = 0
 
     def add(name: str, made: nn.Module, *args: fx.Node) -> fx.Node:
@@ -349,7 +346,7 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
             out, scales = ImageFormat(following[0].rounding[0], _border(sharers)), following[0].scales
             fused += 1
         keep = out is None or not all(_leads_to(user, sharers) for user in stage.result.users)
-        stage.layer.inputs_fixed = True  # images are shared and handed on where the scales agree now
+        stage.layer.inputs_fixed = True  # share and pass on images between convolutions whose scales agree
         conv = FusedConv(stage.layer, source, stage.padding, stage.limits, keep, out, *scales)
         call = add(f"conv_{i}", conv, image, *([stage.addend] if stage.addend else []))
         if keep:
@@ -369,7 +366,7 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
 
 
 def _leads_to(node: fx.Node, stages: list[_Stage]) -> bool:
-    """Whether a user of a value is one of some convolutions, or a padding for them alone."""
+    """Whether a user of a value is one of the given convolutions, or a padding used only by them."""
     if any(node is stage.conv for stage in stages):
         return True
     return any(node in stage.pads for stage in stages) and all(_leads_to(user, stages) for user in node.users)

@@ -1,4 +1,4 @@
-"""Layers of a fused model: convolutions of images of significands, and the rounding that makes an image."""
+"""Layers of a fused model: convolutions of images of significands, and rounding to an image."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _WEIGHT = ("weight", "weight_scale", "weight_choice", "weight_tensor_scale", "in
 
 
 class FusedConv(nn.Module):
-    """A quantized convolution of an image, with what follows it.
+    """A quantized convolution of an image, with the addition, clamping and rounding after it.
 
     Args:
         layer: The quantized convolution.
         source: The format of its image.
-        padding: Zeros before and after every dimension in turn, those of the model's own padding included.
-        limits: Between which results are clamped.
-        keep: Whether results are wanted in floating point.
+        padding: Zeros before and after every dimension in turn, including padding layers of the model.
+        limits: The lowest and the highest result; others are clamped.
+        keep: Whether to return the results in floating point.
         out: The format of the next image, or None.
         out_scale: Its scale.
         out_offset: Its offset, or None.
@@ -55,7 +55,7 @@ class FusedConv(nn.Module):
         self._limits, self._keep = limits, keep
 
     def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convolves an image: results and the next image, of which one may be empty (``PreparedConv``)."""
+        """Convolves an image. Returns the results and the next image; one may be empty (see ``PreparedConv``)."""
         state, bias = self.layer._buffers, self.layer.own_bias
         if not unwatched(image, bias):
             return conv_image(image, addend, *self._arguments(bias))
@@ -67,7 +67,7 @@ class FusedConv(nn.Module):
         return prepared[0].run(image, addend)
 
     def _arguments(self, bias: Tensor | None) -> tuple[Any, ...]:
-        """What the operator takes beside the image and the addend."""
+        """Returns the arguments of the operator after the image and the addend."""
         out = None if self.out is None else InputRounding(self.out.name, self.out_scale, self.out_offset)
         return (
             self.layer.quantized_tensor(),
@@ -82,16 +82,16 @@ class FusedConv(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was prepared: copies prepare their own."""
+        """Drops the prepared convolution: copies prepare their own."""
         return self.__dict__ | {"_prepared": None}
 
     def extra_repr(self) -> str:
-        """What it takes and gives."""
+        """The formats of the image and of the next one."""
         return f"source={self.source}, out={self.out}"
 
 
 class Rounding(nn.Module):
-    """Rounds activations to an image, where no convolution before does.
+    """Rounds activations to an image if no convolution before does.
 
     Args:
         scale: The static scale.
@@ -109,9 +109,9 @@ class Rounding(nn.Module):
         self.out = out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rounds (batch, channels, *size)."""
+        """Rounds activations of shape (batch, channels, *size)."""
         return round_image(x, InputRounding(self.out.name, self.scale, self.offset), self.out.border)
 
     def extra_repr(self) -> str:
-        """What it gives."""
+        """The format of the image."""
         return f"out={self.out}"
