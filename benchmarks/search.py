@@ -23,6 +23,7 @@ from torch import nn
 
 from dybit import AcceleratorCost, MaxDrop, SizeCost
 from dybit import demo as demos
+from dybit.errors import DyBitError
 from dybit.mixed_precision.candidate import as_candidates
 from dybit.mixed_precision.cost import cost_table
 from dybit.mixed_precision.measured_model import Subject
@@ -103,6 +104,10 @@ def run(options: argparse.Namespace, name: str, results: Results) -> None:
         for layer in [n for n in subject.layers if n in subject.embeddings and not subject.ties[n]]:
             del subject.layers[layer], subject.ties[layer]
     candidates = as_candidates(words.split(","))
+    names = {one.name: {one.name, word} for one, word in zip(candidates, words.split(","), strict=True)}
+    chosen = {name for name, both in names.items() if not options.against or both & set(options.against)}
+    if not chosen:
+        raise DyBitError(f"--against must name candidates, such as {candidates[0].name}, not {options.against}")
 
     def errors(estimate: str) -> dict[str, list[float]]:
         return measure(subject, candidates, estimate, workers=options.workers, cache=options.cache, progress=progress)  # type: ignore[arg-type]
@@ -114,7 +119,7 @@ def run(options: argparse.Namespace, name: str, results: Results) -> None:
     results.fact(f"Unit of the errors, {name}", trial.judge.unit)
     for index, candidate in enumerate(problem.candidates):
         key = {"model": name, "cost": options.cost, "equal_to": candidate.name}
-        if (options.against and candidate.name not in options.against) or results.has(**key):
+        if candidate.name not in chosen or results.has(**key):
             continue
         uniform = problem.uniform(index)
         limit = problem.main.total(uniform)
@@ -146,7 +151,7 @@ def main() -> None:
     )
     reader.add_argument("--cost", choices=["accelerator", "size"], default="accelerator")
     reader.add_argument("--candidates", help="pairs or widths, separated by commas")
-    reader.add_argument("--against", nargs="+", help="only these uniform recipes")
+    reader.add_argument("--against", nargs="+", help="only these uniform recipes, such as 4/8")
     reader.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     reader.add_argument("--sensitivity", default="kl")
     reader.add_argument("--batches", type=int, default=2)

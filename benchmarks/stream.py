@@ -19,7 +19,8 @@ import torch
 from quantize_smollm2 import PeakMemory
 from results import Column, Results, parser
 
-from dybit.models.streaming import Job, quantize_files, read_source
+from dybit.models.streaming import Job, quantize_files
+from dybit.models.tensor_files import read_source
 from dybit.tensors.quantized_tensor import TensorSpec
 
 SHAPE = (4096, 14336)

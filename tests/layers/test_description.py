@@ -104,7 +104,7 @@ def test_a_state_without_descriptions_is_said():
     model = quantize_(net(), Recipe(weights=4, activations=8), [skewed(1)])
     old = without_descriptions(model.state_dict())
     assert {key.rpartition(".")[2] for key in model.state_dict().keys() - old.keys()} == {KEY}
-    with pytest.warns(dybit.errors.DyBitWarning, match="has no 'dybit_spec', which says how layers are stored"):
+    with pytest.warns(dybit.errors.DyBitWarning, match="has no 'dybit_spec', which describes how layers are stored"):
         assert model.load_state_dict(old)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -155,7 +155,7 @@ def test_layers_of_a_fused_model_refuse_other_inputs():
     model, other = (quantize_(cnn(), Recipe(activations=4), [batch]) for batch in (x, x.square() * 3))
     fused, expected = dybit.fuse(model), model(x)
     model.load_state_dict(model.state_dict())
-    with pytest.raises(RuntimeError, match="inputs are rounded in another way than a fused model expects"):
+    with pytest.raises(RuntimeError, match="a fused model expects other input rounding; call load before fuse"):
         model.load_state_dict(other.state_dict())
     with torch.no_grad():
         assert torch.equal(fused(x), expected)

@@ -1,7 +1,7 @@
 """Multi-head attention written out, so that its output projection is called as a module.
 
-``nn.MultiheadAttention`` reads the weight of ``out_proj`` and never calls it, so nobody can
-observe or round its input.
+``nn.MultiheadAttention`` reads the weight of ``out_proj`` without calling it, so its input could not be observed or
+rounded.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def attend(
     *,
     round_input: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes what ``nn.MultiheadAttention.forward`` does.
+    """Computes ``nn.MultiheadAttention.forward``.
 
-    Arguments and results are its own, and ``round_input``, which is applied to query, key and value.
+    Takes its arguments, and ``round_input``, which is applied to query, key and value. Returns its results.
 
     Raises:
         ValueError: ``is_causal`` without ``attn_mask``, as in torch.
@@ -65,7 +65,7 @@ def attend(
 
 
 def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Query, key and value of shape (batch, length, embed_dim), the learned extra position appended to the latter."""
+    """Returns query, key and value, (batch, length, embed_dim), the latter two with the learned extra position."""
     if module._qkv_same_embed_dim:
         weights = list(module.in_proj_weight.chunk(3))
     else:
@@ -81,7 +81,7 @@ def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: T
 def _mask(
     attn_mask: Tensor | None, padding: Tensor | None, batch: int, heads: int, extra: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks as one additive mask that broadcasts to (batch, heads, queries, keys + extra)."""
+    """Combines both masks into one additive mask that broadcasts to (batch, heads, queries, keys + extra)."""
     total = None
     for mask, shape in ((attn_mask, None), (padding, (batch, 1, 1, -1))):
         if mask is None:

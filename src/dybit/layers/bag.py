@@ -1,4 +1,4 @@
-"""Embeddings with sums or means, computed from the rows that were looked up."""
+"""Embedding bags: sums, means or maxima of rows that were looked up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def bag_of_rows(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """Computes what ``nn.EmbeddingBag.forward`` does, without its table.
+    """Computes ``nn.EmbeddingBag.forward`` from rows instead of the table.
 
     Args:
         bag: The module; its weight is not read.
@@ -29,7 +29,7 @@ def bag_of_rows(
     flat = input.reshape(-1)
     index = torch.arange(rows.shape[0], device=input.device, dtype=input.dtype)
     padding = None
-    if bag.padding_idx is not None:  # one more row stands for it
+    if bag.padding_idx is not None:  # padding indices get an additional row
         padding = rows.shape[0]
         index = index.masked_fill(flat == bag.padding_idx, padding)
         rows = functional.pad(rows, (0, 0, 0, 1))

@@ -1,7 +1,7 @@
 """The description of a quantized layer in its state dict: how its weights are stored and its inputs are rounded.
 
-Codes, scales and offsets mean nothing without their formats, and two models with the same recipe can have other
-formats, since calibration chooses them. So the state dict of a quantized layer has one more tensor: these formats.
+Codes, scales and offsets cannot be read without their formats. Calibration chooses formats, so two models with the same
+recipe can differ in them. The state dict of a quantized layer therefore has one more tensor that holds its formats.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Description:
     input: InputSpec | None
 
     def to_tensor(self) -> Tensor:
-        """The description as JSON text in UTF-8: uint8 of shape (bytes,), on the CPU."""
+        """Encodes the description as JSON text in UTF-8: uint8 of shape (bytes,), on the CPU."""
         values = {
             "weights": {name: spec.to_dict() for name, spec in self.weights.items()},
             "input": self.input.to_dict() if self.input else None,
@@ -47,10 +47,10 @@ class Description:
 
     @classmethod
     def from_tensor(cls, tensor: object) -> Description:
-        """Reads what :meth:`to_tensor` made.
+        """Reads the result of :meth:`to_tensor`.
 
         Raises:
-            DyBitError: It is something else.
+            DyBitError: The tensor is not a description.
         """
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.numel() > _MOST_BYTES:
             what = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor)
@@ -64,10 +64,10 @@ class Description:
         return cls(weights, None if values["input"] is None else InputSpec.from_dict(values["input"]))
 
     def inputs(self, state: Mapping[str, Any], prefix: str) -> tuple[Tensor | None, Tensor | None]:
-        """The scale and offset of a static input in a state dict: float32 of shape (1,), or None.
+        """Returns the scale and offset of a static input in a state dict: float32 of shape (1,), or None.
 
         Raises:
-            DyBitError: The state dict lacks one, or has something else in its place.
+            DyBitError: One is missing, or has another type or shape.
         """
         static = self.input is not None and self.input.mode == "static"
         wanted = {"input_scale": static, "input_offset": static and self.input is not None and self.input.offset}
@@ -84,13 +84,13 @@ class Description:
 class Described:
     """Mixin of modules: a layer whose state dict describes it.
 
-    A state dict that says otherwise how inputs are rounded changes the layer. One that says otherwise how weights are
-    stored is refused: their buffers have other shapes, or other meanings.
+    Loading a state dict changes how the layer rounds inputs to what the state dict says. It raises an error if the
+    weights are stored in another way, since their buffers then have other shapes or meanings.
 
     Attributes:
         weight_specs: How each weight is stored, by its name.
         input_spec: How inputs are rounded, or None.
-        dybit_spec: Always None. Distributed checkpoints look the keys of a state dict up as attributes.
+        dybit_spec: Always None. Distributed checkpoints look up the keys of a state dict as attributes.
     """
 
     weight_specs: dict[str, TensorSpec]
@@ -101,9 +101,9 @@ class Described:
         """Changes how inputs are rounded, in place.
 
         Args:
-            spec: How they are.
-            scale: Of static inputs: float32 of shape (1,).
-            offset: Of static inputs with an offset: float32 of shape (1,).
+            spec: How inputs are rounded.
+            scale: The scale of static inputs: float32 of shape (1,).
+            offset: The offset of static inputs that have one: float32 of shape (1,).
         """
         raise NotImplementedError
 
@@ -117,8 +117,8 @@ class Described:
             buffers = cast(Any, self)._buffers
             if stored is None and any(_fits(state_dict.get(prefix + name), own) for name, own in buffers.items()):
                 message = (
-                    f"the state dict has no {KEY!r}, which says how layers are stored: they are taken to be stored "
-                    "as in the model"
+                    f"the state dict has no {KEY!r}, which describes how layers are stored; they are assumed to be "
+                    "stored as in the model"
                 )
                 warnings.warn(message, DyBitWarning, stacklevel=2)
             elif stored is not None and not (isinstance(stored, Tensor) and stored.is_meta):
@@ -132,7 +132,7 @@ class Described:
 
 
 def _fits(tensor: object, buffer: Tensor | None) -> bool:
-    """Whether a tensor can take the place of a buffer."""
+    """Whether a tensor can replace a buffer."""
     if not isinstance(tensor, Tensor) or buffer is None:
         return False
     return tensor.shape == buffer.shape and tensor.dtype == buffer.dtype
@@ -152,5 +152,5 @@ def _check_weights(found: Mapping[str, TensorSpec], own: Mapping[str, TensorSpec
 
 
 def without_descriptions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state dict that are not descriptions."""
+    """Returns the tensors of a state dict that are not descriptions."""
     return {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] != KEY}

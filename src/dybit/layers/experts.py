@@ -1,4 +1,4 @@
-"""Experts of transformers written out, so that every product of theirs is a call."""
+"""Experts of transformers written out, so that every product is a function call."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from dybit.layers.kinds import expert_kind, expert_weights
 from dybit.operators.experts import mix
 
-#: Multiplies rows (n, columns) by the matrices, in the weight of a name, of their experts (n,).
+#: Multiplies rows (n, columns) by the matrices of their experts (n,), in the weight of a given name.
 Product = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def run_experts(module: nn.Module, product: Product, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-    """Computes what the forward of a module of experts does.
+    """Computes the forward of a module of experts.
 
     Args:
         module: The module; its weights are not read.
         product: Called for every product.
-        *args: As the module takes them (see :func:`dybit.layers.kinds.expert_kind`).
-        **kwargs: Likewise.
+        *args: Arguments of the module's forward (see :func:`dybit.layers.kinds.expert_kind`).
+        **kwargs: Keyword arguments of the module's forward.
 
     Returns:
-        As the module's forward.
+        The results of the module's forward.
     """
     given = [*args, *kwargs.values()]
     kinds: dict[str, Callable[..., Tensor]] = {"routed": _routed, "sorted": _sorted, "counted": _counted}
@@ -46,7 +46,7 @@ def _routed(module: Any, product: Product, hidden_states: Tensor, index: Tensor,
 
 
 def _biased(module: nn.Module, name: str, y: Tensor, expert: Tensor) -> Tensor:
-    """Adds the biases of every row's expert; none to rows of experts that there are not."""
+    """Adds the bias of every row's expert; rows with an expert out of range get none."""
     bias = module._parameters.get(f"{name}_bias")
     if bias is None:
         return y

@@ -1,4 +1,4 @@
-"""How each kind of quantized layer computes its output."""
+"""The forward of each kind of quantized layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dybit.operators.prepared_linear import PreparedLinear
 
 
 class QuantizedLinear(Quantized):
-    """A linear layer that multiplies by the codes, with the compiled kernels where they are."""
+    """A linear layer that multiplies by the codes, with the compiled kernels if they are installed."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Multiplies the only argument, whatever its name: (..., in_features) to (..., out_features)."""
+        """Multiplies the only argument, under any name: (..., in_features) to (..., out_features)."""
         (x,) = (*args, *kwargs.values())
         return self.multiply(x)
 
@@ -43,7 +43,7 @@ class QuantizedLinear(Quantized):
         return self.prepared().multiply(x, activation)
 
     def prepared(self) -> PreparedLinear:
-        """The weight and bias, prepared for the layer's inputs when they are first used."""
+        """Returns weight and bias prepared for the layer's inputs; the first call prepares them."""
         state, bias = self.__dict__, self.own_bias
         prepared: PreparedLinear | None = state.get("_prepared")
         if prepared is None or not prepared.holds(state["_buffers"], bias):
@@ -52,16 +52,16 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedConv(Quantized):
-    """A convolution of rounded inputs by the codes, with the compiled kernels where they are."""
+    """A convolution of rounded inputs by the codes, with the compiled kernels if they are installed."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Convolves the only argument, whatever its name."""
+        """Convolves the only argument, under any name."""
         layer = cast(nn.Conv2d, self)
         if self.input_spec is None:
             return cast(Tensor, super().forward(*args, **kwargs))
         (x,) = (*args, *kwargs.values())
         padding: Sequence[int] = layer._reversed_padding_repeated_twice
-        if layer.padding_mode != "zeros":  # the border has values of the input, so it can be rounded with it
+        if layer.padding_mode != "zeros":  # such a border repeats values of the input: round both
             x = nn.functional.pad(x, padding, mode=layer.padding_mode)
             padding = [0] * len(padding)
         in_order = [n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]]
@@ -70,7 +70,7 @@ class QuantizedConv(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """An embedding that dequantizes only the rows that it looks up."""
+    """An embedding that dequantizes only the rows it looks up."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
@@ -78,7 +78,7 @@ class QuantizedEmbedding(Quantized):
 
 
 class QuantizedBag(Quantized):
-    """An embedding with sums or means that dequantizes only the rows that it looks up."""
+    """An embedding bag that dequantizes only the rows it looks up."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.EmbeddingBag.forward``."""
@@ -87,10 +87,10 @@ class QuantizedBag(Quantized):
 
 
 class QuantizedRecurrent(MadeWeights, Quantized):
-    """A recurrent layer or cell; where inputs are rounded, so are the states, which are made inside.
+    """A recurrent layer or cell. If inputs are rounded, so are the states.
 
-    With the kernels a step costs less than torch's forward. That is given dequantized weights where there are none,
-    where it is compiled, and of subclasses with a forward of their own.
+    With the kernels, a step costs less than torch's forward. Torch's forward runs on dequantized weights if there are
+    no kernels, under ``torch.compile``, and in subclasses with their own forward.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -110,7 +110,7 @@ class QuantizedRecurrent(MadeWeights, Quantized):
 
 
 class QuantizedAttention(Quantized):
-    """Multi-head attention; where inputs are rounded, so is that of ``out_proj``, which torch's forward never calls."""
+    """Multi-head attention. If inputs are rounded, so is that of ``out_proj``, which torch's forward never calls."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As ``nn.MultiheadAttention.forward``."""
@@ -121,7 +121,7 @@ class QuantizedAttention(Quantized):
 
 
 class QuantizedExperts(Quantized):
-    """The experts of a mixture, all in one module: only those that are hit are multiplied, each with its rows."""
+    """The experts of a mixture in one module. Only experts that have tokens are computed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """As transformers' experts."""
@@ -134,5 +134,5 @@ class QuantizedExperts(Quantized):
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a quantized convolution that rounds and convolves its only argument and does nothing else."""
+    """Whether a module is a quantized convolution that only rounds and convolves its only argument."""
     return type(module).forward is QuantizedConv.forward

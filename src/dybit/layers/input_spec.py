@@ -26,8 +26,8 @@ class InputSpec:
     Args:
         format: Name of a single format, such as ``u8r3``.
         mode: ``static`` (scale and offset are buffers) or ``dynamic`` (the scale is the largest magnitude).
-        reach: For dynamic inputs: the value to which the largest magnitude is scaled. Tapered formats are best used up
-            to a value well below their largest.
+        reach: For dynamic inputs: the value to which the largest magnitude is scaled. For tapered formats, a value well
+            below the largest one is best.
         group_size: For dynamic inputs of linear layers: consecutive features that share a scale.
         offset: Whether a static input has an offset.
 
@@ -69,14 +69,14 @@ class InputSpec:
     to_dict = asdict
 
     def rounding(self, scale: Tensor | None = None, offset: Tensor | None = None) -> InputRounding:
-        """The same as operators take it, with the scale and offset of static inputs."""
+        """Returns the argument of operators, with the scale and offset of static inputs."""
         return InputRounding(self.format, scale, offset, self.reach or 1.0, self.group_size or 0)
 
 
 def round_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], round_input: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with the inputs among them rounded."""
+    """Returns the arguments of a call with its inputs rounded."""
     positional = list(args)
     for place in input_places(module, args, kwargs):
         if isinstance(place, int):
@@ -87,7 +87,7 @@ def round_inputs(
 
 
 def round_input(module: nn.Module, x: Tensor, rounding: InputRounding) -> Tensor:
-    """Rounds an input of a module; dynamic scales are those of groups or positions, for convolutions of samples."""
+    """Rounds an input of a module. Dynamic scales belong to groups or positions; in convolutions, to samples."""
     if rounding.format and rounding.scale is None and isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         samples = x[None] if channel_dim(module, x) == 0 else x
         return replace(rounding, group_size=0).round(samples.flatten(1)).view(x.shape)

@@ -28,35 +28,35 @@ TABLES = (nn.Embedding, nn.EmbeddingBag)
 SUPPORTED = (nn.Linear, *TABLES, nn.MultiheadAttention, *CONVOLUTIONS, *TRANSPOSED)
 
 
-# Experts of transformers that are not marked as such (see is_experts), by the name of their class: how they are called.
+# How to call experts of transformers that is_experts cannot recognize, by the name of their class.
 _EXPERT_CLASSES = {"Llama4TextExperts": "sorted", "JetMoeParallelExperts": "counted", "Step3p7Experts": "routed"}
 
 
 def named_experts(cls: type) -> str | None:
-    """How experts of a class that transformers does not mark are called; None for other classes."""
+    """Returns how to call experts of a class that transformers does not mark; None for other classes."""
     own = (c.__name__ for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
     return next((_EXPERT_CLASSES[name] for name in own if name in _EXPERT_CLASSES), None)
 
 
 def expert_kind(module: nn.Module) -> str:
-    """How a module of experts is called.
+    """Returns how to call a module of experts.
 
-    ``routed`` experts are given tokens, and the experts of every token with their weights; ``sorted`` ones as many
-    tokens for each, one expert after the other; ``counted`` ones tokens in the order of the experts, and how many each
-    has.
+    ``routed`` experts take tokens, and the experts of every token with their weights. ``sorted`` experts take tokens
+    ordered by expert, the same number for each. ``counted`` experts take tokens ordered by expert and the number of
+    tokens of each.
     """
     return named_experts(type(module)) or "routed"
 
 
 def expert_weights(module: nn.Module) -> tuple[str, ...]:
-    """The names of the weights of a module of experts, in the order in which they are used."""
+    """Returns the names of the weights of a module of experts, in the order of their use."""
     if expert_kind(module) == "counted":
         return ("weight",)
     return EXPERTS[0 if getattr(module, "has_gate", True) else 1], EXPERTS[2]
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of the weights of a module that can be quantized; empty for other modules."""
+    """Returns the names of the weights of a module that can be quantized; empty for other modules."""
     if isinstance(module, nn.MultiheadAttention):
         return (
             ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -76,7 +76,7 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def inner_weights(module: nn.Module) -> tuple[str, ...]:
-    """The weights that multiply what a layer makes itself, where calibration does not look: states, hidden features."""
+    """Returns the weights whose inputs the layer computes itself (states, hidden features), unseen by calibration."""
     if is_experts(module):
         return expert_weights(module)[1:]
     outer = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
@@ -84,14 +84,14 @@ def inner_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def has_dynamic_inputs(module: nn.Module) -> bool:
-    """Whether inputs of a layer can only have dynamic scales: it makes some itself, or has an operator of its own."""
+    """Whether inputs must have dynamic scales: the layer computes some itself, or its operator supports no others."""
     return is_experts(module) or isinstance(module, RECURRENT)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is experts of transformers 5: matrices (out, in) or (in, out) stacked in parameters.
+    """Whether a module holds experts of transformers 5: matrices (out, in) or (in, out) stacked in parameters.
 
-    Transformers marks classes whose forward its other implementations can stand in for; so can ours.
+    Transformers marks the classes whose forward can be replaced by other implementations.
     """
     marks = vars(module)
     marked = isinstance(marks.get("is_transposed"), bool) and isinstance(marks.get("has_bias"), bool)
@@ -102,12 +102,12 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def input_places(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int | str]:
-    """Where in the arguments of a call the inputs are: positions and names.
+    """Returns where the inputs are among the arguments of a call: positions and names.
 
-    Query, key and value of attention, in this order; the sequence of recurrent layers, which may be packed; of other
-    layers the first floating-point tensor.
+    The inputs are query, key and value of attention, in this order; the sequence of recurrent layers, which may be
+    packed; and the first floating-point tensor of other layers.
     """
-    if isinstance(module, RECURRENT):  # also a packed sequence; the others are states
+    if isinstance(module, RECURRENT):  # also a packed sequence; the other arguments are states
         first: list[int | str] = [0] if args else [name for name in kwargs if name != "hx"]
         return first[:1]
     places: list[int | str] = [i for i, x in enumerate(args) if _is_floating(x)]
@@ -123,7 +123,7 @@ def _is_floating(x: object) -> bool:
 
 
 def channels(module: nn.Module, name: str = "weight") -> int:
-    """The channels of the input that a weight multiplies."""
+    """Returns the number of input channels that a weight multiplies."""
     weight = getattr(module, name)
     if is_experts(module):
         return int(weight.shape[1 if transposed(module) else 2])
@@ -131,7 +131,7 @@ def channels(module: nn.Module, name: str = "weight") -> int:
 
 
 def transposed(module: nn.Module) -> int:
-    """0, or the channel groups of a weight that counts input channels first (see ``TensorSpec``)."""
+    """Returns 0, or the channel groups of a weight whose first dimension is input channels (see ``TensorSpec``)."""
     if is_experts(module):
         return int(getattr(module, "is_transposed", expert_kind(module) == "sorted"))
     return module.groups if isinstance(module, TRANSPOSED) else int(_is_conv1d(module))
@@ -145,27 +145,27 @@ class Layout(TypedDict):
 
 
 def layout(module: nn.Module) -> Layout:
-    """How the weights of a module lie."""
+    """Returns the layout of the weights of a module."""
     return {"transposed": transposed(module), "row_dims": 2 if is_experts(module) else 1}
 
 
 def channel_groups(module: nn.Module) -> int:
-    """In how many groups the channels are connected."""
+    """Returns the number of channel groups."""
     return module.groups if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else 1
 
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
-    """The dimension of an input that counts channels."""
+    """Returns the channel dimension of an input."""
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return x.ndim - len(module.kernel_size) - 1
     return x.ndim - 1
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' ``Conv1D``, a linear layer with a transposed weight; without importing it."""
+    """Whether a module is transformers' ``Conv1D``, a linear layer with a transposed weight. Imports nothing."""
     return any(named_conv1d(c) for c in type(module).__mro__)
 
 
 def named_conv1d(cls: type) -> bool:
-    """Whether a class is transformers' ``Conv1D``, by its name: transformers need not be installed."""
+    """Whether a class is transformers' ``Conv1D``, by its name, since transformers may not be installed."""
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"

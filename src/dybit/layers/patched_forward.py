@@ -1,7 +1,7 @@
-"""Keeps a forward that was put on a module itself in step with the module's class.
+"""Keeps a forward that was set on an instance in step with the class of the module.
 
-Libraries such as accelerate replace ``forward`` on the instance and keep the bound method that was there. When a module
-is quantized its class changes, and that method would still compute the layer of before.
+Libraries such as accelerate replace ``forward`` on the instance and keep the bound method of the class. Quantizing a
+module changes its class, and the kept method would still compute the old layer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dybit.layers.input_spec import round_inputs
 
 
 def follow_class_(module: nn.Module, before: type[nn.Module]) -> None:
-    """Adapts what was put on a module after its class has changed, in place.
+    """Adapts forwards that were set on a module after its class has changed, in place.
 
-    Bound methods of the old class's forward become those of the new one. Where there is another forward and no such
-    method, the forward is called with rounded inputs.
+    Bound methods of the old class's forward become those of the new class. A replaced forward that keeps no such method
+    is called with rounded inputs.
 
     Args:
         module: The module, of its new class.
-        before: Its class until now.
+        before: Its previous class.
     """
     state = module.__dict__
     forward = state.get("forward")
@@ -40,7 +40,7 @@ def follow_class_(module: nn.Module, before: type[nn.Module]) -> None:
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Modules with other forwards; those that they had are put back afterwards."""
+    """Replaces the forwards of modules, and restores them afterwards."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -55,12 +55,12 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether a module has a forward of its own from which that of its class cannot be told."""
+    """Whether a module has a forward of its own that keeps no bound method of its class."""
     return "forward" in vars(module) and not _methods(module, type(module))
 
 
 def _methods(module: nn.Module, cls: type[nn.Module]) -> list[str]:
-    """The attributes of a module that are its forward, bound when its class was some class."""
+    """Returns the attributes of a module that are bound methods of a class's forward."""
     return [
         name
         for name, value in vars(module).items()

@@ -1,9 +1,9 @@
-"""Quantized layers: any supported module, its weights held as packed codes and its inputs rounded to codes.
+"""Quantized layers: supported modules that hold packed codes as weights and round their inputs to codes.
 
-A layer is quantized in place by changing its class to a subclass that is made for it: the module stays the same object,
-in the same containers, with the same forward. What changes is that ``weight`` is a property, which dequantizes the
-packed codes whenever the forward (or anybody) reads it, while the buffer of that name, and so the state dict, holds the
-codes. Subclasses with a forward of their own, such as convolutions that pad first, work unchanged.
+Quantizing a layer changes its class to a generated subclass, in place. The module stays the same object, in the same
+containers, with the same forward. ``weight`` becomes a property that dequantizes the packed codes at every read. The
+buffer of that name, and so the state dict, holds the codes. Subclasses with their own forward, such as convolutions
+that pad first, work unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Quantized(Described, nn.Module):
     """Mixin of all quantized layers; :func:`swap_` makes them.
 
     Attributes:
-        float_dtype: The type in which weights are dequantized; follows ``.to(dtype)``.
+        float_dtype: The type of dequantized weights; follows ``.to(dtype)``.
         added_bias: Whether a bias was added to a layer that had none (:func:`set_bias_`).
         frozen_weights: The weights that did not require gradients in floating point.
         inputs_fixed: Whether a fused model was built for the scale and offset of the inputs.
@@ -44,12 +44,12 @@ class Quantized(Described, nn.Module):
     inputs_fixed: bool = False
 
     def quantized_tensor(self, name: str = "weight") -> QuantizedTensor:
-        """The codes, scales and choices of a weight."""
+        """Returns the codes, scales and choices of a weight."""
         parts = (self._buffers.get(name + suffix) for suffix in ("", "_scale", "_choice", "_tensor_scale"))
         return QuantizedTensor(self.weight_specs[name], *parts)  # type: ignore[arg-type]
 
     def read_weight(self, name: str = "weight") -> Tensor:
-        """The values of a weight in ``float_dtype``, computed when they are used (:class:`QuantizedWeight`)."""
+        """Returns a weight in ``float_dtype``. Its values are computed at first use (:class:`QuantizedWeight`)."""
         stored = self.quantized_tensor(name)
         if reads_plain_values():
             return stored.dequantize(self.float_dtype)
@@ -57,26 +57,26 @@ class Quantized(Described, nn.Module):
 
     @property
     def own_bias(self) -> Tensor | None:
-        """The bias, also where it is pruned or parametrized; None where the layer has none."""
+        """Returns the bias, with pruning and parametrizations applied; None without a bias."""
         own = self._parameters
         return own["bias"] if "bias" in own else getattr(self, "bias", None)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As ``nn.Module.parameters``, and the weights, which refuse to be trained."""
+        """As ``nn.Module.parameters``, plus the quantized weights, which cannot be trained."""
         yield from super().parameters(recurse)
         yield from (cast(nn.Parameter, getattr(self, name)) for name in self.weight_specs)
 
     def input_rounding(self) -> InputRounding:
-        """How inputs are rounded, as operators take it."""
+        """Returns how inputs are rounded, as an argument of operators."""
         spec, get = self.input_spec, self._buffers.get
         return KEPT if spec is None else spec.rounding(get("input_scale"), get("input_offset"))
 
     def round_input(self, x: Tensor) -> Tensor:
-        """Rounds an input to the values of its codes; returns it as it is where inputs are kept."""
+        """Rounds an input to the values of its codes, or returns it unchanged if inputs are not quantized."""
         return round_input(self, x, self.input_rounding())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped layer's own signature
-        """Calls the layer with its hooks; where torch.fx traces, the layer becomes a node of the graph."""
+        """Calls the layer with its hooks. Under torch.fx tracing, the layer becomes a node of the graph."""
         if (tracer := tracer_of(args, kwargs)) is not None:
             return call_leaf(tracer, self, args, kwargs)
         return super().__call__(*args, **kwargs)
@@ -91,7 +91,7 @@ class Quantized(Described, nn.Module):
         return super().forward(*args, **kwargs)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As ``nn.Module.register_buffer``, which would refuse the name of a property, and compute it to find out."""
+        """As ``nn.Module.register_buffer``, which would compute a property of that name and refuse the name."""
         tensor = None if tensor is None else ordinary(tensor)
         if name in self.weight_specs or name in ("input_scale", "input_offset"):
             self._buffers[name] = tensor
@@ -99,9 +99,9 @@ class Quantized(Described, nn.Module):
             super().register_buffer(name, tensor, persistent)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """As ``nn.Module.__setattr__``, but refuses values in the place of codes.
+        """As ``nn.Module.__setattr__``, but refuses to replace codes by values.
 
-        Values that the weight has already change nothing: whoever ties weights assigns what was read from another.
+        Assigning the values that the weight already has changes nothing: tying weights does this.
         """
         if isinstance(value, Tensor) and name in self.__dict__.get("weight_specs", ()):
             spec = self.weight_specs[name]
@@ -130,13 +130,13 @@ class Quantized(Described, nn.Module):
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """As ``nn.Module.__delattr__``, but refuses to take the codes away, as parametrizations do."""
+        """As ``nn.Module.__delattr__``, but refuses to remove the codes, as parametrizations would."""
         if name in self.__dict__.get("weight_specs", ()):
             raise DyBitError(f"{name} of a quantized layer cannot be removed or parametrized; call dequantize_ first")
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ``nn.Module.register_parameter``, but refuses the parameter with which pruning would begin."""
+        """As ``nn.Module.register_parameter``, but refuses the parameter that pruning registers."""
         if name.endswith("_orig") and name.removesuffix("_orig") in self.weight_specs:
             raise DyBitError(f"{name[:-5]} of a quantized layer cannot be pruned; call dequantize_ first")
         super().register_parameter(name, param)
@@ -150,7 +150,7 @@ class Quantized(Described, nn.Module):
         given = {"input_scale": scale, "input_offset": offset}
         same = spec == self.input_spec
         if self.inputs_fixed and not (same and all(_equal(self._buffers.get(n), t) for n, t in given.items())):
-            raise DyBitError("inputs are rounded in another way than a fused model expects; load before fuse")
+            raise DyBitError("a fused model expects other input rounding; call load before fuse")
         if same:
             return
         self.__dict__.pop("_prepared", None)
@@ -162,13 +162,13 @@ class Quantized(Described, nn.Module):
                 self.register_buffer(name, tensor.detach().to(home.device if home is not None else None, copy=True))
 
     def extra_repr(self) -> str:
-        """The layer's own description and how it is quantized."""
+        """The description of the original class, and how it is quantized."""
         weights = {f"{spec.family}/{spec.group_size or spec.granularity}" for spec in self.weight_specs.values()}
         inputs = f", input={self.input_spec.format}/{self.input_spec.mode}" if self.input_spec else ""
         return f"{super().extra_repr()}, weight={'+'.join(sorted(weights))}{inputs}".lstrip(", ")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
-        """Moves buffers but keeps their types: scales in half precision would be other scales."""
+        """Moves buffers but keeps their types: half precision would change the scales."""
         before = dict(self._buffers)
         self.__dict__.pop("_prepared", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -181,26 +181,26 @@ class Quantized(Described, nn.Module):
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors that can be missing have the same values."""
+    """Whether two tensors, or None, have the same values."""
     return one is other or (one is not None and other is not None and torch.equal(one.cpu(), other.cpu()))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
-    """The quantized layers of a model by qualified name."""
+    """Returns the quantized layers of a model by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module, quantized or not, multiplies its only argument by its weight and does nothing else."""
+    """Whether a module, quantized or not, only multiplies its only argument by its weight."""
     cls = original_class(module) if isinstance(module, Quantized) else type(module)
     return cls.forward is nn.Linear.forward or named_conv1d(cls)
 
 
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
-    """Whether a module is attention with torch's own forward, which ``attend`` can stand in for."""
+    """Whether a module is attention with torch's own forward, which ``attend`` can replace."""
     return type(module).forward is nn.MultiheadAttention.forward and not is_replaced(module)
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
-    """The floating-point class of a quantized layer."""
+    """Returns the floating-point class of a quantized layer."""
     return next(cls for cls in type(layer).__mro__ if not issubclass(cls, Quantized) and issubclass(cls, nn.Module))

@@ -1,7 +1,7 @@
-"""The weight of a quantized layer as a tensor: computes its values when they are used, quantizes what is written.
+"""The weight of a quantized layer as a tensor: dequantizes when values are used, and quantizes values that are written.
 
-Models read ``layer.weight.dtype`` or ``.device`` in their forward, which must not cost a dequantization. Code that
-merges, initializes or prunes writes to ``layer.weight``, which must not be lost.
+Many models read ``layer.weight.dtype`` or ``.device`` in their forward; this must not dequantize the weight. Code that
+merges, initializes or prunes weights writes to ``layer.weight``; such writes must not be lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dybit.operators.packed_cache import Snapshot
 from dybit.tensors.encoding import requantize
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
-# Answered without values.
+# Answered without computing values.
 _PROPERTIES = """
     device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
     is_sparse_csr is_xpu itemsize layout nbytes ndim output_nr requires_grad retains_grad shape
@@ -38,7 +38,7 @@ _DESCRIPTIONS: set[Callable[..., Any]] = {
     torch.is_floating_point,
     torch.numel,
 }
-# Answered for something of the same shape, type and device.
+# Answered by a tensor without memory of the same shape, type and device.
 _ALIKE: set[Callable[..., Any]] = {
     *(getattr(Tensor, f"new_{name}") for name in ("empty", "empty_strided", "full", "ones", "tensor", "zeros")),
     *(getattr(torch, f"{name}_like") for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
@@ -46,7 +46,7 @@ _ALIKE: set[Callable[..., Any]] = {
     torch.is_same_size,
     torch.result_type,
 }
-# The same, where the weight is not the first argument.
+# The same, if the weight is not the first argument.
 _AS: set[Callable[..., Any]] = {Tensor.expand_as, Tensor.reshape_as, Tensor.to, Tensor.type_as, Tensor.view_as}
 _TRAINED = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _REPLACED = {Tensor.resize_, Tensor.resize_as_}
@@ -55,9 +55,9 @@ _modes = threading.local()
 
 @contextmanager
 def plain_values() -> Iterator[None]:
-    """Within it, this thread reads weights of quantized layers as ordinary tensors.
+    """Makes this thread read weights of quantized layers as ordinary tensors.
 
-    Torch's fused attention is for ordinary tensors only.
+    Torch's fused attention accepts only ordinary tensors.
     """
     before = reads_plain_values()
     _modes.plain = True
@@ -68,17 +68,17 @@ def plain_values() -> Iterator[None]:
 
 
 def reads_plain_values() -> bool:
-    """Whether weights are to be read as ordinary tensors: in :func:`plain_values` and where torch compiles."""
+    """Whether weights are read as ordinary tensors: within :func:`plain_values` and under ``torch.compile``."""
     return torch.compiler.is_compiling() or getattr(_modes, "plain", False)
 
 
 class QuantizedWeight(Tensor):
     """The weight of a quantized layer, or a view of it.
 
-    Shape, type and device are known at once; the values are dequantized at the first operation that needs them. What
-    is written to it, in place or by ``weight.data = values``, is quantized at once into the codes, scales and choices
-    of the layer, with a :class:`~dybit.errors.DyBitWarning` that gives the error. It cannot be trained. An ordinary
-    tensor takes its values by ``copy_``; ``ordinary.data = weight`` passes it by, so that torch finds no memory.
+    Shape, type and device are known without dequantizing; values are computed at the first operation that needs them.
+    Values that are written, in place or by ``weight.data = values``, are quantized at once into the layer's codes,
+    scales and choices, with a :class:`~dybit.errors.DyBitWarning` that gives the error. The weight cannot be trained.
+    To copy its values to an ordinary tensor, use ``ordinary.copy_(weight)``; ``ordinary.data = weight`` does not work.
 
     Args:
         source: The stored weight.
@@ -108,7 +108,7 @@ class QuantizedWeight(Tensor):
         return cls(_Source(stored, dtype))
 
     def holds(self, stored: Tensor | None) -> bool:
-        """Whether it is all of the weight with some packed codes."""
+        """Whether this is the whole weight with the given packed codes."""
         return self._view is None and self._source.stored.packed is stored
 
     @classmethod
@@ -119,7 +119,7 @@ class QuantizedWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Describes itself, or computes with the values."""
+        """Answers questions about shape and type directly, and computes everything else with the values."""
         kwargs = kwargs or {}
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -147,7 +147,7 @@ class QuantizedWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Computes with the values where torch does not ask for functions, in its own C++ code."""
+        """Computes with the values if C++ code of torch bypasses ``__torch_function__``."""
         if func._schema.is_mutable:
             raise DyBitError(f"the weight of a quantized layer cannot be changed by {func}")
         if func is torch.ops.aten.detach.default:
@@ -165,7 +165,7 @@ class QuantizedWeight(Tensor):
     def _assign(self, values: Tensor) -> None:
         """Writes all values, as ``weight.data = values``."""
         if isinstance(values, QuantizedWeight) and values._source is self._source and values._view is self._view:
-            return  # the end of ``weight.data += …``, which has written in place
+            return  # the last step of ``weight.data += …``, which has already written in place
         if tuple(values.shape) != tuple(self.shape) or self._view is not None:
             raise DyBitError(
                 f"the weight of a quantized layer, of shape {tuple(self._source.stored.spec.shape)}, cannot be "
@@ -185,7 +185,7 @@ class _Source:
         self._read_at = Snapshot({})
 
     def values(self) -> Tensor:
-        """The values, computed again where the codes have changed since."""
+        """Returns the values, recomputed if the codes have changed."""
         parts = self.stored.parts()
         if self._values is None or not self._read_at.holds(parts):
             with torch.inference_mode(False), torch.no_grad():
@@ -193,14 +193,14 @@ class _Source:
         return self._values
 
     def written_version(self) -> int:
-        """The version of the values, which rises when they are written to."""
+        """Returns the version of the values, which increases with every write."""
         return self.values()._version
 
     def store(self) -> None:
-        """Quantizes the values that were written and takes what their codes stand for in their place.
+        """Quantizes the values that were written, and replaces them by the values of their codes.
 
         Raises:
-            DyBitError: They cannot be quantized; the weight stays as it was.
+            DyBitError: They cannot be quantized. The weight is then unchanged.
         """
         with torch.inference_mode(False), torch.no_grad():
             written, before = self._values, self.stored.dequantize(self.dtype)
@@ -224,12 +224,12 @@ class _Source:
             "the weight of a quantized layer was written to; its new values are quantized, with a relative error of "
             f"{error:.2g}",
             DyBitWarning,
-            stacklevel=4,  # who called the function
+            stacklevel=4,  # the caller of the function
         )
 
 
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Calls a function with values in the place of weights, and stores those that it has written to."""
+    """Calls a function with values in place of weights, and stores the values that it has written."""
     weights: list[QuantizedWeight] = []
 
     def read(x: QuantizedWeight) -> Tensor:
@@ -239,7 +239,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     args, kwargs = _map(read, args), _map(read, kwargs)
     before = [weight._source.written_version() for weight in weights]
     result = func(*args, **kwargs)
-    # In inference mode tensors have versions that do not count.
+    # In inference mode, tensors have no version counter.
     by_name = torch.is_inference_mode_enabled() and _writes(func, kwargs)
     for weight, version in zip(weights, before, strict=True):
         if by_name or weight._source.written_version() != version:
@@ -255,7 +255,7 @@ def _writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
 
 
 def _guard(result: Any, weights: list[QuantizedWeight]) -> Any:  # noqa: ANN401
-    """A result in which views of the values are weights, too, so that nothing is written to them unseen."""
+    """Wraps views of the values in a result as weights, so that writes to them are noticed."""
     if isinstance(result, tuple | list):
         parts = [_guard(part, weights) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
@@ -283,12 +283,12 @@ def _values(weight: QuantizedWeight) -> Tensor:
 
 
 def _alike(weight: QuantizedWeight) -> Tensor:
-    """Something of its shape, type and device, without its memory."""
+    """Returns a tensor without memory of its shape, type and device."""
     return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 def _map(change: Callable[[QuantizedWeight], Tensor], tree: Any) -> Any:  # noqa: ANN401
-    """Arguments in which weights are changed, also within lists, tuples and dictionaries."""
+    """Applies a function to the weights among arguments, also within lists, tuples and dictionaries."""
     if isinstance(tree, QuantizedWeight):
         return change(tree)
     if type(tree) in (tuple, list):

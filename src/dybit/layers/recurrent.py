@@ -1,6 +1,6 @@
-"""Recurrent layers and cells written out, so that every product in them is a call.
+"""Recurrent layers and cells written out, so that every product is a function call.
 
-Torch's own forward multiplies all steps in one operator, where the states that are made inside cannot be rounded.
+Torch's forward computes all steps in one operator, which cannot round the states.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.nn.utils.rnn import PackedSequence
 from dybit.layers.kinds import RECURRENT
 from dybit.layers.quantized_weight import plain_values
 
-#: Multiplies rows by the transposed weight of the first name, and adds the bias of the second, if there is one.
+#: Multiplies rows by the transposed weight of the first name and adds the bias of the second, if any.
 Multiply = Callable[[Tensor, str, str], Tensor]
 _Step = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 _HELD = threading.local()
 
 
 def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply) -> tuple[Any, Any]:  # noqa: ANN401
-    """Computes what the forward of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` does.
+    """Computes the forward of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``.
 
     Args:
         module: The layer; its weights are not read.
@@ -75,7 +75,7 @@ def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply)
 
 
 def recur_once(module: nn.RNNCellBase, input: Tensor, hx: Any = None, *, multiply: Multiply) -> Any:  # noqa: ANN401
-    """Computes what the forward of ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell`` does; see :func:`recur`."""
+    """Computes the forward of ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``; see :func:`recur`."""
     alone = input.dim() == 1
     x = input.unsqueeze(0) if alone else input
     given = [] if hx is None else list(hx) if isinstance(hx, tuple | list) else [hx]
@@ -89,7 +89,7 @@ def recur_once(module: nn.RNNCellBase, input: Tensor, hx: Any = None, *, multipl
 
 
 def _first_states(module: nn.RNNBase, hx: Any, batch: int, like: Tensor, alone: bool) -> list[Tensor]:  # noqa: ANN401
-    """The states before the first step: each (layers · directions, batch, size)."""
+    """Returns the states before the first step: each (layers · directions, batch, size)."""
     sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if module.mode == "LSTM" else 1]
     count = module.num_layers * (2 if module.bidirectional else 1)
     if hx is None:
@@ -104,9 +104,9 @@ def _first_states(module: nn.RNNBase, hx: Any, batch: int, like: Tensor, alone: 
 def _pass(
     module: nn.RNNBase, data: Tensor, sizes: Sequence[int], states: list[Tensor], suffix: str, multiply: Multiply
 ) -> tuple[Tensor, list[Tensor]]:
-    """One direction of one layer over rows (sum of sizes, features), ``sizes`` of them at every step.
+    """Computes one direction of one layer over rows (sum of sizes, features), ``sizes`` of them at every step.
 
-    A sequence that has ended, or in the other direction has not begun, keeps its state.
+    The state of a sequence stays unchanged after its end; in the reverse direction, before its start.
     """
     projected = (lambda h: multiply(h, f"weight_hr_{suffix}", "")) if module.proj_size else None
     step = _step(module.mode, lambda h: multiply(h, f"weight_hh_{suffix}", f"bias_hh_{suffix}"), projected)
@@ -126,7 +126,7 @@ def _pass(
 
 
 def _step(mode: str, recurrent: Callable[[Tensor], Tensor], projected: Callable[[Tensor], Tensor] | None) -> _Step:
-    """A step of a layer: from the product with its input, and the states before, to the states after."""
+    """Computes the next states of a layer from the product with its input and the previous states."""
 
     def lstm(x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
         h, c = states
@@ -150,7 +150,7 @@ def _step(mode: str, recurrent: Callable[[Tensor], Tensor], projected: Callable[
 
 
 def _mode(cell: nn.RNNCellBase) -> str:
-    """The mode of the layer that a cell is a step of."""
+    """Returns the mode of the layer that corresponds to a cell."""
     if isinstance(cell, nn.RNNCell):
         return f"RNN_{cell.nonlinearity.upper()}"
     return "LSTM" if isinstance(cell, nn.LSTMCell) else "GRU"
@@ -162,7 +162,7 @@ def is_plain(cls: type[nn.Module]) -> bool:
 
 
 class MadeWeights:
-    """Mixin of recurrent layers whose weights are made when they are read, and not kept in torch's list of them."""
+    """Mixin of recurrent layers whose weights are computed at every read and not kept in torch's list of weights."""
 
     @property
     def _flat_weights(self) -> list[Tensor]:
@@ -171,15 +171,15 @@ class MadeWeights:
 
     @_flat_weights.setter
     def _flat_weights(self, value: object) -> None:
-        """Torch sets the list anew when parameters change."""
+        """Torch sets the list when parameters change."""
 
     @property
     def _flat_weights_names(self) -> list[str]:
-        return []  # torch would update its list whenever one of them is set
+        return []  # torch would update its list with every assignment
 
     @_flat_weights_names.setter
     def _flat_weights_names(self, value: object) -> None:
-        """Torch sets it when a module is unpickled."""
+        """Torch sets the names when a module is unpickled."""
 
     @property
     def _flat_weight_refs(self) -> list[Any]:
@@ -190,15 +190,15 @@ class MadeWeights:
         """As above."""
 
     def flatten_parameters(self) -> None:
-        """Does nothing: there are no parameters to lay out."""
+        """Does nothing: there are no parameters to flatten."""
 
     def _made_weights(self) -> list[Tensor]:
-        """The weights and biases in torch's order; none of a cell, which has no such list."""
+        """Returns the weights and biases in torch's order; empty for cells, which have no such list."""
         return [getattr(self, name) for names in getattr(self, "_all_weights", ()) for name in names]
 
     @contextmanager
     def holding_weights(self) -> Iterator[None]:
-        """Has the weights made once for all reads of the body, which torch's forward does several times."""
+        """Computes the weights once for all reads within the body: torch's forward reads them several times."""
         if torch.compiler.is_compiling():
             yield
             return
@@ -212,12 +212,12 @@ class MadeWeights:
 
 
 def forget_weights_(module: nn.Module) -> None:
-    """Takes torch's list of the weights from a recurrent layer, which would keep them in memory."""
+    """Removes torch's list of weights from a recurrent layer, which would keep them in memory."""
     for name in ("_flat_weights", "_flat_weight_refs"):
         module.__dict__.pop(name, None)
 
 
 def list_weights_(module: nn.Module) -> None:
-    """Makes torch's list of the weights of a recurrent layer anew."""
+    """Restores torch's list of the weights of a recurrent layer."""
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()

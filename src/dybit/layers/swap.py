@@ -36,7 +36,7 @@ def swap_(
     input_offset: Tensor | None = None,
     float_dtype: torch.dtype | None = None,
 ) -> None:
-    """Turns a module into its quantized form, in place; tied modules are given the same :class:`QuantizedTensor`.
+    """Turns a module into its quantized form, in place. Give tied modules the same :class:`QuantizedTensor`.
 
     Args:
         module: A module for which :func:`weight_names` is not empty.
@@ -44,7 +44,7 @@ def swap_(
         input_spec: How inputs are rounded, or None.
         input_scale: For static inputs: float32 of shape (1,).
         input_offset: For static inputs with an offset: float32 of shape (1,).
-        float_dtype: The type in which weights are dequantized; None for that of the weights that are replaced.
+        float_dtype: The type of dequantized weights; None for the type of the replaced weights.
     """
     float_dtype = float_dtype or getattr(module, weight_names(module)[0]).dtype
     before = type(module)
@@ -56,7 +56,7 @@ def swap_(
     layer.float_dtype = float_dtype
     layer.frozen_weights = tuple(name for name, p in layer._parameters.items() if p is not None and not p.requires_grad)
     for name, weight in weights.items():
-        layer._parameters.pop(name, None)  # none where a loader has put the codes in its place
+        layer._parameters.pop(name, None)  # missing if a loader has already replaced it by codes
         for suffix, buffer in weight.buffers().items():
             layer.register_buffer(name + suffix, buffer)
     if input_spec is not None and input_spec.mode == "static":
@@ -67,7 +67,7 @@ def swap_(
 
 
 def set_bias_(layer: Quantized, bias: Tensor) -> None:
-    """Gives a quantized linear layer or convolution a bias of shape (rows,), in place, also where it had none."""
+    """Sets the bias of a quantized linear layer or convolution to one of shape (rows,), in place. Adds it if needed."""
     old = layer._parameters.get("bias")
     if old is None:
         layer.added_bias = True
@@ -128,12 +128,12 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
 
 
 def _is_plainly(cls: Any, known: Any) -> bool:  # noqa: ANN401
-    """Whether a class is a kind of convolution and computes nothing of its own."""
+    """Whether a class is a convolution with torch's own forward."""
     return issubclass(cls, known) and cls.forward is known.forward and cls._conv_forward is known._conv_forward
 
 
 def _reduce(layer: Quantized, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    """Copies and pickles by the original class, since the quantized one is made at run time."""
+    """Copies and pickles by the original class, since the quantized class is generated at run time."""
     state = {key: value for key, value in layer.__dict__.items() if key != "_prepared"}
     state["_buffers"] = {name: picklable(buffer) for name, buffer in layer._buffers.items()}
     return _rebuild, (original_class(layer), tuple(layer.weight_specs)), state
@@ -146,6 +146,6 @@ def _set_state(layer: Quantized, state: dict[str, Any]) -> None:
 
 
 def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """An empty quantized module of a class; its state follows."""
+    """Makes an empty quantized module of a class; unpickling then sets its state."""
     quantized = _quantized_class(cls, names)  # type: ignore[arg-type]
     return quantized.__new__(quantized)

@@ -1,4 +1,4 @@
-"""Calls of layers under torch.fx, where they are nodes of the graph: what they compute on codes cannot be traced."""
+"""Calls of layers under torch.fx: layers become nodes of the graph, since computations on codes cannot be traced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def tracer_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.fx.proxy.TracerBase | None:
-    """The tracer of torch.fx that a call is traced by, or None."""
+    """Returns the torch.fx tracer of a call, or None."""
     for x in (*args, *kwargs.values()):
         if isinstance(x, torch.fx.Proxy):
             return x.tracer
@@ -18,7 +18,7 @@ def tracer_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.fx.prox
 
 
 def call_leaf(tracer: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Records the call of a layer as one node, whatever modules the tracer takes for leaves."""
+    """Records the call of a layer as one node, even if the tracer does not treat the layer as a leaf."""
     state = vars(tracer)
     before = dict(state)
     state["is_leaf_module"] = lambda *_: True

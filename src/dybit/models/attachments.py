@@ -1,7 +1,7 @@
 """Buffers that a transform adds to a module, and the hook that applies them to its input or output.
 
-Buffers are part of the state dict, so that a loader that does not know them fails and does not
-compute something else; the checkpoint's manifest says which hooks go with them.
+Buffers are part of the state dict, so a loader that does not know them fails instead of computing something else. The
+checkpoint's manifest lists the hooks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RECORD = "_dybit_attached"
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
-    """The arguments of a call with the first one changed."""
+    """Returns the arguments of a call with the first one changed."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
@@ -49,7 +49,7 @@ def _limit_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
     return torch.minimum(output, limit.to(output.dtype).view(-1, *(1,) * (output.ndim - 1 - dim)))
 
 
-# kind: (whether the hook comes before the forward, the hook, the buffers and the number of their dimensions)
+# kind: (whether the hook runs before the forward, the hook, the buffers and their numbers of dimensions)
 _KINDS: dict[str, tuple[bool, Callable[..., Any], dict[str, int]]] = {
     "rotate_input": (True, _rotate_input, {"rotation": 2, "rotation_signs": 1}),
     "restore_input": (True, _restore_input, {"rotation": 2, "rotation_signs": 1}),
@@ -62,7 +62,7 @@ def attach_(module: nn.Module, kind: str, *tensors: Tensor) -> None:
     """Attaches buffers and their hook to a module, in place.
 
     Args:
-        module: A module with nothing attached yet.
+        module: A module without attachments.
         kind: ``rotate_input`` or ``rotate_output`` (:func:`dybit.tensors.hadamard.rotate`: factor and signs),
             ``restore_input`` (the inverse rotation), or ``limit_output`` (the largest value of every channel).
         *tensors: The buffers, float32.
@@ -76,7 +76,7 @@ def attach_(module: nn.Module, kind: str, *tensors: Tensor) -> None:
 
 
 def detach_(module: nn.Module) -> None:
-    """Takes from a module what was attached to it, if anything."""
+    """Removes the attachment of a module, if any."""
     record = module.__dict__.pop(_RECORD, None)
     if record is not None:
         before, _, names = _KINDS[record["kind"]]
@@ -87,7 +87,7 @@ def detach_(module: nn.Module) -> None:
 
 
 def is_attached(module: nn.Module) -> bool:
-    """Whether a module has something attached."""
+    """Whether a module has an attachment."""
     return hasattr(module, _RECORD)
 
 
@@ -101,10 +101,10 @@ def attachments(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def check_attachments(data: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
-    """Checks what :func:`attachments` returned and a file kept.
+    """Checks a stored result of :func:`attachments`.
 
     Raises:
-        DyBitError: It is something else.
+        DyBitError: It is malformed.
     """
     if not isinstance(data, Mapping):
         raise DyBitError(f"attached must be an object, not {data!r:.100}")
@@ -121,7 +121,7 @@ def check_attachments(data: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
 
 
 def expect_attached_(model: nn.Module, attached: Mapping[str, Mapping[str, Any]]) -> None:
-    """Gives a fresh model what :func:`attachments` tells of, with values to be loaded."""
+    """Adds the attachments listed by :func:`attachments` to a fresh model; their values are loaded later."""
     for name, entry in attached.items():
         attach_(
             model.get_submodule(name),

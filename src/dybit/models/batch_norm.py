@@ -1,4 +1,4 @@
-"""Folds batch norms into the convolutions before them, so that the network is quantized as it will run."""
+"""Folds batch norms into the convolutions before them, so that the folded weights are quantized."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class _Tracer(fx.Tracer):
-    """Keeps convolutions and norms whole, subclasses included."""
+    """Treats convolutions and norms, including subclasses, as leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*_CONVOLUTIONS, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def find_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Finds the convolutions whose output goes to a batch norm and nowhere else.
+    """Finds the convolutions whose output is used only by a batch norm.
 
-    The structure comes from symbolic tracing; where the whole model cannot be traced, its parts are.
+    The structure comes from symbolic tracing. If the whole model cannot be traced, its submodules are.
 
     Args:
         model: A model in evaluation mode.
@@ -51,7 +51,7 @@ def _pairs_below(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
         return []
     try:
         graph = _Tracer().trace(module)
-    except Exception:  # tracing runs the model's own code on proxies, and that fails in any way it likes
+    except Exception:  # tracing runs the model's own code on proxies, which can raise any exception
         return [pair for name, part in module.named_children() for pair in _pairs_below(part, f"{prefix}{name}.")]
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     pairs = []
@@ -67,10 +67,10 @@ def _pairs_below(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
 
 
 def _folds(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether folding leaves the result as it is; classes derived from torch's may do more than their name says."""
+    """Whether folding keeps the result. Subclasses of torch's layers may compute more, so they are tried out."""
     assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
     if norm.training or norm.running_mean is None or type(norm).forward is not nn.BatchNorm2d.forward:
-        return False  # statistics of the batch, or a norm with an activation of its own
+        return False  # a norm that uses batch statistics or includes an activation
     if any(type(conv).forward is cls.forward for cls in _CONVOLUTIONS):
         return True
     parts = nn.Sequential(copy.deepcopy(conv), copy.deepcopy(norm)).double().eval()
@@ -83,12 +83,12 @@ def _folds(conv: nn.Module, norm: nn.Module) -> bool:
             expected = parts(x)
             fold_(parts, [("0", "1")])
             return torch.allclose(parts(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    except Exception:  # code of the model's own, on an input that it may not expect
+    except Exception:  # the model's own code, on an input that it may not expect
         return False
 
 
 def fold_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
-    """Folds the batch norms of pairs into their convolutions, in place, and puts ``nn.Identity`` in their place."""
+    """Folds the batch norms of pairs into their convolutions, in place, and replaces them by ``nn.Identity``."""
     for conv_name, norm_name in pairs:
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
@@ -108,13 +108,13 @@ def is_pair(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 
 
 def remove_norm_(model: nn.Module, name: str) -> None:
-    """Puts ``nn.Identity`` in the place of a batch norm."""
+    """Replaces a batch norm by ``nn.Identity``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
 
 
 def expect_folded_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
-    """Gives a fresh model the structure that :func:`fold_` left, with values to be loaded: biases and identities."""
+    """Gives a fresh model the structure that :func:`fold_` makes: biases and identities. Values are loaded later."""
     for conv_name, norm_name in pairs:
         conv = model.get_submodule(conv_name)
         assert isinstance(conv, _CONVOLUTIONS)

@@ -1,4 +1,4 @@
-"""Observes the inputs of layers on calibration batches, and chooses static scales from what it saw."""
+"""Observes the inputs of layers on calibration batches, and chooses their formats and scales."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LEAST_POSITIONS = 16
 _OFFSET_GAIN = 0.8
 _LARGEST = torch.finfo(torch.float32).max
 _MAX_SAMPLES = 1 << 18
-_MAX_REACH_ELEMENTS = 1 << 15  # the reach is searched by brute force
+_MAX_REACH_ELEMENTS = 1 << 15  # fewer than for static scales: the reach is searched exhaustively
 _SEED = 0x0DB17
 
 
@@ -33,10 +33,10 @@ class InputStatistics:
 
     Attributes:
         square_sums: Sum of squares of every channel, for every input: float64 of shape (channels,).
-        counts: Positions (tokens, pixels) seen of every input.
+        counts: Observed positions (tokens, pixels) of every input.
         low: The smallest element of all.
         high: The largest element of all.
-        samples: Positions drawn at random, each float32 of shape (positions, channels), about 2^18 elements in all.
+        samples: Random positions, each float32 of shape (positions, channels), about 2^18 elements in total.
     """
 
     square_sums: dict[int, Tensor] = field(default_factory=dict)
@@ -47,11 +47,11 @@ class InputStatistics:
 
     @property
     def seen(self) -> bool:
-        """Whether calibration reached the layer."""
+        """Whether any input was observed."""
         return bool(self.square_sums)
 
     def second_moment(self, index: int = 0) -> Tensor:
-        """Mean square of every channel of an input: float32 of shape (channels,)."""
+        """Returns the mean square of every channel of an input: float32 of shape (channels,)."""
         index = index if index in self.square_sums else 0  # self-attention of a subclass with one argument
         return (self.square_sums[index] / self.counts[index]).float()
 
@@ -63,7 +63,7 @@ class InputStatistics:
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
 
     def draw(self, flat: Tensor, generator: torch.Generator) -> None:
-        """Keeps some of the positions, as long as there is room."""
+        """Keeps some of the positions until the sample is full."""
         if sum(part.numel() for part in self.samples) < _MAX_SAMPLES:
             wanted = max(_LEAST_POSITIONS, _SAMPLES_PER_BATCH // flat.shape[1])
             if flat.shape[0] > wanted:
@@ -75,11 +75,11 @@ class InputStatistics:
             self.samples.append(flat.cpu())
 
     def elements(self) -> Tensor:
-        """All elements drawn: float32 of shape (n,)."""
+        """Returns all sampled elements: float32 of shape (n,)."""
         return torch.cat([part.flatten() for part in self.samples])
 
     def positions(self) -> Tensor:
-        """The positions drawn of the first input: float32 of shape (positions, channels)."""
+        """Returns the sampled positions of the first input: float32 of shape (positions, channels)."""
         return torch.cat([part for part in self.samples if part.shape[1] == self.samples[0].shape[1]])
 
 
@@ -94,17 +94,17 @@ def calibrate(
     """Runs a model on calibration batches and observes the inputs of some layers.
 
     Args:
-        model: The model, which is run without gradients and in evaluation mode, and left in the mode it was in.
+        model: The model. It runs without gradients in evaluation mode; its mode is restored.
         layers: The layers to observe, by name.
         batches: Each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         sample: Whether to draw samples, which static scales need.
         progress: Called with a line of text after every batch.
 
     Returns:
-        The statistics of every layer; those of a layer that was never reached are empty.
+        The statistics of every layer; empty for layers that were never called.
 
     Raises:
-        DyBitError: There is no batch; a batch does not fit the model (its own error is the cause); or the inputs of a
+        DyBitError: There is no batch, a batch does not fit the model (chained to the model's error), or the inputs of a
             layer hold NaN or infinity.
     """
     statistics = {name: InputStatistics() for name in layers}
@@ -141,19 +141,19 @@ def choose_input(
     """Chooses format, scale and offset of a static input.
 
     Args:
-        statistics: What calibration saw.
-        families: The formats for inputs with a sign, and for inputs that are never negative (or None).
+        statistics: Of the layer's inputs.
+        families: The formats for signed inputs, and for inputs that are never negative (or None).
         method: ``mse`` over the samples, ``absmax`` (min-max) or ``percentile``.
         percentile: For ``method="percentile"``.
-        offset: Whether inputs with a sign may take an unsigned format and an offset, if that lowers the squared error
-            by at least a fifth.
+        offset: Whether signed inputs may use an unsigned format and an offset, if that lowers the squared error by at
+            least 20 %.
 
     Returns:
-        The spec, the scale (float32 of shape (1,)) and the offset (the same, or None).
+        The spec, the scale (float32 of shape (1,)) and the offset (float32 of shape (1,), or None).
     """
     signed, unsigned = families
     sample = statistics.elements()
-    if method != "mse":  # the extremes, which the sample may have missed
+    if method != "mse":  # add the extremes, which the sample may have missed
         sample = torch.cat([sample, sample.new_tensor([statistics.low, statistics.high])])
     candidates: list[tuple[Family, float]] = []
     if unsigned is not None and statistics.low >= 0:
@@ -165,7 +165,7 @@ def choose_input(
     best: tuple[float, InputSpec, Tensor, Tensor | None] | None = None
     for family, low in candidates:
         scales = choose_scales((sample - low)[None], family, granularity="tensor", method=method, percentile=percentile)
-        # An offset costs an addition wherever the codes are used: it must pay for it.
+        # An offset costs an addition at every use of the codes, so it must reduce the error noticeably.
         error = scales.error / (_OFFSET_GAIN if low else 1.0)
         if best is None or error < best[0]:
             book = family.books[int(scales.choice.item()) if scales.choice is not None else 0]
@@ -178,15 +178,15 @@ def choose_input(
 def choose_dynamic_input(
     statistics: InputStatistics | None, family: Family, group_size: int | None = None
 ) -> InputSpec:
-    """Chooses format and reach of a dynamic input: those with the least error over the positions that calibration drew.
+    """Chooses format and reach of a dynamic input by the least error on the sampled positions.
 
-    Without calibration ``max_run = 2`` is taken where there is one, up to its largest value: on the inputs of
-    transformers that is close to the best, while an integer loses several dB (docs/accuracy.md).
+    Without calibration it takes the member with ``max_run = 2``, if there is one, up to its largest value. On inputs of
+    transformers this is close to the best choice; an integer format loses several dB (docs/accuracy.md).
 
     Args:
-        statistics: What calibration saw, or None.
+        statistics: Of the layer's inputs, or None without calibration.
         family: The formats to choose from.
-        group_size: Features that share a scale, or None for all of a position.
+        group_size: Features that share a scale, or None for all features of a position.
     """
     if statistics is None or not statistics.samples:
         book = family.books[min(1, len(family.books) - 1)]

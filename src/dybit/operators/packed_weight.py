@@ -66,6 +66,8 @@ class PackedWeight:
         weight: The portable form, on the CPU.
         inputs: The format of the inputs. ``input_group_size`` consecutive inputs share a scale (0: a row).
 
+    Raises:
+        DyBitError: The kernels do not support the weight (see :func:`supports`), or a choice is out of range.
     """
 
     def __init__(self, weight: QuantizedTensor, inputs: InputFormat, input_group_size: int = 0) -> None:

@@ -1,1 +1,1 @@
-"""Weights as codes and scales, and the search for scales. Knows torch, no layers."""
+"""Weights as codes and scales, and the search for scales."""

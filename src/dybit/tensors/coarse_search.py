@@ -1,7 +1,7 @@
-"""The first step of the search for scales: some 700 pairs of codebook and scale at once, by one table.
+"""The first step of the search for scales: judges about 700 pairs of codebook and scale at once, by one table.
 
-The squared error of a pair depends on an element only through the cell of a fine grid in which the element lies. So the
-errors of all pairs are sums of rows of a table made in advance. The kernels multiply the table by a unit's histogram;
+Elements are sorted into the cells of a fine grid; within a cell, the squared error of a pair is taken as constant. The
+errors of all pairs are then sums of rows of a precomputed table. The kernels multiply the table by a unit's histogram;
 plain torch sums its rows by ``embedding_bag`` (:mod:`dybit.kernels.scale_errors`).
 """
 
@@ -18,21 +18,21 @@ from dybit.formats.codebook import Codebook
 from dybit.kernels.rounding import fake_quantize
 from dybit.kernels.scale_errors import Chunks, CoarseTable
 
-_CELLS = 512  # cells of the grid on either side of zero, spaced as squares: finest near zero
+_CELLS = 512  # cells of the grid on each side of zero, spaced quadratically: finest near zero
 _SCALE_STEP = 1.035  # ratio of neighbouring scales
-_LOWEST_SCALE = 0.04  # the smallest scale, as a share of the one that clips nothing
-# In short units of many levels the error is a jagged function of the scale: the neighbourhoods of the two best scales
-# are looked at closely.
+_LOWEST_SCALE = 0.04  # the smallest scale, relative to the one that clips nothing
+# In short units with many levels the error is a jagged function of the scale, so the neighbourhoods of the two best
+# scales are searched finely.
 _MANY_LEVELS, _SHORT = 32, 256
 _FINE_FACTORS = tuple(1.07 ** (i / 7) for i in range(-7, 8))
 
 
 def coarse_starts(books: tuple[Codebook, ...], chunks: Chunks, pooled: bool) -> list[Tensor]:
-    """Returns the scales of every codebook from which a finer search should start.
+    """Returns the scales of every codebook at which the finer search starts.
 
     Args:
         books: The codebooks.
-        chunks: Elements of magnitude 1 at most, float32. Every segment is a unit, or all together are one.
+        chunks: Elements of magnitude 1 at most, float32. Every segment is a unit, or all segments are one unit.
         pooled: Whether all segments of all chunks are one unit.
 
     Returns:
@@ -55,7 +55,7 @@ def coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Coa
 
     Args:
         books: The codebooks.
-        device: Where the table lives.
+        device: Of the table.
     """
     edge = torch.arange(2 * _CELLS, dtype=torch.float64, device="cpu") - _CELLS
     inside = (edge[:, None] + (edge.new_tensor(range(6)) + 0.5) / 6) / _CELLS
@@ -74,26 +74,26 @@ def coarse_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Coa
 
 
 def _coarse_scales(book: Codebook) -> list[float]:
-    """Scales to try for data whose largest magnitude is 1."""
+    """Returns the scales to try for data whose largest magnitude is 1."""
     scales = [1 / reach for reach in reaches(book, _LOWEST_SCALE)]
     return scales + [-scale for scale in scales] if scale_has_sign(book) else scales
 
 
 def scale_has_sign(book: Codebook) -> bool:
-    """Whether a scale may be negative: the levels differ with the sign reversed, and some are below zero."""
+    """Whether a scale may be negative: some levels are negative, and the levels are not symmetric."""
     return not book.symmetric and bool(book.levels[0] < 0)
 
 
 def reaches(book: Codebook, lowest_scale: float) -> list[float]:
-    """Returns values that the largest magnitude may be scaled to, finely spaced, first the largest level.
+    """Returns values to which the largest magnitude may be scaled, finely spaced, starting with the largest level.
 
-    They end at the middle one of the levels' magnitudes: a tapered format has its resolution down there, and at 8 bits
-    full DyBit is best used up to about a twentieth of its largest value. With less than half of the levels in use, a
-    format is better replaced by one of fewer bits.
+    They end at the median of the levels' magnitudes, since tapered formats have their resolution at small values: at
+    8 bits, full DyBit is best used up to about a twentieth of its largest value. If less than half of the levels are in
+    use, a format of fewer bits is better.
 
     Args:
         book: The codebook.
-        lowest_scale: The smallest scale, as a share of the one that clips nothing.
+        lowest_scale: The smallest scale, relative to the one that clips nothing.
     """
     magnitudes = np.unique(np.abs(book.levels))
     top, middle = float(magnitudes[-1]), float(magnitudes[len(magnitudes) // 2])

@@ -53,7 +53,7 @@ def quantize_judged(
     percentile: float = 99.99,
     importance: Tensor | None = None,
 ) -> tuple[QuantizedTensor, float]:
-    """As :func:`quantize`, with the squared error over all elements, which the search for the scales knows."""
+    """As :func:`quantize`, and also returns the squared error over all elements."""
     check_weight(weight, spec.shape)
     check_range(weight, spec)
     matrix = spec.to_matrix(weight.detach())
@@ -78,7 +78,7 @@ def encode_matrix(matrix: Tensor, spec: TensorSpec, scales: Scales) -> Quantized
 
 
 def requantize(old: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
-    """Quantizes new values of a weight, at its own scales or at new ones, whichever has the smaller squared error.
+    """Quantizes new values of a weight at its current scales or at new ones, whichever has the smaller squared error.
 
     Args:
         old: The weight as it is stored.
@@ -104,7 +104,7 @@ def _assemble(packed: Tensor, spec: TensorSpec, scales: Scales) -> QuantizedTens
     choice = None
     if scales.choice is not None:
         rows, units = spec.unit_shape(spec.choice)
-        choices = scales.choice[:rows, :units]  # one a scale there, of which choices that are coarser are repetitions
+        choices = scales.choice[:rows, :units]  # one per scale: coarser choices are repeated in it
         choice = pack(choices.reshape(1, -1) if units == 1 else choices, spec.choice_bits)
     tensor_scale = scales.scale.new_tensor([scales.tensor_scale]) if spec.scale == "e4m3" else None
     return QuantizedTensor(
@@ -131,7 +131,7 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """Checks that a weight can be quantized.
 
     Raises:
-        DyBitError: It is empty, not floating point, of another shape, or holds NaN, infinity, or what float32 cannot.
+        DyBitError: It is empty, not floating point, of another shape, or holds NaN, infinity, or values beyond float32.
     """
     if not weight.is_floating_point():
         raise DyBitError(f"weight must be floating point, not {weight.dtype}")
@@ -142,8 +142,8 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
     if weight.is_meta:
         raise DyBitError("weight is on the meta device and has no values")
     if weight.dtype in _ORDERED and all(abs(float(end)) <= _LARGEST for end in torch.aminmax(weight.detach())):
-        return  # either is NaN where any element is
-    step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without a copy of the size of the weight
+        return  # both are NaN if any element is NaN
+    step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without copying the weight
     for start in range(0, weight.shape[0], step):
         bad = ~torch.isfinite(weight.detach()[start : start + step].float())
         if bool(bad.any()):
@@ -164,8 +164,8 @@ def check_range(weight: Tensor, spec: TensorSpec) -> None:
         spec: How it will be stored.
 
     Raises:
-        DyBitError: Scales are powers of two and would clip the largest weight, or they are E4M3 and most channels or
-            groups would lose precision, or become zero, beside the largest.
+        DyBitError: Scales are powers of two and would clip the largest weight, or they are E4M3 and the largest weight
+            is so large that most channels or groups would lose precision or become zero.
     """
     if spec.scale not in ("pow2", "e4m3"):
         return

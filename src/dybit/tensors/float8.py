@@ -1,4 +1,4 @@
-"""Float8 tensors in pickles: torch cannot pickle them outside of ``torch.save``, so they are pickled as bytes."""
+"""Pickles float8 tensors as bytes: torch cannot pickle them outside of ``torch.save``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Float8Bytes:
-    """A float8 tensor on its way into a pickle or a copy, both of which give the tensor back.
+    """A float8 tensor to be pickled or copied; both restore the tensor.
 
     Args:
         tensor: The tensor, of an 8-bit floating type.
@@ -27,7 +27,7 @@ class Float8Bytes:
         return copy.deepcopy(self.tensor, memo)
 
 
-_KNOWN: WeakValueDictionary[int, Float8Bytes] = WeakValueDictionary()  # one a tensor: a pickle keeps what is shared
+_KNOWN: WeakValueDictionary[int, Float8Bytes] = WeakValueDictionary()  # one per tensor, so that a pickle keeps sharing
 
 
 def picklable(value: Any) -> Any:  # noqa: ANN401

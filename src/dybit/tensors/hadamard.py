@@ -1,8 +1,8 @@
-"""Rotations by Hadamard matrices: which there are, and the fast product with them.
+"""Rotations by Hadamard matrices: their construction, and the fast product with them.
 
 A rotation of n = m · 2^k elements is R = (M ⊗ H) · diag(s): signs s, the Walsh-Hadamard matrix H of 2^k / √2^k, applied
-in k steps of additions, and a small orthogonal matrix M of order m. M is a Hadamard matrix where Paley's constructions
-give one, which mixes all elements equally; else it is a random orthogonal one.
+in k steps of additions, and a small orthogonal matrix M of order m. M is a Hadamard matrix, which mixes all elements
+equally, if Paley's constructions give one; else a random orthogonal matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 
-_LARGEST_FACTOR = 512  # of the dense part: beyond, it would cost as much as the layer
+_LARGEST_FACTOR = 512  # of the dense part: a larger one would cost as much as the layer
 
 
 def hadamard(order: int) -> Tensor | None:
@@ -27,7 +27,7 @@ def hadamard(order: int) -> Tensor | None:
         order: Number of rows.
 
     Returns:
-        float32 of shape (order, order), or None where these constructions give none.
+        float32 of shape (order, order), or None if these constructions give none.
     """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float32, device="cpu")
@@ -57,7 +57,7 @@ def orthogonal_factor(size: int, generator: torch.Generator) -> Tensor:
 
     Args:
         size: Elements.
-        generator: Draws the matrix where there is no Hadamard matrix.
+        generator: Draws the matrix if no Hadamard matrix is known.
 
     Returns:
         float32 orthogonal of shape (m, m); (1, 1) for powers of two.
@@ -101,7 +101,7 @@ def rotate(x: Tensor, factor: Tensor, signs: Tensor, inverse: bool = False) -> T
     """Rotates the last dimension: R·x, or Rᵀ·x; see the module's docstring.
 
     Args:
-        x: Floating point of shape (..., n); computed in float32, or its own type where that is wider.
+        x: Floating point of shape (..., n). Computed in float32, or in the type of ``x`` if that is wider.
         factor: M, of shape (m, m), n being m times a power of two.
         signs: s, of shape (n,).
         inverse: Whether to undo the rotation.
@@ -129,7 +129,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _jacobsthal(prime: int) -> Tensor:
-    """The matrix of quadratic characters of i - j modulo a prime."""
+    """Returns the matrix of quadratic characters of i - j modulo a prime."""
     squares = {i * i % prime for i in range(1, prime)}
     character = _matrix([[0] + [1 if i in squares else -1 for i in range(1, prime)]])[0]
     index = torch.arange(prime, dtype=torch.int64, device="cpu")

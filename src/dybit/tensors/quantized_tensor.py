@@ -22,35 +22,35 @@ from dybit.tensors.float8 import picklable, restored
 from dybit.tensors.scale_types import SCALE_DTYPES, read_scales
 
 _MAX_ELEMENTS = 1 << 40
-# Families that have grown, and how many members they had when what is stored did not say it.
+# Families that have grown since the first version, and their number of members then.
 _FIRST_MEMBERS = {"dybit2": 2}
 _OPTIONAL = {"row_dims", "members"}  # of the stored fields
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How a weight is stored. Every shape follows from it, so that a loader can prepare buffers without the data.
+    """How a weight is stored. All shapes follow from it, so a loader can prepare buffers without the data.
 
     Args:
         family: Name of the format family (see :func:`dybit.formats.catalogue.family`).
         shape: Shape of the floating-point weight.
-        granularity: What shares a scale.
+        granularity: What shares a scale: the tensor, a channel or a group.
         group_size: Columns in a group for ``granularity="group"``, else None.
         scale: Type of the scales.
-        choice: What shares a codebook.
-        transposed: 0 where the first dimension of the weight counts output channels; else the number of channel groups
-            of a weight of shape (in, out / groups, …), as transposed convolutions and transformers' ``Conv1D`` have.
-        row_dims: How many dimensions, counted from the first, number output channels: 1, or 2 for the matrices of
-            several experts in one weight of shape (experts, out, in), with ``transposed=1`` (experts, in, out).
-        members: How many of the family's codebooks, from the first, choices number: fewer than there are where an
-            earlier dybit, whose family was smaller, stored the weight. 0 for all, to which that number itself turns.
+        choice: What shares a codebook: the tensor, a channel or a group.
+        transposed: 0 if the first dimension of the weight is output channels. Else the number of channel groups of a
+            weight of shape (in, out / groups, …), as in transposed convolutions and transformers' ``Conv1D``.
+        row_dims: Leading dimensions that count output channels: 1, or 2 for the matrices of several experts in one
+            weight of shape (experts, out, in); with ``transposed=1``, of shape (experts, in, out).
+        members: The number of codebooks that choices refer to, counted from the family's first. It is smaller than the
+            family for weights stored by an earlier dybit whose family was smaller. 0 means all, and all become 0.
 
     Attributes:
         bits: Width of a code.
         choice_bits: Bits of a choice, 0 for a family of one.
         rows: Output channels.
         columns: Weights of one output channel.
-        key: The fields as JSON text, by which operators are told the spec.
+        key: The fields as JSON text, which operators take as the spec.
 
     Raises:
         DyBitError: A field is out of range or does not fit the others.
@@ -65,7 +65,7 @@ class TensorSpec:
     transposed: int = 0
     row_dims: int = 1
     members: int = 0
-    # Plain attributes and not properties that look the family up: torch.compile reads them.
+    # Plain attributes instead of properties that look up the family: torch.compile reads them.
     bits: int = field(init=False, compare=False, repr=False)
     choice_bits: int = field(init=False, compare=False, repr=False)
     rows: int = field(init=False, compare=False, repr=False)
@@ -114,7 +114,7 @@ class TensorSpec:
 
     @property
     def formats(self) -> Family:
-        """The family itself, or what ``members`` leaves of it."""
+        """The family, reduced to its first ``members``."""
         family = catalogue.family(self.family)
         return replace(family, books=family.books[: self.members]) if self.members else family
 
@@ -130,10 +130,10 @@ class TensorSpec:
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
-        """Shape of the packed codes: (rows, groups, bytes), or (rows, 1, bytes) where the last group is shorter.
+        """Shape of the packed codes: (rows, groups, bytes), or (rows, 1, bytes) if the last group is shorter.
 
-        One more dimension of size 1 follows where the floating-point weight has three: the packed codes never have the
-        rank of the weight they stand for, so that they cannot be loaded in its place by mistake.
+        If the floating-point weight has three dimensions, another dimension of size 1 follows. The packed codes never
+        have the rank of their weight, so they cannot be loaded in its place by mistake.
         """
         even = not self.group_size or self.columns % self.group_size == 0
         groups = self.groups if even else 1
@@ -147,17 +147,17 @@ class TensorSpec:
 
     @property
     def choice_shape(self) -> tuple[int, int] | None:
-        """Shape of the packed choices, dense in ``family.choice_bits`` bits a unit; None for a family of one."""
+        """Shape of the packed choices, ``family.choice_bits`` bits per unit; None for a family of one."""
         bits = self.choice_bits
         if not bits:
             return None
         rows, units = self.unit_shape(self.choice)
-        # A channel's only choice is packed with those of the other channels, a group's with the others of its row.
+        # Choices of channels are packed together; choices of groups are packed row by row.
         return (1, packed_size(rows, bits)) if units == 1 else (rows, packed_size(units, bits))
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Storage type of the scales; powers of two are a sign and seven bits of exponent, biased by 64."""
+        """Storage type of the scales. A power of two is stored as a sign and seven bits of exponent, biased by 64."""
         return SCALE_DTYPES[self.scale]
 
     @property
@@ -183,7 +183,7 @@ class TensorSpec:
         return table
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """Reshapes the floating-point weight to (rows, columns); a view where it can be one."""
+        """Reshapes the floating-point weight to (rows, columns), as a view if possible."""
         if not self.transposed:
             return weight.reshape(self.rows, self.columns)
         if self.row_dims == 2:
@@ -198,13 +198,13 @@ class TensorSpec:
         if self.row_dims == 2:
             return matrix.view(self.shape[0], self.shape[2], self.shape[1]).transpose(1, 2).contiguous()
         rest = (self.shape[0] // self.transposed, *self.shape[2:])
-        # Contiguous, since the layout decides in which order a matrix product adds up.
+        # Contiguous, since the layout determines the order of summation in a matrix product.
         return matrix.view(self.transposed, self.shape[1], *rest).transpose(1, 2).reshape(self.shape).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, those that earlier versions do not know only where there is need.
+        """Returns the fields as JSON values. Fields that earlier versions do not know are left out if possible.
 
-        That is ``row_dims`` where it is not 1, and ``members`` where the family had another number at first.
+        These are ``row_dims`` if it is 1, and ``members`` if it is the family's first number of members.
         """
         values = {name: getattr(self, name) for name in _stored_fields()} | {"shape": list(self.shape)}
         if self.row_dims == 1:
@@ -217,7 +217,7 @@ class TensorSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
-        """Reads what :meth:`to_dict` wrote.
+        """Reads the result of :meth:`to_dict`.
 
         Raises:
             DyBitError: A field is missing, unknown or bad.
@@ -229,7 +229,7 @@ class TensorSpec:
 
 
 def first_members(family: object) -> int:
-    """The ``members`` of a stored weight that does not name them."""
+    """Returns the ``members`` of a stored weight that does not give them."""
     return _FIRST_MEMBERS.get(family, 0) if isinstance(family, str) else 0
 
 
@@ -266,7 +266,7 @@ class QuantizedTensor:
         return {suffix: tensor for suffix, tensor in self.parts().items() if tensor is not None}
 
     def parts(self) -> dict[str, Tensor | None]:
-        """The same, with None for what is not stored."""
+        """The same, with None for tensors that are not stored."""
         return {
             "": self.packed,
             "_scale": self.scale,
@@ -275,15 +275,15 @@ class QuantizedTensor:
         }
 
     def scales(self, index: Tensor | None = None) -> Tensor:
-        """The scales as numbers: float32 of shape ``spec.scale_shape``, or those of some rows."""
+        """Returns the scales as numbers: float32 of shape ``spec.scale_shape``, or those of some rows."""
         stored = self.scale if index is None or self.scale.shape[0] == 1 else self.scale.index_select(0, index)
         return read_scales(stored, self.spec.scale, self.tensor_scale)
 
     def choices(self, index: Tensor | None = None) -> Tensor | None:
-        """The index of the codebook of every unit: uint8 of shape (1, 1), (rows, 1) or (rows, groups), or None.
+        """Returns the index of the codebook of every unit: uint8 of shape (1, 1), (rows, 1) or (rows, groups), or None.
 
         Args:
-            index: Rows to look up (where there are any), int64 of shape (n,); None for all.
+            index: Rows to look up, int64 of shape (n,); None for all. Without effect if one choice serves all rows.
         """
         if self.choice is None:
             return None
@@ -293,7 +293,7 @@ class QuantizedTensor:
             return unpack(self.choice if index is None else self.choice.index_select(0, index), units, bits)
         if index is None or rows == 1:
             return unpack(self.choice, rows, bits).reshape(rows, 1)
-        first = index * bits  # the choices of all rows follow each other, and may lie in two bytes
+        first = index * bits  # choices of all rows are packed together; one can span two bytes
         low, shift = first // 8, first % 8
         flat = self.choice.reshape(-1)
         high = (low + 1).clamp(max=flat.shape[0] - 1)
@@ -301,12 +301,12 @@ class QuantizedTensor:
         return ((word >> shift) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1, 1)
 
     def codes(self) -> Tensor:
-        """The codes: uint8 of shape (rows, columns)."""
+        """Returns the codes: uint8 of shape (rows, columns)."""
         flat = self.packed.reshape(self.spec.rows, self.spec.row_bytes)
         return unpack(flat, self.spec.columns, self.spec.bits, self.spec.group_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that the codes stand for: of shape ``spec.shape``, computed in float32."""
+        """Returns the values of the codes: of shape ``spec.shape``, computed in float32."""
         spec = self.spec
         matrix = dequantize(
             self.packed.reshape(spec.rows, spec.row_bytes),

@@ -1,9 +1,10 @@
-"""Chooses the scale, and the codebook where there is a choice, of every tensor, channel or group of a weight.
+"""Chooses the scale and the codebook of every tensor, channel or group of a weight.
 
-The search by error has two steps. The coarse one (:mod:`dybit.tensors.coarse_search`) tries many scales of every
-codebook at once. Then the best scale of every codebook is refined by one least-squares step, and both are judged by
-their exact error. The steps for one codebook do not depend on the others, so a choice among several never has a larger
-error than any of them alone. E4M3 scales are the exception: the factor that they share follows from all codebooks.
+The search for the least error has two steps. The coarse step (:mod:`dybit.tensors.coarse_search`) tries many scales of
+every codebook at once. Then one least-squares step refines the best scale of every codebook, and the exact error
+decides between the two. The steps for one codebook do not depend on the others, so a choice among several codebooks
+never has a larger error than any one of them. E4M3 scales are the exception: they share a factor that depends on all
+codebooks.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from dybit.kernels.scale_errors import Chunks, fit
 from dybit.tensors.coarse_search import coarse_starts, reaches, scale_has_sign
 from dybit.tensors.scale_types import TINIEST, e4m3_factor, largest_scale, normal_numbers, scale_candidates
 
-_TOP_ROWS = 16  # that say how large E4M3 scales have to be
-_FARTHEST = 2.0**60  # a unit so much smaller than its scale is zero at this one, too
-_BLOCK = 1 << 19  # elements worked on at once: the temporaries stay in the cache
+_TOP_ROWS = 16  # rows that determine how large E4M3 scales must be
+_FARTHEST = 2.0**60  # beyond this ratio of scale to unit, all codes are zero anyway
+_BLOCK = 1 << 19  # elements processed at once, so that temporaries stay in the cache
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Scales:
     """The outcome of a search.
 
     Attributes:
-        scale: float32 of shape (rows, groups), (rows, 1) or (1, 1) by granularity; never zero, negative only for
-            codebooks that are not symmetric.
+        scale: float32 of shape (rows, groups), (rows, 1) or (1, 1), depending on the granularity. Never zero; negative
+            only for codebooks that are not symmetric.
         choice: Index of the codebook of every unit, uint8 of the shape of ``scale``; None for a family of one.
         tensor_scale: The factor that E4M3 scales share; 1.0 for other types.
-        error: The squared error over all elements, weighted by importance where one was given.
+        error: The squared error over all elements, weighted by the importance if there is one.
     """
 
     scale: Tensor
@@ -65,20 +66,21 @@ def choose_scales(
     """Chooses scales and codebooks for a matrix.
 
     Args:
-        matrix: Floating point of shape (rows, columns), finite, rows being output channels.
+        matrix: Finite floating point of shape (rows, columns); rows are output channels.
         family: The codebooks to choose from.
-        granularity: What shares a scale: the tensor, a channel (row), or ``group_size`` columns of a row, the last
-            group of a row being shorter where the columns are no multiple.
+        granularity: What shares a scale: the tensor, a channel (row), or ``group_size`` columns of a row. The last
+            group of a row can be shorter.
         group_size: Only for ``granularity="group"``.
         scale_type: ``fp32``, ``bf16``, ``pow2`` (a power of two from 2^-64 to 2^63) or ``e4m3`` (FP8 times one FP32
             factor for the tensor, as in NVFP4).
-        choice_granularity: What shares a codebook; None means what shares a scale. Not finer than ``granularity``.
+        choice_granularity: What shares a codebook; None for the same as ``granularity``. Not finer than it.
         method: ``mse`` (least squared error), ``absmax`` (nothing is clipped) or ``percentile`` (of the magnitudes).
         percentile: For ``method="percentile"``, above 0 and up to 100.
-        importance: Weight of every squared error, of shape (columns,) or (rows, columns), not negative: the second
-            moments of the layer's inputs, which turn the weight's error into the output's. None for equal weights.
-        incumbent: The codebooks in use, of the shape of ``Scales.choice``; None where there are none yet.
-        hysteresis: By what share another codebook's error must be smaller than the incumbent's to take its place.
+        importance: Weight of every squared error, of shape (columns,) or (rows, columns), at least 0. The second
+            moments of the layer's inputs turn the error of the weight into the error of the output. None for equal
+            weights.
+        incumbent: The current codebooks, of the shape of ``Scales.choice``, or None.
+        hysteresis: The relative reduction of the error that a codebook must bring to replace the incumbent.
 
     Returns:
         The scales, with the codebook of every unit. An all-zero unit gets scale 1, or the smallest one if its
@@ -96,7 +98,7 @@ def choose_scales(
         if method == "mse":
             largest = _largest_wanted(matrix, family, importance, granularity, group_size, choice_granularity)
             ratio = largest / largest_scale("e4m3", tensor_scale)
-            tensor_scale *= 2.0 ** math.ceil(math.log2(max(1.0, ratio)))  # a power of two keeps the numbers
+            tensor_scale *= 2.0 ** math.ceil(math.log2(max(1.0, ratio)))  # a power of two keeps all bits
     search = _Search(family, scale_type, tensor_scale, method, percentile)
     if granularity == "tensor":
         chunks = [(block.float(), weights) for block, weights in _row_blocks(matrix, importance)]
@@ -112,10 +114,10 @@ def choose_scales(
 def _by_units(
     matrix: Tensor, importance: Tensor | None, group_size: int | None, search: _Search, decide: bool
 ) -> tuple[Tensor, Tensor]:
-    """Searches unit by unit: (error, scale) of shape (rows, groups, books), books being 1, or 2 with the choice.
+    """Searches unit by unit: (error, scale) of shape (rows, groups, books).
 
-    With ``decide`` every unit takes its best codebook at once, and ``error[..., 1]`` is its index: all codebooks'
-    scales of a large tensor in small groups would take more memory than the tensor.
+    With ``decide``, every unit takes its best codebook at once, and ``error[..., 1]`` is its index. Keeping the
+    scales of all codebooks would take more memory than the tensor if groups are small.
     """
     errors, scales = [], []
     for start, groups, length in spans(matrix.shape[1], group_size):
@@ -145,8 +147,8 @@ def _pick(
     incumbent: Tensor | None,
     hysteresis: float,
 ) -> Scales:
-    """Picks the codebook of every unit, channel or tensor from (rows, groups, books)."""
-    if scale.shape[-1] == 1 and error.shape[-1] == 2:  # decided unit by unit
+    """Picks the codebook of every unit, channel or tensor from errors of shape (rows, groups, books)."""
+    if scale.shape[-1] == 1 and error.shape[-1] == 2:  # already decided unit by unit
         books = error[..., 1].to(torch.uint8)
         chosen, total = scale[..., 0], error[..., 0].sum()
     else:
@@ -180,9 +182,9 @@ class _Search:
         """Returns (error, scale), float64 and float32 of shape (units, books).
 
         Args:
-            chunks: Elements of shape (segments, length) with their importance or None. Every segment is a unit of its
-                own, or all of all chunks are one unit (``pooled``).
-            pooled: Whether all is one unit.
+            chunks: Elements of shape (segments, length), each with its importance or None. Every segment is a unit, or
+                with ``pooled`` all segments of all chunks are one unit.
+            pooled: Whether everything is one unit.
         """
         largest = [largest_of_groups(x, None) for x, _ in chunks]
         top = torch.cat(largest).amax(0, keepdim=True) if pooled else largest[0]
@@ -193,16 +195,16 @@ class _Search:
         if self.method == "mse":
             coarse = coarse_starts(self.books, normal, pooled)
             starts = [torch.cat(pair, dim=1) for pair in zip(coarse, starts, strict=True)]
-        for index, book in enumerate(self.books):  # 0 becomes the smallest scale: a level beside zero does least harm
+        for index, book in enumerate(self.books):  # 0 becomes the smallest scale, so that the error is least
             starts[index] = torch.where(empty, 1.0 if bool((book.levels == 0).any()) else 0.0, starts[index])
         error, scale = self._refine(normal, unit[:, 0], starts, pooled)
         return error.T * unit.double() ** 2, scale.T
 
     def _refine(self, chunks: Chunks, unit: Tensor, starts: list[Tensor], pooled: bool) -> tuple[Tensor, Tensor]:
-        """Judges the starting scales exactly and improves every codebook's best: (error, scale) of (books, units)."""
+        """Computes the exact errors of the starting scales and refines the best: (error, scale) of (books, units)."""
         most = max(start.shape[1] for start in starts)
         tried = torch.stack([start[:, [*range(start.shape[1])] + [0] * (most - start.shape[1])] for start in starts])
-        # No level may overflow, also where the type rounds the scale up: E4M3 by up to a sixteenth.
+        # No level may overflow, even if the type rounds the scale up: E4M3 does by up to a sixteenth.
         reach = unit.new_tensor([[max(1.0, float(np.abs(book.levels).max()))] for book in self.books])
         limit = torch.finfo(torch.float32).max / 1.07 / reach
 
@@ -226,11 +228,11 @@ class _Search:
         return best.error, best.scale
 
     def _bounds(self, chunks: Chunks, pooled: bool) -> list[Tensor]:
-        """The scales of every codebook at which nothing, or nothing above the percentile, is clipped: (units, 1 or 2).
+        """Returns the scales of every codebook that clip nothing, or only beyond the percentile: (units, 1 or 2).
 
         Args:
             chunks: Elements of magnitude 1 at most.
-            pooled: Whether all is one unit.
+            pooled: Whether everything is one unit.
         """
         high = torch.cat([x.amax(1) for x, _ in chunks]).clamp(min=0)
         low = torch.cat([-x.amin(1) for x, _ in chunks]).clamp(min=0)
@@ -246,7 +248,7 @@ class _Search:
 
 
 def largest_of_groups(matrix: Tensor, group_size: int | None) -> Tensor:
-    """Returns the largest magnitude of every group of columns: (rows, groups), groups being 1 for None."""
+    """Returns the largest magnitude of every group of columns: (rows, groups), with one group for None."""
     parts = []
     for start, groups, length in spans(matrix.shape[1], group_size):
         part = matrix[:, start : start + groups * length].unflatten(1, (groups, length))
@@ -255,7 +257,7 @@ def largest_of_groups(matrix: Tensor, group_size: int | None) -> Tensor:
 
 
 class _Trial(NamedTuple):
-    """Scales that were judged: all of shape (books, units)."""
+    """Scales with their errors: all of shape (books, units)."""
 
     scale: Tensor
     error: Tensor
@@ -270,22 +272,22 @@ def _better(best: _Trial | None, trial: _Trial) -> _Trial:
 
 
 def _bound(book: Codebook, high: Tensor, low: Tensor) -> list[Tensor]:
-    """The scales that map -low … high into the codebook's range: positive, and negative where that is a choice.
+    """Returns the scales that map -low … high into the codebook's range: positive, and negative if allowed.
 
-    A side on which the codebook has no level cannot be kept and does not count.
+    A side without levels is ignored, since its elements cannot be represented.
     """
     top, bottom = float(book.levels[-1]), -float(book.levels[0])
 
     def fit(positive: Tensor, negative: Tensor) -> Tensor:
         sides = [side / reach for side, reach in ((positive, top), (negative, bottom)) if reach > 0]
         scale = torch.stack(sides).amax(0)
-        return torch.where(scale > 0, scale, 1 / max(top, bottom))  # all is clipped to zero, whatever the scale
+        return torch.where(scale > 0, scale, 1 / max(top, bottom))  # everything is clipped to zero at any scale
 
     return [fit(high, low), -fit(low, high)] if scale_has_sign(book) else [fit(high, low)]
 
 
 def _sums(chunks: Chunks, book: Codebook, scale: Tensor, pooled: bool) -> Tensor:
-    """Of every unit, or of all, at its scale (units, 1): the exact error, and what a least-squares step needs.
+    """Computes the exact error and the sums for a least-squares step, of every unit or of all, at scales (units, 1).
 
     Returns:
         float64 of shape (3, units): the sums of the squared error, of value · x and of value², all weighted.
@@ -295,18 +297,18 @@ def _sums(chunks: Chunks, book: Codebook, scale: Tensor, pooled: bool) -> Tensor
 
 
 def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
-    """Chooses the codebook and the reach of dynamically scaled rows: those with the least squared error.
+    """Chooses the codebook and the reach of dynamically scaled rows by the least squared error.
 
     Args:
         rows: float32 of shape (rows, columns); each row is scaled so that its largest magnitude becomes the reach.
         family: The codebooks to choose from.
 
     Returns:
-        The codebook, and the reach, a value between its middle level and somewhat above its largest.
+        The codebook, and the reach: a value between the codebook's median level and slightly above its largest.
     """
     largest = largest_of_groups(rows, None)
     normal = rows / torch.where(largest > 0, largest, 1.0)
-    exponent = torch.frexp(largest.max()).exponent  # or the squares of large and of tiny rows would leave float32
+    exponent = torch.frexp(largest.max()).exponent  # keeps squares of very large or small rows within float32
     weights = torch.ldexp(largest, -exponent).square().expand_as(normal)
     best: tuple[float, Codebook, float] | None = None
     for book in family.books:
@@ -320,7 +322,7 @@ def choose_reach(rows: Tensor, family: Family) -> tuple[Codebook, float]:
 
 
 def _e4m3_factor(matrix: Tensor, books: tuple[Codebook, ...]) -> float:
-    """The factor of E4M3 scales at which every codebook can hold the largest magnitude."""
+    """Returns the factor of E4M3 scales at which every codebook can hold the largest magnitude."""
     top = max((float(block.abs().max()) for block, _ in _row_blocks(matrix, None)), default=0.0)
     one = torch.ones((), dtype=torch.float32, device="cpu")
     bound = min(float(torch.stack(_bound(book, one, one)).abs().min()) for book in books)
@@ -335,9 +337,9 @@ def _largest_wanted(
     group_size: int | None,
     choice_granularity: Granularity,
 ) -> float:
-    """The largest scale that the search by error takes if any number can be one.
+    """Returns the largest scale that the search would choose if scales could be any number.
 
-    It can be larger than the scale at which nothing is clipped: a tapered codebook is finest in its middle.
+    It can exceed the scale at which nothing is clipped: a tapered codebook is finest at small values.
     """
     if granularity != "tensor":
         rows = largest_of_groups(matrix, None)[:, 0].topk(min(_TOP_ROWS, len(matrix))).indices
@@ -358,9 +360,9 @@ def _largest_wanted(
 
 
 def _normalized(importance: Tensor, rows: int, columns: int) -> Tensor:
-    """Importance as float32 of mean one and shape (1 or rows, columns), with a floor.
+    """Returns the importance as float32 of mean one and shape (1 or rows, columns), with a lower bound.
 
-    The floor keeps a unit whose inputs were all zero in calibration from a scale that fits nothing.
+    The bound gives units whose inputs were all zero in calibration a reasonable scale.
     """
     h = importance.float()
     if tuple(h.shape) not in ((columns,), (1, columns), (rows, columns)):
@@ -368,12 +370,12 @@ def _normalized(importance: Tensor, rows: int, columns: int) -> Tensor:
     if not bool(torch.isfinite(h).all()) or bool((h < 0).any()):
         raise DyBitError(f"importance must be finite and at least 0, but is {float(h.min())} to {float(h.max())}")
     h = h if h.ndim == 2 else h[None]
-    h = h / h.max().clamp(min=TINIEST)  # or the mean of large numbers would be infinite
+    h = h / h.max().clamp(min=TINIEST)  # else the mean of large numbers could overflow
     return h / h.mean().clamp(min=TINIEST) + 1e-6
 
 
 def _row_blocks(matrix: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Blocks of whole rows of about _BLOCK elements."""
+    """Yields blocks of whole rows with about _BLOCK elements."""
     rows = max(1, _BLOCK // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], rows):
         block = matrix[start : start + rows]

@@ -1,4 +1,4 @@
-"""The types of scales: the numbers that each can hold, and how they are stored (docs/format.md, section 5)."""
+"""The types of scales: which numbers each can hold, and how they are stored (docs/format.md, section 5)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from dybit.formats.scaling import ScaleType
 
-TINIEST = 2.0**-126  # smallest normal float: a scale below it would lose precision, or be zero
+TINIEST = 2.0**-126  # smallest normal float: a smaller scale would lose precision or be zero
 SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pow2": torch.uint8, "e4m3": torch.float8_e4m3fn}
 _POW2_EXPONENTS = (-64, 63)
 _POW2_BIAS = 64
 _E4M3_MAX = 448.0
 _E4M3_MIN = 2.0**-9
-E4M3_SPAN = _E4M3_MAX / 2.0**-6  # from the smallest that has all bits to the largest
+E4M3_SPAN = _E4M3_MAX / 2.0**-6  # ratio of the largest to the smallest normal number
 
 
 def scale_candidates(scale: Tensor, scale_type: ScaleType, tensor_scale: float = 1.0) -> list[Tensor]:
-    """Returns the numbers of a type that are worth trying in place of ideal scales, none of them zero.
+    """Returns the numbers of a type to try in place of ideal scales. None of them is zero.
 
     Args:
         scale: float32 of any shape. NaN stays NaN.
@@ -46,12 +46,12 @@ def scale_candidates(scale: Tensor, scale_type: ScaleType, tensor_scale: float =
 
 
 def normal_numbers(scale: Tensor) -> Tensor:
-    """Returns scales with those below the smallest normal float replaced by it, zero by the positive one."""
+    """Replaces scales below the smallest normal float by it; zero becomes positive."""
     return torch.where(scale < 0, scale.clamp(max=-TINIEST), scale.clamp(min=TINIEST))
 
 
 def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | None = None) -> Tensor:
-    """Returns the numbers nearest to scales that their type can hold; of powers of two, the nearest in proportion.
+    """Rounds scales to the nearest numbers of their type; to powers of two by the nearest logarithm.
 
     Args:
         scale: float32 of any shape. NaN stays NaN.
@@ -66,14 +66,14 @@ def nearest_scale(scale: Tensor, scale_type: ScaleType, tensor_scale: Tensor | N
 
 
 def largest_scale(scale_type: ScaleType, tensor_scale: float = 1.0) -> float:
-    """Returns the largest number of a type, E4M3 ones having the factor ``tensor_scale``."""
+    """Returns the largest number of a type; ``tensor_scale`` is the factor of E4M3 scales."""
     if scale_type == "e4m3":
         return _E4M3_MAX * tensor_scale
     return 2.0 ** _POW2_EXPONENTS[1] if scale_type == "pow2" else torch.finfo(SCALE_DTYPES[scale_type]).max
 
 
 def e4m3_factor(largest: float) -> float:
-    """Returns the factor that makes a tensor's largest scale the largest E4M3 number, 448, as in NVFP4."""
+    """Returns the factor with which a tensor's largest scale becomes the largest E4M3 number, 448, as in NVFP4."""
     if largest == 0:
         return 1.0
     ratio = float(torch.tensor(largest / _E4M3_MAX, dtype=torch.float32, device="cpu"))
@@ -81,7 +81,7 @@ def e4m3_factor(largest: float) -> float:
 
 
 def store_scales(scale: Tensor, scale_type: ScaleType, tensor_scale: float = 1.0) -> Tensor:
-    """Returns scales in their stored type, of :data:`SCALE_DTYPES`; exact for numbers that the type can hold.
+    """Converts scales to their stored type, one of :data:`SCALE_DTYPES`. Exact for numbers of the type.
 
     Args:
         scale: float32 of any shape.
