@@ -30,7 +30,8 @@ float widen(uint16_t half) { return std::bit_cast<float>(uint32_t(half) << 16); 
 uint16_t narrow(float x) {  // to bfloat16, ties to even
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? uint16_t(0x7fc0) : uint16_t(rounded);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(0x7fc0);
+  return uint16_t(rounded - ((rounded & 0x7fff) == 0x7f80 && (bits & 0x7fffffffu) < 0x7f800000u));  // not to infinity
 }
 
 // Calls work(x, out, count) on FP32 elements; bfloat16 goes through a buffer.
@@ -46,12 +47,6 @@ void as_float(const void* x, void* out, bool half, int64_t start, int64_t count,
     work(buffer, buffer, n);
     for (int64_t j = 0; j < n; ++j) to[i + j] = narrow(buffer[j]);
   }
-}
-
-float dynamic_scale(uint32_t largest, float reach) {
-  const float scale = std::bit_cast<float>(largest) / reach;
-  const float smallest = std::numeric_limits<float>::min();
-  return scale <= std::numeric_limits<float>::max() ? std::max(scale, smallest) : 1.0f;
 }
 
 void pack(const uint8_t* codes, int64_t count, int bits, uint8_t* out) {
@@ -116,6 +111,13 @@ void by_units(const Units& units, int threads, F&& work) {
 
 }  // namespace
 
+float dynamic_scale(uint32_t largest, float reach, float top) {
+  constexpr float kMost = 3.4e38f;  // below the largest float, so that a quotient times its divisor does not overflow
+  const float value = std::bit_cast<float>(largest);
+  if (!std::isfinite(value)) return std::numeric_limits<float>::quiet_NaN();
+  return std::clamp(value / reach, std::numeric_limits<float>::min(), kMost / std::max(top, 1.0f));
+}
+
 Codebook::Codebook(const float* boundaries, const float* level_values, const uint8_t* level_codes, int count) {
   steps = std::max(1, int(std::bit_width(unsigned(count - 1))));
   for (int level = 0; level < steps; ++level)
@@ -129,6 +131,7 @@ Codebook::Codebook(const float* boundaries, const float* level_values, const uin
     values[i] = level_values[std::min(i, count - 1)];
     codes[i] = level_codes[std::min(i, count - 1)];
   }
+  top = std::max(std::abs(level_values[0]), std::abs(level_values[count - 1]));
 }
 
 void round_units(const Codebook& book, const Units& units, const void* x, void* out, bool half, PerUnit<float> scale,
@@ -154,7 +157,7 @@ void round_units(const Codebook& book, const Units& units, const void* x, void* 
       } else {
         largest = k.largest(static_cast<const float*>(x) + start, length);
       }
-      s = dynamic_scale(largest, reach);
+      s = dynamic_scale(largest, reach, book.top);
     }
     as_float(x, out, half, start, length,
              [&](const float* a, float* b, int64_t n) { k.round(book, a, n, s, offset, b); });
@@ -204,21 +207,20 @@ void encode_units(const std::vector<const Codebook*>& books, const Units& units,
   });
 }
 
-void decode_units(const float* tables, const Units& units, int bits, const uint8_t* packed, const int64_t* index,
+void decode_units(const float* tables, const Units& units, int bits, const uint8_t* packed,
                   PerUnit<float> scale, PerUnit<uint8_t> choice, float* out, int threads) {
   const CodeKernels& k = code_kernels();
   const int64_t full = packed_size(units.group, bits), groups = units.groups();
   const int64_t row_bytes = (groups - 1) * full + packed_size(group_range(units, groups - 1).length, bits);
   by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
     uint8_t codes[kBuffer];
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t row = index ? index[i] : i;
+    for (int64_t row = first; row < last; ++row)
       for (int64_t group = 0; group < groups; ++group) {
         const Range range = group_range(units, group);
         const float* table = tables + (size_t(choice.data ? choice.at(units, row, group) : 0) << bits);
         const float s = scale.at(units, row, group);
         const uint8_t* from = packed + row * row_bytes + group * full;
-        float* to = out + i * units.columns + range.start;
+        float* to = out + row * units.columns + range.start;
         const int64_t bytes = packed_size(range.length, bits);
         for (int64_t j = 0; j < range.length; j += kBuffer) {
           const int64_t n = std::min(kBuffer, range.length - j), skip = j / 8 * bits;
@@ -226,7 +228,6 @@ void decode_units(const float* tables, const Units& units, int bits, const uint8
           k.lookup(table, bits, codes, n, s, to + j);
         }
       }
-    }
   });
 }
 

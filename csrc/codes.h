@@ -26,6 +26,7 @@ struct Codebook {
   Codebook(const float* boundaries, const float* level_values, const uint8_t* level_codes, int count);
 
   int steps;  // of a search: there are at most 2^steps levels
+  float top;  // the largest magnitude
   alignas(64) float tree[kMaxLevels];    // node p of level j at 2^j - 1 + p; infinity beyond the boundaries
   alignas(64) float values[kMaxLevels];  // the last repeated to the end
   alignas(64) uint8_t codes[kMaxLevels];
@@ -87,7 +88,7 @@ struct PerUnit {
   }
 };
 
-// x and out are FP32, or bfloat16 (`half`). If scale is null, it is dynamic and maps the largest magnitude to reach.
+// x and out are FP32, or bfloat16 (`half`). If scale is null, it is dynamic (dynamic_scale in kernels.h).
 void round_units(const Codebook& book, const Units& units, const void* x, void* out, bool half, PerUnit<float> scale,
                  const float* offset, float reach, int threads);
 
@@ -103,8 +104,8 @@ void pass_units(const float* limits, const Units& units, const float* x, const f
 void encode_units(const std::vector<const Codebook*>& books, const Units& units, int bits, const float* x,
                   PerUnit<float> scale, PerUnit<uint8_t> choice, uint8_t* packed, int threads);
 
-// The values of packed codes: tables[choice][2^bits] times scale. Rows by index, or all in order if index is null.
-void decode_units(const float* tables, const Units& units, int bits, const uint8_t* packed, const int64_t* index,
+// The values of packed codes: tables[choice][2^bits] times scale.
+void decode_units(const float* tables, const Units& units, int bits, const uint8_t* packed,
                   PerUnit<float> scale, PerUnit<uint8_t> choice, float* out, int threads);
 
 // fits[unit] at the scale of each unit.

@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 
 #include "codes.h"
@@ -30,16 +28,13 @@ Extent ConvGeometry::output(const Extent& size) const {
   return result;
 }
 
-std::vector<float> ConvInput::scales(int channels) const {
+std::vector<float> ConvInput::scales(int channels, const InputFormat& format) const {
   if (scale) return std::vector<float>(batch, *scale);
   const CodeKernels& codes = *kernels().codes;
   const int64_t elements = volume(size) * channels;
   std::vector<float> result(batch);
-  for (int sample = 0; sample < batch; ++sample) {
-    const float wanted = std::bit_cast<float>(codes.largest(x + sample * elements, elements)) / reach;
-    const bool finite = wanted <= std::numeric_limits<float>::max();
-    result[sample] = finite ? std::max(wanted, std::numeric_limits<float>::min()) : 1.0f;
-  }
+  for (int sample = 0; sample < batch; ++sample)
+    result[sample] = dynamic_scale(codes.largest(x + sample * elements, elements), reach, format.top());
   return result;
 }
 
@@ -232,7 +227,7 @@ bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads)
   const int pitch = whole_rows() ? first.weight().chunk_count * kChunk : geometry_.channels;
   Image image{nullptr, first.kind(), geometry_.before, geometry_.after, geometry_.channels, pitch};
   image.data = image_memory.take<uint8_t>(size_t(volume(image.padded(input.size))) * image.pixel() * input.batch);
-  const std::vector<float> scales = input.scales(geometry_.channels);
+  const std::vector<float> scales = input.scales(geometry_.channels, first.input());
   std::vector<Rounding> roundings;
   for (float scale : scales) roundings.push_back(first.input().rounding(scale, input.offset));
   if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads)) return false;

@@ -29,8 +29,8 @@ struct ConvInput {
   const float* offset;  // or null; only without zeros around the input
   float reach;
 
-  // The scale of each sample, as torch.ops.dybit.fake_quantize_dynamic computes it.
-  std::vector<float> scales(int channels) const;
+  // The scale of each sample, as torch.ops.dybit.fake_quantize_dynamic computes it; NaN if x is not finite.
+  std::vector<float> scales(int channels, const InputFormat& format) const;
 };
 
 class Conv {
@@ -38,8 +38,8 @@ class Conv {
   // One weight for each group. The weights must outlive this object.
   Conv(std::vector<const PackedWeight*> weights, const ConvGeometry& geometry);
 
-  // y: [batch][output][rows of the weights]. Returns false and leaves y unfinished if x holds NaN, or if groups differ
-  // in the kind of input or in layout.
+  // y: [batch][output][rows of the weights]. Returns false and leaves y unfinished if x holds NaN, or infinity at a
+  // dynamic scale, or if groups differ in the kind of input or in layout.
   bool run(const ConvInput& input, float* y, const float* bias, int threads) const;
 
   // Convolves an image at one scale. Its border must be at least as wide as the geometry's. Also returns false if a

@@ -167,7 +167,7 @@ class Depthwise::Band {
 };
 
 bool Depthwise::run(const ConvInput& input, float* y, const float* bias, int threads) const {
-  const std::vector<float> scales = input.scales(geometry_.channels);
+  const std::vector<float> scales = input.scales(geometry_.channels, input_);
   return run_bands({input.x, nullptr, input.batch, input.size, scales.data(), input.offset},
                    biases(bias, input.offset), Finish::plain(y), threads);
 }

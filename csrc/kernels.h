@@ -58,6 +58,10 @@ struct EncodeTask {
   uint8_t* has_nan;
 };
 
+// The dynamic scale of a group, from the bits of its largest magnitude: that which maps it to reach, or a smaller one if
+// `top`, the largest value of the format, would overflow. NaN if a value is NaN or infinite.
+float dynamic_scale(uint32_t largest, float reach, float top);
+
 struct CodeKernels;  // codes.h
 
 struct Kernels {

@@ -100,11 +100,10 @@ void define_codes(nb::module_& m) {
         },
         released);
   m.def("decode",
-        [](uintptr_t tables, const Shape& shape, int bits, uintptr_t packed, uintptr_t index, const Spread& scale,
+        [](uintptr_t tables, const Shape& shape, int bits, uintptr_t packed, const Spread& scale,
            const Spread& choice, uintptr_t out, int threads) {
-          dybit::decode_units(pointer<float>(tables), units(shape), bits, pointer<uint8_t>(packed),
-                              pointer<int64_t>(index), per_unit<float>(scale), per_unit<uint8_t>(choice),
-                              writable<float>(out), threads);
+          dybit::decode_units(pointer<float>(tables), units(shape), bits, pointer<uint8_t>(packed), per_unit<float>(scale),
+                              per_unit<uint8_t>(choice), writable<float>(out), threads);
         },
         released);
   m.def("add_to_histogram",

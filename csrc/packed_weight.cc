@@ -107,6 +107,8 @@ int max_significand(int magnitude_bits, int max_run) {
 
 float InputFormat::unit() const { return std::ldexp(1.0f, magnitude_bits - 1); }
 
+float InputFormat::top() const { return float(max_significand(magnitude_bits, max_run)) / unit(); }
+
 Rounding InputFormat::rounding(float scale, const float* offset) const {
   return {magnitude_bits, max_run, is_signed, false, 1.0f, scale, offset ? *offset : 0.0f};
 }

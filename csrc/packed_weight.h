@@ -33,6 +33,8 @@ struct InputFormat {
 
   // Significands in a value of 1 at scale 1.
   float unit() const;
+  // The largest value at scale 1.
+  float top() const;
   // Rounding at a static scale; the offset may be null.
   Rounding rounding(float scale, const float* offset) const;
 };
@@ -43,7 +45,8 @@ class PackedWeight {
   PackedWeight(const Portable& portable, const InputFormat& input, const Kernels& kernels);
 
   // y (input_rows, rows) = x (input_rows, columns) · weightᵀ + bias, all FP32 and contiguous. bias may be null.
-  // A row of x with NaN gives a row of NaN. Rounding is dynamic if scale is null, else static.
+  // Rounding is dynamic if scale is null, else static. A row of x with NaN, or with infinity if rounding is dynamic,
+  // gives a row of NaN.
   void linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale, const float* offset,
               float reach, int threads, Activation activation = Activation::kNone) const;
 

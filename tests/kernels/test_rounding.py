@@ -44,6 +44,42 @@ def test_fake_quantize_is_plain_torch(name, dtype, isa):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["s4", "u4", "int8", "nf4", "s2mid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_group_that_is_not_finite_becomes_nan(name, dtype, isa):
+    book = catalogue.family(name).books[0]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for size in (0, 8, 16):
+            x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+            clean = rounding.fake_quantize_dynamic(x, book, 1.7, size)
+            x[1, 17] = bad
+            found = rounding.fake_quantize_dynamic(x, book, 1.7, size)
+            plain = by_torch(lambda x=x, n=size: rounding.fake_quantize_dynamic(x, book, 1.7, n))
+            hit = torch.zeros(3, 40, dtype=torch.bool)
+            start = 17 // size * size if size else 0
+            hit[1, start : start + (size or 40)] = True
+            assert torch.equal(found.isnan(), hit) and torch.equal(plain.isnan(), hit)
+            assert torch.equal(found[~hit], clean[~hit]) and torch.equal(plain[~hit], clean[~hit])
+
+
+@pytest.mark.parametrize("name", ["s4", "u4", "s8", "s8r1", "int8", "nf4", "s2mid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.01, 0.4, 0.83, 1.0])
+def test_the_largest_numbers_do_not_overflow(name, dtype, share, isa):
+    book = catalogue.family(name).books[0]
+    most, top = torch.finfo(dtype).max, float(np.abs(book.levels).max())
+    x = (torch.rand(4, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * most).to(dtype)
+    x[:, 3] = most
+    found = rounding.fake_quantize_dynamic(x, book, share * top, 0)
+    plain = by_torch(lambda: rounding.fake_quantize_dynamic(x, book, share * top, 0))
+    assert torch.isfinite(found).all() and torch.equal(found, plain)
+    # In float64 nothing overflows: no scale is worse than that which maps the largest number to the largest value.
+    exact = x.double().numpy()
+    scale = max(exact.max() / top, np.finfo(np.float32).tiny)
+    nearest = book.values[book.encode(exact / scale)] * scale
+    assert np.abs(found.double().numpy() - exact).max() <= np.abs(nearest - exact).max() / share + 0.01 * most
+
+
 def test_what_the_kernels_leave_to_torch():
     book = catalogue.family("s4").books[0]
     x = torch.randn(4, 6)

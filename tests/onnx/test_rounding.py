@@ -64,6 +64,7 @@ def test_dynamic(format, group):
     layer = layer_with(InputSpec(format, "dynamic", 1.5, group))
     x = hard_inputs(format, 1.0, 0.0)
     x = torch.cat([torch.nan_to_num(x, nan=0.0), torch.zeros(1, COLUMNS), torch.full((1, COLUMNS), 1e-42)])
+    x = torch.cat([x, torch.linspace(-3.4e38, 3.4e38, COLUMNS)[None]])
     y = run(lambda build, value: table_round(build, value, layer, 2), x)
     np.testing.assert_array_equal(y, layer.round_input(x).numpy())
 

@@ -200,6 +200,31 @@ def test_nan_spreads_as_far_as_the_kernel_and_infinity_saturates(name):
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inputs", ["dynamic", "full"])
+@pytest.mark.parametrize("name", ["stem", "depthwise", "pointwise", "groups"])
+def test_a_sample_that_is_not_finite_becomes_nan_at_a_dynamic_scale(name, inputs):
+    x, weight, bias, options = case(name)
+    x = torch.cat([x, x])
+    clean, _ = run_all(x, weight, bias, **options, **INPUTS[inputs])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        given = x.clone()
+        given[0, 1, 2, 2] = bad
+        for found in run_all(given, weight, bias, **options, **INPUTS[inputs]):
+            assert found[0].isnan().all()
+            torch.testing.assert_close(found[1:], clean[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stem", "depthwise", "pointwise"])
+def test_the_largest_inputs_at_a_dynamic_scale(name):
+    x, weight, _, options = case(name)
+    x = x.clamp(-1, 1)
+    # The wanted scale is no number; the largest possible one maps 3.4e38 to 7.75, the largest value.
+    results = run_all(x * 1e37, weight, **options, format="s8r3", reach=0.01)
+    expected, _ = run_all(x, weight, **options, format="s8r3", reach=7.75 / 34)
+    for found in results:
+        torch.testing.assert_close(found / 1e37, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["pointwise", "depthwise"])
 def test_nothing_and_one(name):
     x, weight, bias, options = case(name)

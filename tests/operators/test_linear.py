@@ -16,6 +16,7 @@ from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.operators.linear import linear
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
+from kernels import ISAS, by_torch
 
 INPUTS = [
     KEPT,
@@ -103,6 +104,44 @@ def test_layers_use_the_operator(mode):
     nan = x.clone()
     nan[3, 5] = float("nan")
     assert model(nan)[3].isnan().all() and not model(nan)[[0, 1, 2, 4]].isnan().any()
+
+
+def on_every_path(x, weight, inputs):
+    """The results of every instruction set, which must be one, and those of plain torch."""
+    before, results = extension.isa(), []
+    for isa in ISAS:
+        extension.use(isa)
+        results.append(linear(x, weight, None, inputs))
+        assert torch.equal(results[0].nan_to_num(7e7), results[-1].nan_to_num(7e7)), isa
+    extension.use(before)
+    return [*results[:1], by_torch(lambda: linear(x, weight, None, inputs))]
+
+
+@pytest.mark.parametrize("size", [0, 32])
+@pytest.mark.parametrize("format", ["int8", "s8", "u4", "nf4"])
+def test_rows_that_are_not_finite_become_nan_at_dynamic_scales(format, size):
+    inputs = InputRounding(format, reach=1.6, group_size=size)
+    x = torch.randn(7, 70, generator=torch.Generator().manual_seed(0))
+    clean = on_every_path(x, weight_of(), inputs)[0]
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    x[[1, 3, 5], [0, 40, 69]] = bad
+    for found in on_every_path(x, weight_of(), inputs):
+        assert found[1::2].isnan().all()
+        torch.testing.assert_close(found[::2], clean[::2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, 32])
+@pytest.mark.parametrize(("format", "top"), [("int8", 127.0), ("s8", 64.0), ("u4", 8.0), ("nf4", 1.0)])
+@pytest.mark.parametrize("share", [0.01, 0.4, 1.0])
+def test_the_largest_inputs_do_not_overflow_at_dynamic_scales(format, top, share, size):
+    x = torch.zeros(2, 70)
+    x[:, 40] = torch.tensor([1.0, 0.25])
+    inputs = InputRounding(format, reach=share * top, group_size=size)
+    expected = x.double() @ weight_of().dequantize().double().T
+    few = expected.abs() < 0.9  # others overflow in floating point, too
+    for found in on_every_path(x * 3.4e38, weight_of(), inputs):
+        assert not found.isnan().any()
+        torch.testing.assert_close(found.double()[few] / 3.4e38, expected[few], rtol=0.12, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])

@@ -41,7 +41,7 @@ SCHEMAS = {
     # stand for, of x's shape and dtype; NaN stays NaN.
     "fake_quantize": "(Tensor x, Tensor scale, Tensor? offset, str format) -> Tensor",
     # The same with a scale for each last-dimension row, or group of group_size (0: the row): that which maps its
-    # largest magnitude to reach.
+    # largest magnitude to reach. All of it is NaN if any is NaN or infinite.
     "fake_quantize_dynamic": "(Tensor x, str format, float reach, int group_size) -> Tensor",
 }
 

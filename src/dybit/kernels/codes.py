@@ -134,7 +134,6 @@ def decode(
         (rows, count, min(group_size or count, count)),
         bits,
         address("packed", packed, _U8, (rows, packed_size(count, bits, group_size))),
-        0,
         per_unit("scale", scale, _F32, rows, groups),
         choice_per_unit(choice, rows, groups, len(books)),
         address("out", out, _F32, (rows, count)),

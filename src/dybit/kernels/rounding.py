@@ -19,6 +19,7 @@ from dybit.kernels.packed_codes import spans
 
 _LEAST_RUN = 8  # elements that share a scale: with fewer, torch is as fast
 _TINIEST = 2.0**-126  # smallest normal float
+_MOST = 3.4e38  # below the largest float, so that a quotient times its divisor does not overflow
 _F32 = torch.float32
 
 
@@ -54,14 +55,14 @@ def fake_quantize_dynamic(x: Tensor, book: Codebook, reach: float, group_size: i
     """Rounds to the values of codes at a scale for every row, or group, that maps its largest magnitude to ``reach``.
 
     Args:
-        x: Floating point of shape (..., columns). Where a group is not finite, infinities saturate at scale 1 and NaN
-            stays NaN.
+        x: Floating point of shape (..., columns). A group with NaN or infinity has no scale and becomes NaN. Where the
+            largest value of the codebook would overflow, the scale is smaller.
         book: The codebook.
         reach: The value that the largest magnitude is mapped to.
         group_size: Columns that share a scale; 0 for all.
 
     Returns:
-        Of the shape and type of ``x``, contiguous.
+        Of the shape and type of ``x``, contiguous. Values beyond a narrower type are its largest number.
     """
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -69,15 +70,21 @@ def fake_quantize_dynamic(x: Tensor, book: Codebook, reach: float, group_size: i
     if kernels_for(x) is not None:
         shape = (x.numel() // columns, columns, min(group_size or columns, columns))
         return _round_by_kernel(x, book, shape, NO_UNITS, 0, reach)
-    parts = []
+    parts, most = [], largest_scale(book)
     for start, groups, length in spans(columns, group_size or None):
         block = x[..., start : start + groups * length].unflatten(-1, (groups, length))
-        scale = block.detach().float().abs().amax(-1, keepdim=True) / reach
+        peak = block.detach().float().abs().amax(-1, keepdim=True)
         # Where a group is zero, or so small that its scale is, the smallest scale takes a level that should be zero
         # closest to it in a format without a zero.
-        scale = torch.where(torch.isfinite(scale), scale.clamp(min=_TINIEST), 1.0)
+        scale = (peak / reach).clamp(_TINIEST, most)
+        scale = scale.masked_fill_(~torch.isfinite(peak), math.nan)
         parts.append(_round_by_torch(block, scale, None, book).flatten(-2))
     return torch.cat(parts, dim=-1)
+
+
+def largest_scale(book: Codebook) -> float:
+    """The largest dynamic scale: that at which the largest value of a codebook is still a float32 number."""
+    return float(np.float32(_MOST) / np.maximum(np.float32(np.abs(book.levels).max()), np.float32(1.0)))
 
 
 def round_chosen(x: Tensor, scale: Tensor, choice: Tensor, books: tuple[Codebook, ...]) -> Tensor:
@@ -217,7 +224,14 @@ def _round_by_kernel(
         reach,
         torch.get_num_threads(),
     )
-    return out.to(x.dtype)
+    return out if out.dtype == x.dtype else _narrow(out, x.dtype)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts float32; what would overflow becomes the largest number of the type."""
+    if dtype in (torch.float16, torch.bfloat16):
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)
 
 
 def _runs(shape: torch.Size, scale: Tensor) -> tuple[tuple[int, int, int], Tensor] | None:
@@ -244,4 +258,4 @@ def _round_by_torch(x: Tensor, scale: Tensor, offset: Tensor | None, book: Codeb
     value = table.round(ratio.masked_fill(unknown, 0.0)) * scale
     value = value if offset is None else value + offset
     # NaN has no code: it must come out as NaN and never as a number.
-    return value.masked_fill(unknown, math.nan).to(x.dtype)
+    return _narrow(value.masked_fill(unknown, math.nan), x.dtype)

@@ -9,6 +9,7 @@ import torch
 from dybit.formats import catalogue
 from dybit.formats.codebook import Codebook
 from dybit.kernels.lookup import grid, lookup
+from dybit.kernels.rounding import largest_scale
 from dybit.layers.kinds import channel_dim
 from dybit.layers.quantized import Quantized
 from dybit.onnx.graph import Builder
@@ -94,10 +95,11 @@ def _book(format: str) -> Codebook:
 
 def _dynamic(build: Builder, x: ir.Value, axes: list[int], reach: float, format: str) -> ir.Value:
     largest = build.op("ReduceMax", build.op("Abs", x), build.constant(axes, np.int64), keepdims=1)
-    scale = build.op("Div", largest, build.constant(reach))
-    bad = build.op("Or", build.op("IsNaN", scale), build.op("IsInf", scale))
-    raised = build.op("Max", scale, build.constant(_TINIEST))
-    return _scaled_round(build, x, build.op("Where", bad, build.constant(1.0), raised), format)
+    bad = build.op("Or", build.op("IsNaN", largest), build.op("IsInf", largest))
+    most = largest_scale(_book(format))
+    scale = build.op("Clip", build.op("Div", largest, build.constant(reach)),
+                     build.constant(_TINIEST), build.constant(most))  # fmt: skip
+    return _scaled_round(build, x, build.op("Where", bad, build.constant(float("nan")), scale), format)
 
 
 def _scaled_round(build: Builder, x: ir.Value, scale: ir.Value, format: str) -> ir.Value:

@@ -125,7 +125,8 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, round
     The kernels sum products of significands as integers and scale the sums in a fixed order
     (:meth:`dybit.operators.packed_weight.PackedWeight.linear`). Plain torch uses the same codes and sums their values
     in floating point, so the two differ by the rounding of these sums. For half-precision ``x``, plain torch also
-    rounds inputs and weights to half precision; the kernels do not. NaN in a row of ``x`` makes the row's results NaN.
+    rounds inputs and weights to half precision; the kernels do not. NaN in a row of ``x`` makes the row's results NaN;
+    so does infinity if the scale is dynamic. A static scale saturates it.
 
     Args:
         x: Floating point of shape (..., columns).

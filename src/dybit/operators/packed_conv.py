@@ -64,7 +64,7 @@ class PackedConv:
             rounding: How inputs are rounded.
 
         Returns:
-            False if ``x`` holds NaN, which has no significand.
+            False if ``x`` holds NaN, or infinity at a dynamic scale, which have no significand.
 
         Raises:
             DyBitError: A tensor has another type, shape, device or layout.

@@ -136,7 +136,8 @@ class PackedWeight:
         inputs, products are summed in FP32; for several rows, in the order of the columns.
 
         Args:
-            x: float32 of shape (rows, columns), contiguous. A row with NaN gives a row of NaN; infinities saturate.
+            x: float32 of shape (rows, columns), contiguous. A row with NaN gives a row of NaN, and
+                so does infinity at a dynamic scale; at a static one it saturates.
             bias: float32 of shape (weight rows,), contiguous, or None.
             rounding: Scale, offset and reach of the inputs. Format and group size are those that the weight was packed
                 for.
