@@ -14,6 +14,7 @@ from training import RECIPES, batches, mlp, train
 
 import dybit
 from dybit import DyBitError, DyBitWarning, Recipe, convert_, prepare_qat_, quantize_
+from dybit.layers.description import text_tensor
 from dybit.qat.layers import prepared_layers
 from dybit.qat.prepare import distillation_loss
 
@@ -61,6 +62,26 @@ def test_training_resumes_from_a_state_dict():
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
     assert int(resumed[0].weight_quantizer.passes) == 8
+
+
+def test_resuming_needs_the_same_formats_of_static_inputs():
+    first = prepare_qat_(mlp(), Recipe(weights=4, activations=4), [batches(1)[0][0]])
+    for activations in (8, "int4", "uint4"):
+        other = prepare_qat_(mlp(), Recipe(weights=4, activations=activations))
+        before = {key: value.clone() for key, value in other[0].input_quantizer.state_dict().items()}
+        with pytest.raises(RuntimeError, match="input_quantizer' stays as it is: static inputs choose from"):
+            other.load_state_dict(first.state_dict())
+        for key, value in other[0].input_quantizer.state_dict().items():
+            assert torch.equal(value, before[key])
+    same = prepare_qat_(mlp(), Recipe(weights=4, activations=4))
+    old = {key: value for key, value in first.state_dict().items() if not key.endswith("input_quantizer.dybit_spec")}
+    for state in (first.state_dict(), old):
+        same.load_state_dict(state)
+        assert torch.equal(same.eval()(batches(1)[0][0]), first.eval()(batches(1)[0][0]))
+    for damaged in ({"choice": torch.tensor(99)}, {"dybit_spec": torch.zeros(3)}, {"dybit_spec": text_tensor([5])}):
+        state = first.state_dict() | {f"0.input_quantizer.{key}": value for key, value in damaged.items()}
+        with pytest.raises(RuntimeError, match=r"'0.input_quantizer' stays as it is"):
+            same.load_state_dict(state)
 
 
 class Block(nn.Module):

@@ -24,6 +24,24 @@ KEY = "dybit_spec"  # in the state dict, after the name of the layer
 _MOST_BYTES = 1 << 16
 
 
+def text_tensor(values: object) -> Tensor:
+    """Values as JSON text in UTF-8: uint8 of shape (bytes,), on the CPU."""
+    # Not torch.tensor, which would follow an ambient device.
+    return torch.frombuffer(bytearray(json.dumps(values, separators=(",", ":")).encode()), dtype=torch.uint8)
+
+
+def read_text(tensor: object) -> Any:  # noqa: ANN401  # any JSON
+    """Reads what :func:`text_tensor` made.
+
+    Raises:
+        DyBitError: It is something else.
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.numel() > _MOST_BYTES:
+        what = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor)
+        raise DyBitError(f"{KEY} must be text as uint8, not {what}")
+    return parse_json(bytes(tensor.detach().cpu().flatten().tolist()), KEY)
+
+
 @dataclass(frozen=True)
 class Description:
     """The formats of a layer.
@@ -42,8 +60,7 @@ class Description:
             "weights": {name: spec.to_dict() for name, spec in self.weights.items()},
             "input": self.input.to_dict() if self.input else None,
         }
-        # Not torch.tensor, which would follow an ambient device.
-        return torch.frombuffer(bytearray(json.dumps(values, separators=(",", ":")).encode()), dtype=torch.uint8)
+        return text_tensor(values)
 
     @classmethod
     def from_tensor(cls, tensor: object) -> Description:
@@ -52,10 +69,7 @@ class Description:
         Raises:
             DyBitError: The tensor is not a description.
         """
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.numel() > _MOST_BYTES:
-            what = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor)
-            raise DyBitError(f"{KEY} must be text as uint8, not {what}")
-        values = parse_json(bytes(tensor.detach().cpu().flatten().tolist()), KEY)
+        values = read_text(tensor)
         if not isinstance(values, dict) or set(values) != {"weights", "input"}:
             raise DyBitError(f"{KEY} must have the fields input, weights, not {values!r:.200}")
         if not isinstance(values["weights"], dict):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.formats.codebook import Family
+from dybit.layers.description import KEY, read_text, text_tensor
 from dybit.layers.input_spec import InputSpec
 from dybit.models.calibration import InputStatistics, choose_input
 from dybit.qat.gradients import Layout, round_input, round_weight, spacing
@@ -220,12 +221,14 @@ class InputQuantizer(_Quantizer):
         offset: The chosen offset, float32 of shape (1,).
         choice: Index of the chosen candidate, int64 of shape (); -1 before there is one.
         candidates: Every possible choice: (format, whether it has an offset).
+        dybit_spec: Always None. Distributed checkpoints look the keys of a state dict up as attributes.
     """
 
     scale: Tensor
     offset: Tensor
     choice: Tensor
     shift: nn.Parameter | None
+    dybit_spec: Tensor | None = None
 
     def __init__(self, recipe: LayerRecipe, schedule: Schedule, learned: bool = True) -> None:
         super().__init__(schedule)
@@ -248,6 +251,30 @@ class InputQuantizer(_Quantizer):
         self.seen = 0
         self._sample = torch.empty(0, dtype=torch.float32, device="cpu")
         self._extremes = (0.0, 0.0)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: ANN401
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + KEY] = text_tensor(self.candidates)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:  # noqa: ANN401
+        """Refuses a choice from other candidates, which would be another format here."""
+        stored, choice, errors = state_dict.pop(prefix + KEY, None), state_dict.get(prefix + "choice"), rest[-1]
+        try:
+            if stored is not None and not (isinstance(stored, Tensor) and stored.is_meta):
+                found = read_text(stored)
+                own = [list(candidate) for candidate in self.candidates]
+                if found != own:
+                    raise DyBitError(
+                        f"static inputs choose from {found!r:.100} in the state dict and from {own!r:.100} in the "
+                        "model; prepare with the same recipe"
+                    )
+            known = isinstance(choice, Tensor) and choice.numel() == 1 and not choice.is_meta
+            if known and not -1 <= int(choice) < len(self.candidates):
+                raise DyBitError(f"choice must be below {len(self.candidates)}, not {int(choice)}")
+        except DyBitError as error:
+            errors.append(f"{prefix.rstrip('.')!r} stays as it is: {error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def ready(self) -> bool:
