@@ -159,9 +159,9 @@ def conv(
 
     The kernels sum products of significands as integers and scale the sums in a fixed order. Plain torch uses the same
     codes and sums their values in floating point. It runs if the kernels do not support a format, if zero padding
-    meets an input offset, for several small groups of more than one channel, and if ``x`` holds NaN. NaN or infinity in a
-    sample with a dynamic scale makes all its results NaN. Channels-last inputs are not copied, and their results are
-    channels-last.
+    meets an input offset, for several small groups of more than one channel, and if ``x`` holds NaN. If scales are
+    dynamic, NaN or infinity in a sample makes all its results NaN. Channels-last inputs are not copied, and their
+    results are channels-last.
 
     Args:
         x: Floating point of shape (batch, channels, \*size), or without the batch.
