@@ -488,12 +488,12 @@ def test_layers_that_a_model_keeps_in_float32(tmp_path, fields):
     assert torch.equal(*outputs)
 
 
-def test_offloading_and_several_devices_are_refused():
+def test_devices_that_are_not_there_are_refused():
     quantizer = dybit.integrations.transformers.DyBitQuantizer(dybit.DyBitConfig(weights=4))
-    for devices in ({"a": "cpu", "b": "disk"}, {"": "disk"}, {"a": 0, "b": 1}):
-        with pytest.raises(dybit.DyBitError, match="quantized layers can neither be offloaded nor spread over devices"):
-            quantizer.validate_environment(device_map=devices)
-    for devices in (None, "auto", {"": "cpu"}, {"a": 0, "b": 0}):
+    for device in (4096, "cuda:4096", torch.device("cuda", 4096)):
+        with pytest.raises(dybit.DyBitError, match=r"device_map has the device '.*4096', which this machine does not"):
+            quantizer.validate_environment(device_map={"a": "cpu", "b": device})
+    for devices in (None, "auto", {"": "cpu"}, {"": torch.device("cpu")}, {"a": "cpu", "b": "disk"}):
         quantizer.validate_environment(device_map=devices)
 
 

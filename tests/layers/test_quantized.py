@@ -95,15 +95,6 @@ def test_codes_are_not_replaced_by_values():
     assert not torch.equal(layer(torch.ones(1, 19)), before)
 
 
-def test_hooks_that_would_move_codes_as_values_are_refused():
-    layer = quantize_(torch.nn.Linear(4, 2), Recipe())
-    codes = layer._buffers["weight"].clone()
-    with pytest.raises(DyBitError, match=r"cannot take a hook of accelerate, .*keep the layers on one device"):
-        layer._old_forward = layer.forward
-    assert torch.equal(layer._buffers["weight"], codes)
-    layer.other = layer.forward
-
-
 def test_the_weight_of_a_quantized_layer_cannot_be_trained():
     for layer in (nn.Linear(4, 3), nn.Embedding(5, 4), nn.Conv2d(2, 3, 3)):
         quantize_(layer, Recipe(weights=4, embeddings=4))

@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.integrations.accelerate import get_device, offload_weight
 
-from dybit.errors import CheckpointError, DyBitWarning
-from dybit.integrations.config import (
-    checksum_rest,
-)
+from dybit.errors import CheckpointError, DyBitError, DyBitWarning
+from dybit.integrations.config import checksum_rest
 from dybit.layers.description import without_descriptions
 from dybit.layers.input_spec import InputSpec
+from dybit.layers.offloading import held_tensor, is_offloaded, offloading_hooks, read_by_accelerate
 from dybit.layers.quantized import quantized_layers
 from dybit.recipe import LayerRecipe
 from dybit.safe_files import crc32, label, read_json
@@ -35,48 +35,94 @@ class LoadingLayer:
     recipe: LayerRecipe | None = None  # None for stored codes
     codes: dict[str, QuantizedTensor] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)  # by weight, of stored codes
+    original: type[nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Notes the class, which is another one while weights are hidden."""
+        self.original = type(self.module)
+
+
+def hide_(layer: LoadingLayer, weight: str, parts: Mapping[str, Tensor]) -> None:
+    """Puts codes in the place of a weight, behind one without values: transformers initializes what a file lacks."""
+    module = layer.module
+    shown = cast(Any, module._parameters.pop(weight)).detach()
+    shown._is_hf_initialized = True
+    module._buffers.update({weight + suffix: part for suffix, part in parts.items()})
+
+    def show(module: nn.Module) -> Tensor | None:
+        return module._buffers.get(weight) if read_by_accelerate(depth=0) else shown
+
+    module.__class__ = type(type(module).__name__, (type(module),), {weight: property(show)})
 
 
 def await_(layer: LoadingLayer, own: list[str]) -> None:
-    """Prepares a layer for stored codes: as empty buffers for the loader, behind a weight of the right shape."""
-    module, shown = layer.module, {}
+    """Prepares a layer for stored codes: as empty buffers for the loader."""
     for weight, spec in layer.specs.items():
-        shown[weight] = cast(Any, module._parameters.pop(weight)).detach()
-        shown[weight]._is_hf_initialized = True
-        for suffix, (shape, dtype) in spec.buffers().items() if weight in own else ():
-            module._buffers[weight + suffix] = torch.empty(shape, dtype=dtype, device="meta")
+        table = spec.buffers() if weight in own else {}
+        hide_(layer, weight, {key: torch.empty(shape, dtype=t, device="meta") for key, (shape, t) in table.items()})
     if layer.input is not None and layer.input.mode == "static":
         for key in ("input_scale", *(["input_offset"] if layer.input.offset else [])):
-            module._buffers[key] = torch.empty(1, dtype=torch.float32, device="meta")
-
-    def show(tensor: Tensor) -> property:
-        return property(lambda _: tensor)
-
-    members = {weight: show(tensor) for weight, tensor in shown.items()}
-    module.__class__ = type(type(module).__name__, (type(module),), members)
+            layer.module._buffers[key] = torch.empty(1, dtype=torch.float32, device="meta")
 
 
 def arrived_(name: str, layer: LoadingLayer, folder: str) -> dict[str, QuantizedTensor]:
-    """What the loader put into a layer that :func:`await_` prepared, checked; the layer is as it was before."""
+    """What the loader put into a layer, checked, on the meta device where it is offloaded; the class is as before."""
     module = layer.module
-    module.__class__ = type(module).__mro__[1]
+    module.__class__ = layer.original
     for key in ("input_scale", "input_offset"):
         if key in module._buffers:
-            check_part(folder, f"{name}.{key}", module._buffers[key], (1,), torch.float32)
+            check_part(folder, name, module, key, (1,), torch.float32)
     codes = {}
     for weight, spec in layer.specs.items():
         if weight not in module._buffers:
             continue  # tied to another
         parts: dict[str, Any] = {}
+        held = []
         for suffix, (shape, dtype) in spec.buffers().items():
-            parts[suffix] = module._buffers.pop(weight + suffix)
-            check_part(folder, f"{name}.{weight}{suffix}", parts[suffix], shape, dtype)
+            if weight not in layer.codes:
+                held.append(check_part(folder, name, module, weight + suffix, shape, dtype))
+            parts[suffix] = module._buffers[weight + suffix]
         codes[weight] = QuantizedTensor(
             spec, parts[""], parts["_scale"], parts.get("_choice"), parts.get("_tensor_scale")
         )
-        if layer.checksums.get(weight, "") not in ("", crc32(parts.values())):
+        if layer.checksums.get(weight, "") not in ("", crc32(held)):
             raise CheckpointError(f"{folder} is damaged: the codes of '{name}.{weight}' are not those that were saved")
     return codes
+
+
+def restore_(layer: LoadingLayer, arrived: Mapping[str, QuantizedTensor]) -> None:
+    """Gives a layer, of which the file has some of the weights only, their values again."""
+    for weight in arrived:
+        codes = layer.codes[weight]
+        for suffix in codes.buffers():
+            del layer.module._buffers[weight + suffix]
+        layer.module.register_parameter(weight, nn.Parameter(codes.dequantize(layer.dtype)))
+
+
+def in_memory(module: nn.Module, weight: str, codes: QuantizedTensor) -> QuantizedTensor:
+    """The codes of a layer; where they are offloaded, as they are kept between calls."""
+    held = {suffix: held_tensor(module, weight + suffix) for suffix in codes.buffers()}
+    return QuantizedTensor(codes.spec, held[""], held["_scale"], held.get("_choice"), held.get("_tensor_scale"))
+
+
+def offload_(model: Any, name: str, layer: LoadingLayer) -> None:  # noqa: ANN401
+    """Has codes that were made while loading kept where the weights of an offloaded layer are.
+
+    Raises:
+        DyBitError: That is the disk, and no folder was given.
+    """
+    for hook in offloading_hooks(layer.module) if is_offloaded(layer.module) else ():
+        loader = hook.weights_map.dataset
+        for weight, codes in layer.codes.items():
+            for suffix, part in codes.buffers().items():
+                key = f"{name}.{weight}{suffix}"
+                if get_device(model.hf_device_map, key) != "disk":
+                    loader.state_dict[key] = part
+                elif loader.save_folder is None:
+                    raise DyBitError("offload_folder must be given: codes that are made while loading are kept there")
+                else:
+                    offload_weight(part, key, loader.save_folder, loader.index)
+                loader.all_keys.append(key)
 
 
 def check_headers(files: Iterable[Path]) -> set[str]:
@@ -125,12 +171,17 @@ def same_codes(one: QuantizedTensor, other: QuantizedTensor) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.buffers().values(), other.buffers().values(), strict=True))
 
 
-def check_part(folder: str, key: str, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Checks that the loader brought a buffer of a layer, in its shape and type."""
-    if not getattr(part, "_is_hf_initialized", False) or part is None:
-        raise CheckpointError(f"{folder} lacks {key!r}")
+def check_part(
+    folder: str, layer: str, module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Returns a buffer that the loader brought, after checking its shape and type; an offloaded one is read."""
+    part = held_tensor(module, name)
+    moved = any(offloading_hooks(module))  # by accelerate, which makes other tensors
+    if part.is_meta or not (moved or getattr(part, "_is_hf_initialized", False)):
+        raise CheckpointError(f"{folder} lacks '{layer}.{name}'")
     if tuple(part.shape) != shape or part.dtype != dtype:
         raise CheckpointError(
-            f"{folder} does not fit: {key!r} is {part.dtype} of shape {tuple(part.shape)}, "
+            f"{folder} does not fit: '{layer}.{name}' is {part.dtype} of shape {tuple(part.shape)}, "
             f"expected {dtype} of shape {shape}"
         )
+    return part

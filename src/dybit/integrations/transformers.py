@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import MutableSet
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,16 @@ from dybit.integrations.loading import (
     check_headers,
     check_plain,
     check_rest,
+    hide_,
+    in_memory,
+    offload_,
     plain_tensors,
+    restore_,
     same_codes,
 )
 from dybit.layers.description import without_descriptions
 from dybit.layers.kinds import is_experts, layout, weight_names
+from dybit.layers.offloading import held_tensor
 from dybit.layers.quantized import quantized_layers
 from dybit.layers.swap import swap_
 from dybit.models.coverage import measure
@@ -86,17 +91,18 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.ties: dict[str, str] = {}  # taken from the model's own table, which knows parameters only
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:  # noqa: ANN401
-        """Checks that all layers come to one device, before anything is read.
+        """Checks that the devices are there, before anything is read.
 
         Raises:
-            DyBitError: They do not.
+            DyBitError: One is not.
         """
-        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
-        if len(devices) > 1 or "disk" in devices:
-            raise DyBitError(
-                f"device_map has {', '.join(sorted(devices))}, but quantized layers can neither be offloaded nor "
-                "spread over devices: give one device"
-            )
+        accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+        there = {"cpu", "disk", "meta"} | {accelerator.type if accelerator else "cpu"}
+        for device in device_map.values() if isinstance(device_map, dict) else ():
+            index = device if isinstance(device, int) else torch.device(device).index if device != "disk" else None
+            kind = "" if isinstance(device, int) else str(device).partition(":")[0]
+            if (kind and kind not in there) or (kind != "cpu" and index is not None and index >= count):
+                raise DyBitError(f"device_map has the device {str(device)!r}, which this machine does not have")
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:  # noqa: ANN401
         """The type to which a stored tensor is cast; None for codes and for scales in eight bits."""
@@ -115,7 +121,12 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             name: label(tensor.dtype, tensor.shape, [tensor]) for name, tensor in plain_tensors(model).items()
         }
         config.checksums[REST] = checksum_rest(json.loads(model.config.to_json_string()))
-        return without_descriptions(model.state_dict()), {}
+        state = without_descriptions(model.state_dict())
+        for name, layer in quantized_layers(model).items():
+            for key, buffer in layer._buffers.items():
+                if buffer is not None and buffer.is_meta and f"{name}.{key}" in state:
+                    state[f"{name}.{key}"] = held_tensor(layer, key).clone()  # transformers takes it for the weight
+        return state, {}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:  # noqa: ANN401
         """Whether a tensor is a weight that is quantized, or whose codes replace one of another shape."""
@@ -169,10 +180,11 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             # A file can have a tied weight twice, with other values even: then it is not tied.
             if stored is None or (other == key and not same_codes(stored, codes)):
                 owner.codes[name], owner.dtype = codes, tensor.dtype
+                if name in owner.module._parameters:
+                    hide_(owner, name, {})
+                owner.module._buffers.update({name + suffix: part for suffix, part in codes.buffers().items()})
             if missing is not None:
                 missing.discard(other)
-            # Stays without values, and must not be given random ones.
-            cast(Any, owner.module._parameters[name])._is_hf_initialized = True
         return True
 
     def _find(self, key: str) -> tuple[LoadingLayer | None, str]:
@@ -296,19 +308,27 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         }
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:  # noqa: ANN401
-        if self.pre_quantized:
-            for name, layer in self.loading.items():
-                layer.codes = arrived_(name, layer, self._folder)
-            for target, source in self.ties.items():
-                (owner, weight), (first, first_weight) = self._find(target), self._find(source)
-                if owner is not None and first is not None:
-                    owner.codes[weight] = first.codes[first_weight]
-        for layer in self.loading.values():
-            if len(layer.codes) < len(layer.specs):
+        arrived = {name: arrived_(name, layer, self._folder) for name, layer in self.loading.items()}
+        for target, source in self.ties.items():
+            (owner, weight), (first, first_weight) = self._find(target), self._find(source)
+            name, origin = target.rpartition(".")[0], source.rpartition(".")[0]
+            if owner is None or first is None or first_weight not in arrived[origin]:
+                continue
+            if self.pre_quantized and weight not in arrived[name]:
+                arrived[name][weight] = in_memory(first.module, first_weight, arrived[origin][first_weight])
+        for name, layer in self.loading.items():
+            if len(arrived[name]) < len(layer.specs):
+                restore_(layer, arrived[name])
                 continue  # a head that the file did not have, initialized at random: it is there to be trained
             scale, offset = (layer.module._buffers.pop(key, None) for key in ("input_scale", "input_offset"))
-            swap_(layer.module, layer.codes, layer.input, scale, offset, layer.dtype)
+            swap_(layer.module, arrived[name], layer.input, scale, offset, layer.dtype)
+            offload_(model, name, layer)
         for plan in self._later:
+            if any(parameter.is_meta for parameter in plan.module.parameters()):
+                raise DyBitError(
+                    f"layer {plan.name!r} cannot be offloaded while it is quantized, since its weight is made of other "
+                    "parameters: give it a device in device_map"
+                )
             make_plain_(plan.module)
             quantize_layer(plan, None, Ties(()))
         if self.pre_quantized:
@@ -382,8 +402,8 @@ def _describe_(config: DyBitConfig, model: nn.Module) -> None:
         if source != key:
             config.tied[key] = source
         else:
-            stored = (layer._buffers[weight + suffix] for suffix in layer.weight_specs[weight].buffers())
-            config.checksums[key] = crc32(cast(Tensor, part) for part in stored)
+            stored = (held_tensor(layer, weight + suffix) for suffix in layer.weight_specs[weight].buffers())
+            config.checksums[key] = crc32(stored)
 
 
 def _held_type(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:  # noqa: ANN401

@@ -12,6 +12,7 @@ from dybit.kernels import extension
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
 from dybit.layers.experts import run_experts
+from dybit.layers.offloading import is_offloaded
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import MadeWeights, is_plain, recur, recur_once
 from dybit.operators.activations import activate
@@ -48,6 +49,8 @@ class QuantizedLinear(Quantized):
         prepared: PreparedLinear | None = state.get("_prepared")
         if prepared is None or not prepared.holds(state["_buffers"], bias):
             prepared = state["_prepared"] = PreparedLinear(self.quantized_tensor(), bias, self.input_rounding())
+            if is_offloaded(self):  # it would keep the codes in memory
+                del state["_prepared"]
         return prepared
 
 

@@ -18,6 +18,7 @@ from dybit.errors import DyBitError
 from dybit.layers.description import Described
 from dybit.layers.input_spec import InputSpec, round_input, round_inputs
 from dybit.layers.kinds import named_conv1d
+from dybit.layers.offloading import read_by_accelerate
 from dybit.layers.patched_forward import is_replaced
 from dybit.layers.quantized_weight import QuantizedWeight, plain_values, reads_plain_values
 from dybit.layers.tracing import call_leaf, tracer_of
@@ -53,6 +54,8 @@ class Quantized(Described, nn.Module):
         stored = self.quantized_tensor(name)
         if reads_plain_values():
             return stored.dequantize(self.float_dtype)
+        if read_by_accelerate(depth=1):
+            return stored.packed
         return QuantizedWeight.of(stored, self.float_dtype)
 
     @property
@@ -118,11 +121,6 @@ class Quantized(Described, nn.Module):
                     f"{name} of a quantized layer cannot be replaced by a {value.dtype} of shape {tuple(value.shape)}; "
                     "call dequantize_ first"
                 )
-        if name == "_old_forward" and name not in self.__dict__:
-            raise DyBitError(
-                "a quantized layer cannot take a hook of accelerate, which would move its codes as floating-point "
-                "values: keep the layers on one device, without offloading"
-            )
         if name in _SIZES and "weight_specs" in self.__dict__ and value != getattr(self, name):
             raise DyBitError(f"{name} of a quantized layer cannot be changed to {value!r}; call dequantize_ first")
         if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", ()):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
+from dybit.errors import DyBitError
 from dybit.layers.kinds import weight_names
+from dybit.layers.offloading import offloading_hooks
 from dybit.layers.quantized import quantized_layers
 from dybit.layers.swap import unswap_
 
@@ -22,7 +24,16 @@ def dequantize_(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        DyBitError: Accelerate keeps the tensors of a module outside of it between calls.
     """
+    for name, module in model.named_modules():
+        if any(hook.offload for hook in offloading_hooks(module)):
+            raise DyBitError(
+                f"module {name!r} is offloaded and would be given its codes for values: call accelerate's "
+                "remove_hook_from_submodules first"
+            )
     shared: dict[int, nn.Parameter] = {}
     with torch.inference_mode(False), torch.no_grad():  # the parameters are for use outside of it
         for layer in list(quantized_layers(model).values()):
