@@ -22,6 +22,7 @@ from dybit.layers.offloading import read_by_accelerate
 from dybit.layers.patched_forward import is_replaced
 from dybit.layers.quantized_weight import QuantizedWeight, plain_values, reads_plain_values
 from dybit.layers.tracing import call_leaf, tracer_of
+from dybit.operators.dispatch import check_values
 from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.operators.packed_cache import ordinary
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -89,6 +90,9 @@ class Quantized(Described, nn.Module):
         if self.input_spec is not None:
             args, kwargs = round_inputs(self, args, kwargs, self.round_input)
         if isinstance(self, nn.MultiheadAttention) and not reads_plain_values():
+            for part in (self, self.out_proj):  # whose weights torch reads, and does not call
+                for name in getattr(part, "weight_specs", ()):
+                    check_values(part.get_buffer(name), *args[:1])
             with plain_values():
                 return super().forward(*args, **kwargs)
         return super().forward(*args, **kwargs)

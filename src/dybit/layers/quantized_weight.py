@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.operators.dispatch import no_view
+from dybit.operators.dispatch import check_values, no_view
 from dybit.operators.packed_cache import Snapshot
 from dybit.tensors.encoding import requantize
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -236,7 +236,10 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         weights.append(x)
         return _values(x)
 
+    others = [x for x in (*args, *kwargs.values()) if type(x) in (Tensor, torch.nn.Parameter) and x.ndim]
     args, kwargs = _map(read, args), _map(read, kwargs)
+    for weight in weights:
+        check_values(weight._source.stored.packed, *others)
     before = [weight._source.written_version() for weight in weights]
     result = func(*args, **kwargs)
     # In inference mode, tensors have no version counter.

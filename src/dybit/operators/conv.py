@@ -16,7 +16,7 @@ from torch import Tensor
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.operators.conv_geometry import ConvGeometry
-from dybit.operators.dispatch import no_view, read_spec, unwatched
+from dybit.operators.dispatch import check_values, no_view, read_spec, unwatched
 from dybit.operators.input_rounding import InputRounding
 from dybit.operators.packed_conv import packed_conv_for
 from dybit.tensors.quantized_tensor import QuantizedTensor
@@ -174,11 +174,12 @@ def conv(
         Of shape (batch, out_channels, \*output size) and the type of ``x``.
 
     Raises:
-        DyBitError: ``x`` or ``bias`` has the wrong shape, ``x`` is not floating point, or ``rounding`` names a
-            family instead of a single format.
+        DyBitError: ``x`` or ``bias`` has the wrong shape, ``x`` is not floating point, ``rounding`` names a family
+            instead of a single format, or the weight has no values.
     """
     if x.ndim == len(weight.spec.shape) - 1:
         return conv(x[None], weight, bias, geometry, rounding)[0]
+    check_values(weight.packed, x)
     if unwatched(x, bias):
         return _compute(x, weight, bias, geometry, replace(rounding, group_size=0) if rounding.group_size else rounding)
     y = _operator(

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dybit.errors import DyBitError
 from dybit.tensors.quantized_tensor import TensorSpec
 
 
@@ -35,6 +36,23 @@ def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
         and not torch._C._get_tracing_state()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def check_values(weight: Tensor, *others: Tensor) -> None:
+    """Checks that codes have values if what they meet has: torch would compute with whatever is in memory.
+
+    Args:
+        weight: The codes, or something of their device.
+        others: The other tensors of an operation.
+
+    Raises:
+        DyBitError: The codes are on the meta device, and one of the others is not.
+    """
+    if weight.is_meta and not all(other.is_meta for other in others):
+        raise DyBitError(
+            "the weight of a quantized layer is on the meta device, without values: load it, or call the module that "
+            "accelerate offloads"
+        )
 
 
 def no_view(y: Tensor) -> Tensor:

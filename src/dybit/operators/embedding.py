@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dybit.kernels.codes import decode
 from dybit.kernels.packed_codes import unpack
-from dybit.operators.dispatch import read_spec
+from dybit.operators.dispatch import check_values, read_spec
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 # index of any shape, int64 or int32. weight to tensor_scale: the buffers of a QuantizedTensor; spec: TensorSpec.key.
@@ -72,8 +72,10 @@ def embedding(index: Tensor, weight: QuantizedTensor) -> Tensor:
         The values of the rows: float32 of shape (\*index.shape, columns).
 
     Raises:
+        DyBitError: The table has no values.
         IndexError: An index is out of range.
     """
+    check_values(weight.packed, index)
     return cast(
         Tensor,
         _operator(index, weight.packed, weight.scale, weight.choice, weight.tensor_scale, weight.spec.key),

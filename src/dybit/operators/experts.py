@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.operators import packed_weight
-from dybit.operators.dispatch import read_spec, unwatched
+from dybit.operators.dispatch import check_values, read_spec, unwatched
 from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.operators.linear import linear
 from dybit.operators.packed_cache import PackedCache
@@ -174,7 +174,7 @@ def experts(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputR
         Of shape (n, rows) and the type of ``x``.
 
     Raises:
-        DyBitError: A tensor has another shape or type.
+        DyBitError: A tensor has another shape or type, or the weight has no values.
     """
     if weight.spec.row_dims != 2:
         raise DyBitError(f"weight must be the matrices of experts, not of shape {weight.spec.shape}")
@@ -185,6 +185,7 @@ def experts(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputR
         )
     if rounding.scale is not None:
         raise DyBitError("rounding must be dynamic for experts, but has a static scale")
+    check_values(weight.packed, x)
     if unwatched(x):
         return _compute(x, expert, weight, rounding)
     return cast(

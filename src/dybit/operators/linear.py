@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
-from dybit.operators.dispatch import no_view, read_spec, unwatched
+from dybit.operators.dispatch import check_values, no_view, read_spec, unwatched
 from dybit.operators.input_rounding import KEPT, InputRounding, input_format
 from dybit.operators.packed_cache import PackedCache
 from dybit.operators.packed_weight import PackedWeight, supports
@@ -138,8 +138,9 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, round
         Of shape (..., rows) and the type of ``x``.
 
     Raises:
-        DyBitError: ``x`` or ``bias`` has the wrong shape, or ``x`` is not floating point.
+        DyBitError: ``x`` or ``bias`` has the wrong shape, ``x`` is not floating point, or the weight has no values.
     """
+    check_values(weight.packed, x)
     if unwatched(x, bias):
         return _compute(x, weight, bias, rounding)
     return cast(
