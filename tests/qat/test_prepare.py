@@ -84,6 +84,21 @@ def test_resuming_needs_the_same_formats_of_static_inputs():
             same.load_state_dict(state)
 
 
+def test_strict_refuses_what_would_stay_in_floating_point_and_the_report_says_it(caplog):
+    def model():
+        return nn.Sequential(nn.Linear(8, 8), nn.Bilinear(8, 8, 4))
+
+    unchanged = model().train()
+    with pytest.raises(DyBitError, match="strict=True, but 80 % of the weights would stay in floating point: Bilinear"):
+        prepare_qat_(unchanged, Recipe(weights=4), strict=True)
+    assert type(unchanged[0]) is nn.Linear and unchanged[0].training
+    with caplog.at_level("INFO", "dybit"), pytest.warns(DyBitWarning, match="80 % of the weights stay"):
+        prepare_qat_(model(), Recipe(weights=4))
+    assert "20 % of 320 weights are quantized; in floating point: Bilinear '1'" in caplog.text
+    prepare_qat_(model(), Recipe(weights=4, rules={"1": None}), strict=True)
+    prepare_qat_(mlp(), Recipe(weights=4), strict=True)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -101,6 +101,10 @@ def test_values_that_are_not_finite_are_named(value):
     [
         (torch.zeros(2, 2, dtype=torch.int8), "weight must be floating point, not torch.int8"),
         (torch.zeros(2, 2, dtype=torch.complex64), "weight must be floating point, not torch.complex64"),
+        (
+            torch.zeros(2, 2).to(torch.float8_e4m3fn),
+            "weight must not be torch.float8_e4m3fn: multiply it by",
+        ),
         (torch.zeros(0, 2), "weight must not be empty, but has shape (0, 2)"),
         (torch.zeros(2, 3), "weight must have shape (2, 2), not (2, 3)"),
         (torch.zeros(2, 2, device="meta"), "weight is on the meta device and has no values"),

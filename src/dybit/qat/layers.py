@@ -21,10 +21,12 @@ from dybit.layers.experts import run_experts
 from dybit.layers.input_spec import InputSpec, round_input, round_inputs
 from dybit.layers.kinds import EXPERTS, RECURRENT, named_experts, transposed, weight_names
 from dybit.layers.patched_forward import follow_class_
+from dybit.layers.quantized_weight import plain_values, reads_plain_values
 from dybit.layers.recurrent import MadeWeights, forget_weights_, is_plain, list_weights_, recur, recur_once
 from dybit.layers.tracing import call_leaf, tracer_of
 from dybit.operators.experts import multiply_by_torch
 from dybit.qat.quantizers import InputQuantizer, WeightQuantizer
+from dybit.qat.rounded_weight import RoundedWeight
 from dybit.tensors.quantized_tensor import TensorSpec
 
 
@@ -87,7 +89,8 @@ class Prepared(Described, nn.Module):
         """Calls the layer with its hooks. Under torch.fx tracing, the layer becomes a node of the graph."""
         if (tracer := tracer_of(args, kwargs)) is not None:
             return call_leaf(tracer, self, args, kwargs)
-        return super().__call__(*args, **kwargs)
+        with plain_values():
+            return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the layer's own signature
         """Rounds the input and calls the layer's own forward."""
@@ -255,7 +258,12 @@ def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         mixin = _PreparedExperts
 
     def reader(name: str) -> property:
-        return property(lambda self: self.weight_quantizer_of(name)(self._parameters[name]))
+        def read(layer: Prepared) -> Tensor:
+            trained = cast(Tensor, layer._parameters[name])
+            rounded = cast(Tensor, layer.weight_quantizer_of(name)(trained))
+            return rounded if reads_plain_values() else RoundedWeight.of(rounded, trained)
+
+        return property(read)
 
     members: dict[str, Any] = {name: reader(name) for name in names}
     made: Any = type(f"Prepared{cls.__name__}", (mixin, cls), members)

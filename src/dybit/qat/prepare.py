@@ -39,6 +39,7 @@ def prepare_qat_(
     refresh_every: int = 100,
     freeze_after: int = 1000,
     hysteresis: float = 0.1,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Prepares a model for quantization-aware training, in place.
@@ -60,6 +61,7 @@ def prepare_qat_(
         refresh_every: Training passes of a layer between two updates of its codebooks; 0 for none.
         freeze_after: Training passes of a layer after which its codebooks are no longer updated.
         hysteresis: The relative reduction of the error that a codebook must bring to replace the current one.
+        strict: As for :func:`dybit.quantize_`.
         progress: As for :func:`dybit.quantize_`.
 
     Returns:
@@ -94,9 +96,8 @@ def prepare_qat_(
     try:
         for module in modules.values():
             module.training = batch_norm == "keep"  # quantize_ folds in evaluation mode
-        quantize_(
-            model, recipe if calibration is not None else _without_calibration(recipe), calibration, progress=remember
-        )
+        start = recipe if calibration is not None else _without_calibration(recipe)
+        quantize_(model, start, calibration, strict=strict, progress=remember)
     finally:
         for module in model.modules() if modes else ():
             module.training = modes.get(module, model.training)

@@ -135,13 +135,15 @@ def check_weight(weight: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """
     if not weight.is_floating_point():
         raise DyBitError(f"weight must be floating point, not {weight.dtype}")
+    if weight.dtype not in _ORDERED:
+        raise DyBitError(f"weight must not be {weight.dtype}: multiply it by its scales in float32 first")
     if weight.numel() == 0:
         raise DyBitError(f"weight must not be empty, but has shape {tuple(weight.shape)}")
     if shape is not None and tuple(weight.shape) != shape:
         raise DyBitError(f"weight must have shape {shape}, not {tuple(weight.shape)}")
     if weight.is_meta:
         raise DyBitError("weight is on the meta device and has no values")
-    if weight.dtype in _ORDERED and all(abs(float(end)) <= _LARGEST for end in torch.aminmax(weight.detach())):
+    if all(abs(float(end)) <= _LARGEST for end in torch.aminmax(weight.detach())):
         return  # both are NaN if any element is NaN
     step = max(1, (1 << 20) * weight.shape[0] // weight.numel())  # without copying the weight
     for start in range(0, weight.shape[0], step):
