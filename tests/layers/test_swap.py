@@ -10,6 +10,7 @@ from helpers import inputs
 from quantized_models import RECIPES, each_layer, quantized
 from torch import nn
 
+from dybit.errors import DyBitError
 from dybit.layers.quantized import Quantized, original_class, quantized_layers
 from dybit.models.preparation import dequantize_
 from dybit.ptq.quantize import quantize_
@@ -58,3 +59,39 @@ def test_the_module_stays_the_same_object():
     assert [name for name, _ in linear.named_parameters()] == ["bias"]
     assert {name for name, _ in linear.named_buffers()} == {"weight", "weight_scale", "weight_choice"}
     assert linear.weight.shape == (2, 4) and linear.weight.dtype == torch.float32
+
+
+PEFT = """
+import copy
+class ModulesToSaveWrapper:
+    def update(self, module):
+        return copy.deepcopy(module)
+"""
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_copies_that_peft_would_train_are_refused(container):
+    scope = {"__name__": "peft.utils.other"}
+    exec(PEFT, scope)
+    layer = nn.Linear(8, 4)
+    head = nn.Sequential(nn.LayerNorm(8), layer) if container else layer
+    quantize_(head, Recipe(weights=4))
+    with pytest.raises(
+        DyBitError, match="modules_to_save of PEFT has a QuantizedLinear, whose codes cannot be trained"
+    ):
+        scope["ModulesToSaveWrapper"]().update(head)
+    copy.deepcopy(head)
+    copied = scope["ModulesToSaveWrapper"]().update(dequantize_(head))
+    assert all(parameter.is_floating_point() for parameter in copied.parameters())
+
+
+def test_modules_to_save_of_peft():
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))})
+    quantize_(model, Recipe(weights=4))
+    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+    with pytest.raises(DyBitError, match="modules_to_save of PEFT has a QuantizedLinear"):
+        peft.get_peft_model(copy.deepcopy(model), config)
+    dequantize_(model["head"])
+    trained = [name for name, p in peft.get_peft_model(model, config).named_parameters() if p.requires_grad]
+    assert any(name.endswith("modules_to_save.default.1.weight") for name in trained)

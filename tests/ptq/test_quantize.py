@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.models.preparation import dequantize_, folded_pairs, make_plain_
+from dybit.ptq import chain
 from dybit.ptq.quantize import quantize_
 from dybit.recipe import Recipe
 
@@ -535,3 +537,38 @@ def test_calibration_that_fails_leaves_the_model_as_it_was(norm):
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [("equalize", "bias"), ("smooth", "gptq", "bias"), ("rotate", "gptq"), "adaround"]
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_chain_that_fails_leaves_the_model_as_it_was(algorithm, inference, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, 50, (4, 16))
+    with torch.no_grad():
+        expected = model(ids).logits
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    members = [(type(module), list(module._buffers), len(module._forward_pre_hooks)) for module in model.modules()]
+    last, seen = algorithm[-1] if isinstance(algorithm, tuple) else algorithm, []
+
+    def fail(*_, **__):
+        seen.append([not torch.equal(value, before.get(key, value)) for key, value in model.state_dict().items()])
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(chain.ALGORITHMS, last, replace(chain.ALGORITHMS[last], run=fail))
+    with torch.inference_mode(inference), pytest.raises(KeyboardInterrupt):
+        quantize_(model, Recipe(weights=4), [ids], algorithm=algorithm)
+    assert any(seen[0])  # it had been changed
+    assert [(type(m), list(m._buffers), len(m._forward_pre_hooks)) for m in model.modules()] == members
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    quantize_(model, Recipe(weights=4))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import cache
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dybit.errors import DyBitError
 from dybit.layers.forwards import (
     QuantizedAttention,
     QuantizedBag,
@@ -134,9 +137,24 @@ def _is_plainly(cls: Any, known: Any) -> bool:  # noqa: ANN401
 
 def _reduce(layer: Quantized, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
     """Copies and pickles by the original class, since the quantized class is generated at run time."""
+    if layer.weight_specs and _copied_by_peft():
+        raise DyBitError(
+            f"modules_to_save of PEFT has a {type(layer).__name__}, whose codes cannot be trained: call dequantize_ on "
+            "the module first, or keep it in floating point by the recipe"
+        )
     state = {key: value for key, value in layer.__dict__.items() if key != "_prepared"}
     state["_buffers"] = {name: picklable(buffer) for name, buffer in layer._buffers.items()}
     return _rebuild, (original_class(layer), tuple(layer.weight_specs)), state
+
+
+def _copied_by_peft() -> bool:
+    """Whether PEFT copies the layer or a module around it, to train what parameters the copy has."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "peft.utils.other" and frame.f_code.co_name == "update":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _set_state(layer: Quantized, state: dict[str, Any]) -> None:

@@ -6,15 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
-def undone_on_failure(model: nn.Module) -> Iterator[None]:
+def undone_on_failure(model: nn.Module, *, written: bool = False) -> Iterator[None]:
     """Leaves a model as it was if the body raises: classes, attributes, parameters, buffers and hooks of all modules.
 
-    Tensors are kept, not copied: the body may put others in their place, but must not write to them.
+    Args:
+        model: The model.
+        written: Whether the body writes to parameters. They are copied then. Other tensors are kept, not copied: the
+            body may put others in their place, but must not write to them.
     """
+    parameters = [p for p in model.parameters() if not is_lazy(p)] if written else []
+    copies = [(parameter, parameter.detach().clone()) for parameter in parameters]
     kept = [(module, type(module), dict(vars(module)), _contents(vars(module))) for module in model.modules()]
     try:
         yield
@@ -26,6 +33,9 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
             for name, values in contents.items():  # in the same containers, to which handles of hooks refer
                 attributes[name].clear()
                 attributes[name].update(values)
+        with torch.no_grad():
+            for parameter, value in copies:
+                parameter.copy_(value)
         raise
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 from torch import nn
@@ -41,7 +40,7 @@ def quantize_(
     is over a tenth and the recipe does not ask for it.
 
     Args:
-        model: The model. It is checked before anything is changed.
+        model: The model. If quantization fails, it stays as it was; transforms need a copy of the weights for that.
         recipe: What to do.
         calibration: Batches that represent the model's inputs, each a tensor, a tuple or list of positional arguments,
             or a mapping of keyword arguments. Static activations need them; weights are better with them.
@@ -76,9 +75,8 @@ def quantize_(
         chain.check_workdir(workdir, steps)
     if steps != ("rtn",):
         calibration = chain.materialize(calibration)
-    # Transforms write to the weights, which cannot be undone.
-    writes = any(chain.ALGORITHMS[step].stage == 0 for step in steps)
-    with nullcontext() if writes else undone_on_failure(model), ordinary_tensors(model):
+    writes = any(chain.ALGORITHMS[step].stage == 0 for step in steps)  # transforms, in place
+    with undone_on_failure(model, written=writes), ordinary_tensors(model):
         for plan in plans:
             make_plain_(plan.module)
         if not model.training:
