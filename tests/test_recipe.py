@@ -5,7 +5,8 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hostile_json import mutated
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dybit.errors import DyBitError
@@ -239,3 +240,51 @@ def test_bad_json(text, message):
     with pytest.raises(DyBitError) as error:
         Recipe.from_json(text)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("re:" + "(" * 3000 + ")" * 3000, "nests too deep"),
+        ("re:a{99999999999999999999}", "is not a regular expression"),
+        ("re:(?P<a>x)(?P<a>y)", "is not a regular expression"),
+        ("re:" + "a?" * 9000, "at most 10000 characters"),
+        ("x" * 20000, "at most 10000 characters"),
+    ],
+)
+def test_hostile_patterns(pattern, message):
+    with pytest.raises(DyBitError, match=message) as error:
+        Recipe(rules={pattern: None})
+    assert len(str(error.value)) < 500
+
+
+def test_malformed_recipes_are_one_sentence():
+    rules = {"0": {"weights": "nf4"}, "re:a.*": None, "b*": {"weights": 8, "activations": "int8"}}
+    good = Recipe(weights=4, activations=4, group_size=8, activation_mode="dynamic", rules=rules).to_dict()
+    refused = []
+
+    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(data=mutated(good))
+    def check(data):
+        try:
+            recipe = Recipe.from_json(json.dumps(data))
+        except DyBitError as error:
+            refused.append(str(error))
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        else:
+            recipe.layer("0"), recipe.layer("a.b", True), recipe.keeps("b1")
+            assert Recipe.from_json(recipe.to_json()) == recipe
+
+    check()
+    assert len(set(refused)) > 50
+
+
+@settings(max_examples=400, deadline=None)
+@given(pattern=st.text(st.sampled_from("re:ab.*+?()[]{}|^$\\12,-!"), max_size=16))
+def test_any_pattern_is_refused_or_used(pattern):
+    try:
+        recipe = Recipe(rules={pattern: None})
+    except DyBitError as error:
+        assert "\n" not in str(error)
+    else:
+        recipe.layer("a.b1")

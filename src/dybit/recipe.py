@@ -23,6 +23,7 @@ Criterion = Literal["auto", "weight", "activation"]
 Mode = Literal["static", "dynamic"]
 
 FORMAT_VERSION = 1
+_LONGEST_PATTERN = 10_000
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,17 @@ class Recipe(LayerRecipe):
         super().__post_init__()
         replace(self._defaults, weights=self.embeddings)
         for pattern, changes in self.rules:
+            if len(pattern) > _LONGEST_PATTERN:
+                raise DyBitError(
+                    f"a rule must have at most {_LONGEST_PATTERN} characters, not {len(pattern)}: {pattern!r:.100}"
+                )
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])
-                except re.error as error:
-                    raise DyBitError(f"rule {pattern!r} is not a regular expression: {error}") from None
+                except (re.error, OverflowError) as error:
+                    raise DyBitError(f"rule {pattern!r:.200} is not a regular expression: {error}") from None
+                except (RecursionError, MemoryError):
+                    raise DyBitError(f"rule {pattern!r:.200} is not a regular expression: it nests too deep") from None
             if changes is not None:
                 _apply(self._defaults, pattern, changes)
 

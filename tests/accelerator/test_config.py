@@ -1,4 +1,8 @@
+import tomllib
+
 import pytest
+from hostile_json import mutated
+from hypothesis import HealthCheck, given, settings
 
 from dybit.accelerator import Config, EnergyTable
 from dybit.accelerator.energy import EVENTS
@@ -40,3 +44,26 @@ class TestConfig:
     def test_files(self, tmp_path):
         with pytest.raises(DyBitError, match="config must be a readable TOML file"):
             Config.load(tmp_path / "none.toml")
+
+
+def test_malformed_parameters_are_one_sentence(monkeypatch):
+    good = tomllib.loads(Config().to_toml()) | {"energy": {"mac_w8a8": 1e-12, "dram_bit": 1.0}}
+    refused = []
+
+    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(data=mutated(good))
+    def check(data):
+        if not isinstance(data, dict):
+            return  # TOML is a table
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tomllib, "loads", lambda _: data)
+            try:
+                config = Config.from_toml("")
+            except DyBitError as error:
+                refused.append(str(error))
+                assert "\n" not in str(error) and len(str(error)) < 1000
+                return
+        assert Config.from_toml(config.to_toml()) == config
+
+    check()
+    assert len(set(refused)) > 50

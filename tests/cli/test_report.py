@@ -3,8 +3,11 @@
 import html
 import json
 import re
+import shutil
 
 import pytest
+from hostile_json import mutated
+from hypothesis import HealthCheck, given, settings
 from searched import batches, net
 from typer.testing import CliRunner
 
@@ -91,3 +94,25 @@ def test_bad_runs_and_paths(run, tmp_path):
         result = invoke(str(tmp_path), "-o", str(tmp_path / "p.html"))
         assert result.exit_code == 2 and sentence in result.stderr, result.stderr
     assert not (tmp_path / "p.html").exists()
+
+
+def test_malformed_runs_are_one_sentence(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+    folder, page = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(run, folder)
+    good = json.loads((folder / "search.json").read_text())
+    refused = []
+
+    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=mutated(good))
+    def check(data):
+        (folder / "search.json").write_text(json.dumps(data))
+        result = invoke(str(folder), "-o", str(page))
+        assert result.exit_code in (0, 2) and result.stderr.count("\n") == (result.exit_code == 2), result.stderr
+        refused.append(result.stderr)
+
+    check()
+    assert len(set(refused)) > 10
+    free = good["result"] | {"costs": dict.fromkeys(good["result"]["costs"], 0), "measured": {}}
+    (folder / "search.json").write_text(json.dumps(good | {"result": free}))
+    assert "is not what dybit search wrote" in invoke(str(folder), "-o", str(page)).stderr

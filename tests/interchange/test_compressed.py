@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 from helpers import cuts, damaged, flips
+from hostile_json import mutated
+from hypothesis import HealthCheck, given, settings
 from interchange_cases import RECIPES, parts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -203,3 +205,27 @@ def test_an_index_must_stay_in_its_directory(tmp_path):
     index.write_text(json.dumps({"weight_map": {"0.weight_packed": "../part.safetensors"}}))
     with pytest.raises(CheckpointError, match="outside its directory"):
         read_compressed(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_malformed_configurations_are_one_sentence(tmp_path, name):
+    _, folder = saved(tmp_path, "nvfp4")
+    if name == "config.json":
+        good = json.loads((folder / name).read_text())
+    else:
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        good = {"metadata": {"total_size": 1}, "weight_map": {"0.weight_packed": "part.safetensors"}}
+    refused = []
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(data=mutated(good))
+    def check(data):
+        (folder / name).write_text(json.dumps(data))
+        try:
+            assert read_compressed(folder).weights
+        except DyBitError as error:
+            refused.append(str(error))
+            assert "\n" not in str(error) and len(str(error)) < 1000
+
+    check()
+    assert len(set(refused)) > 5

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -159,6 +159,26 @@ def test_not_a_number(tmp_path, executor):
     assert len(cells(tmp_path)) == 1
     if pool:
         pool.shutdown()
+
+
+class AtOnce(Executor):
+    """Finishes every task before it returns the future, so that all are done when anybody looks."""
+
+    def submit(self, function, /, *args, **kwargs):
+        future = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except DyBitError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_what_is_finished_is_kept_when_another_cell_fails(tmp_path):
+    subject = Subject(Poison(), mlp_batches())
+    for attempt in range(12):  # futures come as a set, in any order
+        with pytest.raises(DyBitError, match="layer 'second' at W2 failed"):
+            measure(subject, as_candidates(["2"]), cache=tmp_path / str(attempt), executor=AtOnce())
+        assert len(cells(tmp_path / str(attempt))) == 1
 
 
 def test_a_model_that_raises(tmp_path):

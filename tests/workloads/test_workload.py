@@ -1,10 +1,12 @@
 """Workloads: sizes of layers against brute force, JSON, and errors that quote what they were given."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hostile_json import mutated
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dybit.errors import DyBitError
@@ -91,3 +93,25 @@ def test_files(tmp_path):
 def test_errors_name_the_argument_and_quote_the_value(make, words):
     with pytest.raises(DyBitError, match=words):
         make()
+
+
+def test_malformed_files_are_one_sentence():
+    layers = (Gemm("a", 1, 8, 4), Conv("b", 3, 8, size=(8, 8), kernel=(3, 3), padding=(1, 1)))
+    good, refused = json.loads(Workload("n", layers).to_json()), []
+
+    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(data=mutated(good))
+    def check(data):
+        try:
+            work = Workload.from_json(json.dumps(data))
+        except DyBitError as error:
+            refused.append(str(error))
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        else:
+            assert work.macs > 0 and Workload.from_json(work.to_json()) == work
+
+    check()
+    assert len(set(refused)) > 50
+    for kind in ([], {}, None, 3):  # what cannot be looked up
+        with pytest.raises(DyBitError, match="kind of a layer must be gemm or conv"):
+            Workload.from_json(json.dumps(good | {"layers": [good["layers"][0] | {"kind": kind}]}))

@@ -40,10 +40,11 @@ def report(
         raise DyBitError(f"--output must end in .html, not {str(output)!r}")
     document = read_run(run)
     try:
-        found = describe(document, run)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DyBitError(f"{str(run / 'search.json')!r} is not what dybit search wrote: {error!r}") from None
-    write_report(output, found)
+        write_report(output, describe(document, run))
+    except DyBitError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
+        raise DyBitError(f"{str(run / 'search.json')!r} is not what dybit search wrote: {error!r:.200}") from None
     out().print(f"wrote {output}, {size(output.stat().st_size)}", soft_wrap=True)
 
 

@@ -218,7 +218,9 @@ def _distribute(
         while waiting or tasks:
             while tasks and len(waiting) < 2 * len(ready) + 2:
                 submit(tasks.pop(), None)
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            done = wait(waiting, return_when=FIRST_COMPLETED).done
+            # In the order of the cells, but those that failed last: what is finished by then is kept.
+            for future in sorted((future for future in waiting if future in done), key=_has_failed):
                 task = waiting.pop(future)
                 worker, result = future.result()
                 if result is None:
@@ -235,6 +237,10 @@ def _distribute(
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    return future.cancelled() or future.exception() is not None
 
 
 _worker = threading.local()  # of every thread: it changes its copy of the model

@@ -309,8 +309,8 @@ class Workload:
 def _layer(item: object) -> Layer:
     """The layer of one JSON object."""
     kind = item.get("kind") if isinstance(item, dict) else None
-    if not isinstance(item, dict) or kind not in _KINDS:
-        raise DyBitError(f"kind of a layer must be gemm or conv, not {kind!r}")
+    if not isinstance(item, dict) or not isinstance(kind, str) or kind not in _KINDS:
+        raise DyBitError(f"kind of a layer must be gemm or conv, not {kind!r:.100}")
     layer: Any = _KINDS[kind]
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in item.items() if key != "kind"}
     known = [field.name for field in fields(layer)]
