@@ -865,7 +865,7 @@ def test_descriptions_of_a_file_are_those_of_the_manifest(saved):
     key = f"0.{dybit.layers.description.KEY}"
     text = bytes(tensors[key].tolist())
     other = text.replace(b'"s8r', b'"u8r') if b'"s8r' in text else text.replace(b'"u8r', b'"s8r')
-    for changed, message in ((other, "does not say what dybit.json says"), (b"x" * len(text), "does not say what")):
+    for changed, message in ((other, "does not match dybit.json"), (b"x" * len(text), "does not match")):
         tensors[key] = torch.tensor(list(changed), dtype=torch.uint8)
         safetensors.torch.save_file(tensors, path / TENSORS)
         edit(path, lambda data: data.update(sha256=dybit.models.manifest.checksum(path / TENSORS)))

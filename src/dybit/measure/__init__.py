@@ -1,1 +1,1 @@
-"""Measuring models: fidelity, time, workloads, and formats ranked on weights."""
+"""Measures models: fidelity, time, workloads, and formats ranked on weights."""

@@ -1,4 +1,4 @@
-"""How close a quantized model's outputs are to those of its floating-point original."""
+"""Compares the outputs of a quantized model with those of its floating-point original."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dybit.models.running import evaluating, output_tensor, run, run_batch
 Kind = Literal["logits", "embeddings", "values"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-_RANKED_ROWS = 64  # vectors of a batch whose order is compared: sorting a vocabulary costs as much as the model
+_RANKED_ROWS = 64  # vectors per batch that are ranked: sorting a vocabulary takes as long as the model
 _ROWS_AT_ONCE = 256  # bounds the temporaries of softmax over a vocabulary
 _SPILL_BYTES = 1 << 29  # reference outputs beyond this go to temporary files
 
@@ -34,7 +34,7 @@ class Fidelity:
         kl: Mean Kullback-Leibler divergence of the predicted distributions, nats.
         spearman: Rank correlation: of the entries of each output, averaged; of all pair similarities for embeddings.
         perplexity: Of the second model on the batches' own tokens, for language models.
-        outputs: How many output vectors were compared.
+        outputs: The number of compared output vectors.
     """
 
     sqnr: float
@@ -53,7 +53,7 @@ def sqnr(reference: Tensor, output: Tensor) -> float:
         output: The same shape.
 
     Returns:
-        dB: infinite where both are equal, minus infinity where only the reference is zero.
+        dB: infinite if both are equal, minus infinity if only the reference is zero.
 
     Raises:
         DyBitError: Shapes differ, or a tensor is empty or not finite.
@@ -67,7 +67,7 @@ def sqnr(reference: Tensor, output: Tensor) -> float:
 
 
 def agreement(reference: Tensor, output: Tensor) -> float:
-    """Returns the share of vectors whose largest entry is at the same place (top-1 agreement).
+    """Returns the share of vectors with their largest entry at the same index (top-1 agreement).
 
     Args:
         reference: Logits of shape (..., classes).
@@ -102,7 +102,7 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> float:
 def spearman(a: Tensor, b: Tensor) -> float:
     """Returns Spearman's rank correlation along the last dimension, averaged over all others.
 
-    Equal entries share their mean rank. A constant vector puts nothing in order: its correlation counts as 0.
+    Equal entries share their mean rank. The correlation with a constant vector counts as 0.
 
     Args:
         a: Shape (..., n), n at least 2.
@@ -168,7 +168,7 @@ def pair_spearman(reference: Tensor, output: Tensor) -> float:
 
 
 def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Returns the perplexity of a causal language model: exp of its mean surprise at every next token.
+    """Returns the perplexity of a causal language model: exp of the mean negative log-likelihood of the next token.
 
     Args:
         model: Takes the batches; its output, or the output's ``logits``, has shape (batch, length, vocabulary).
@@ -192,11 +192,11 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
 
 
 def guess_kind(reference: Tensor, raw: Any = None) -> Kind:  # noqa: ANN401
-    """Guesses what outputs are: vectors of length one are embeddings, other vectors logits, the rest plain values.
+    """Guesses the kind of outputs: unit vectors are embeddings, other vectors logits, all others plain values.
 
     Args:
         reference: Outputs of the floating-point model.
-        raw: The output as the model gave it, whose ``logits`` or ``last_hidden_state`` say more.
+        raw: The model's output object, which may have ``logits`` or ``last_hidden_state``.
     """
     if hasattr(raw, "logits"):
         return "logits"
@@ -209,21 +209,21 @@ def guess_kind(reference: Tensor, raw: Any = None) -> Kind:  # noqa: ANN401
 
 
 def kind_of(model: nn.Module, batch: Any) -> Kind:  # noqa: ANN401
-    """Runs a model on its first batch and guesses what its outputs are (:func:`guess_kind`)."""
+    """Runs a model on its first batch and guesses the kind of its outputs (:func:`guess_kind`)."""
     with evaluating(model):
         raw = run_batch(model, batch, "batch 0")
     return guess_kind(output_tensor(raw).float(), raw)
 
 
 class Reference:
-    """The outputs of a floating-point model on some batches, to judge any number of quantized models by.
+    """The outputs of a floating-point model on some batches, to compare quantized models with.
 
     Outputs of more than half a gigabyte are kept in temporary files; use it as a context manager to remove them.
 
     Args:
         model: The floating-point model.
-        batches: The inputs, run through again for every model that is judged.
-        kind: What the outputs are; None to guess (see :func:`guess_kind`).
+        batches: The inputs. Every compared model runs on them.
+        kind: The kind of outputs; None to guess (see :func:`guess_kind`).
         progress: Called with (done, total) after every batch.
 
     Raises:
@@ -279,7 +279,7 @@ class Reference:
 def compare_models(
     reference: nn.Module, model: nn.Module, batches: Iterable[Any], kind: Kind | None = None
 ) -> Fidelity:
-    """Runs two models on the same batches and says how close the outputs of the second are.
+    """Runs two models on the same batches and compares their outputs.
 
     Args:
         reference: The floating-point model.
@@ -382,7 +382,7 @@ class _Kept:
 
 
 def _surprise(batch: Any, logits: Tensor) -> tuple[float, int] | None:  # noqa: ANN401
-    """Sum of -log p of every next token, nats, and their number; None where this is no language model."""
+    """Returns the sum of -log p of every next token, in nats, and their number; None for other models."""
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(tokens, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         return None
@@ -419,7 +419,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Ranks along the last dimension from 1, ties sharing their mean: float64 of shape (rows, n)."""
+    """Returns ranks along the last dimension from 1; ties share their mean rank: float64 of shape (rows, n)."""
     ordered = x.sort(dim=-1).values
     x = x.contiguous()
     below, upto = torch.searchsorted(ordered, x), torch.searchsorted(ordered, x, right=True)
@@ -427,7 +427,7 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def _energies(reference: Tensor, output: Tensor) -> tuple[float, float]:
-    """Sum of squares of the reference and of the error."""
+    """Returns the sums of squares of the reference and of the error."""
     wide = reference.double()
     return float(wide.square().sum()), float((output.double() - wide).square().sum())
 

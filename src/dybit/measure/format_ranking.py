@@ -1,4 +1,4 @@
-"""How well formats fit weights: their error and their bits, format by format, and the bound of any single table."""
+"""Ranks formats by how well they fit weights: error and bits of each, and the best single table as a bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dybit.formats.scaling import SCALE_BITS, ScaleType
 from dybit.kernels.lookup import lookup
 from dybit.tensors.scale_search import Scales, choose_scales
 
-_BOUND_WEIGHTS = 1 << 21  # that the bound is fitted to
+_BOUND_WEIGHTS = 1 << 21  # weights to which the bound is fitted
 _BOUND_ROUNDS = 10
 
 
@@ -40,7 +40,7 @@ class Setting:
     method: Literal["mse", "absmax", "percentile"]
 
     def of(self, family: Family) -> Setting:
-        """The setting of a format, with what it prescribes."""
+        """Returns the setting for a format, including what the format prescribes."""
         size = family.group_size or self.group_size
         granularity = "group" if family.group_size else self.granularity
         return Setting(granularity, size, family.scale or self.scale, self.method)
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """How a format did.
+    """The figures of a format.
 
     Attributes:
         family: The format.
@@ -56,9 +56,9 @@ class Result:
         scale_bits: Bits of scales, per weight.
         choice_bits: Bits of choices among codebooks, per weight.
         most_used: The codebook that most units chose.
-        share: The share of units that did.
-        unit: Its typical scale there, in root mean squares of the unit; negative where most scales are.
-        setting: With what it was measured.
+        share: The share of units that chose it.
+        unit: Its typical scale, in root mean squares of the unit; negative if most scales are.
+        setting: The setting of the measurement.
         kind: ``dybit``, ``rival`` or ``bound``.
     """
 
@@ -74,7 +74,7 @@ class Result:
 
     @property
     def bits(self) -> float:
-        """Bits per weight, everything counted."""
+        """Bits per weight, including scales and choices."""
         return self.family.bits + self.scale_bits + self.choice_bits
 
 
@@ -167,7 +167,7 @@ def _measure(
 
 
 def _unit_rms(matrix: Tensor, setting: Setting) -> Tensor:
-    """Root mean square of every unit that shares a scale: shape (1, 1), (rows, 1) or (rows, groups); never zero."""
+    """Returns the root mean square of every unit that shares a scale: (1, 1), (rows, 1) or (rows, groups); not zero."""
     square = matrix.float().square()
     if setting.granularity == "tensor":
         mean = square.mean().view(1, 1)
@@ -180,7 +180,7 @@ def _unit_rms(matrix: Tensor, setting: Setting) -> Tensor:
 
 
 def _spread(unit: Tensor, matrix: Tensor, setting: Setting) -> Tensor:
-    """A number of every unit, for every element where units are groups; broadcasts against the matrix."""
+    """Expands a number per unit so that it broadcasts against the matrix."""
     if setting.granularity != "group":
         return unit
     return unit.repeat_interleave(setting.group_size or matrix.shape[1], dim=1)[:, : matrix.shape[1]]
@@ -201,10 +201,10 @@ def normalized(matrices: Sequence[Tensor], setting: Setting, limit: int) -> NDAr
 
 
 def _lloyd(matrices: Sequence[Tensor], setting: Setting, bits: int, start: Codebook | None) -> Family | None:
-    """The best single table for these weights, as a format; None where they have too few values.
+    """Returns the best single table for these weights, as a format; None if they have too few values.
 
-    Table and scales depend on each other, so they are fitted in turns (Lloyd's algorithm, the error of a unit counting
-    by the square of its scale). No turn makes the error larger; so it begins at the best table that is known.
+    Table and scales depend on each other, so they are fitted alternately (Lloyd's algorithm, with the error of a unit
+    weighted by its squared scale). No step increases the error. It starts at the best known table.
 
     Args:
         matrices: The weights.
@@ -233,9 +233,10 @@ def _lloyd(matrices: Sequence[Tensor], setting: Setting, bits: int, start: Codeb
 
 
 def _sampled_rows(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Some rows, and how many each stands for, (rows, 1): few rows with outliers may carry most of the error.
+    """Samples rows, and returns how many rows each represents, (rows, 1).
 
-    Half of the sample are the rows with the largest norms, the others every so many of the rest.
+    Half of the sample are the rows with the largest norms, since few rows with outliers may have most of the error. The
+    others are evenly spaced among the rest.
     """
     order = matrix.norm(dim=1).argsort(descending=True)
     sure = min(len(order), math.ceil(len(order) * share / 2))
@@ -249,9 +250,9 @@ def _sampled_rows(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def _lloyd_turn(
     matrices: Sequence[tuple[Tensor, Tensor]], family: Family, setting: Setting
 ) -> tuple[float, Codebook | None]:
-    """The error of a table at its best scales, and the table that is best for the codes at these scales.
+    """Returns the error of a table at its best scales, and the best table for the codes at these scales.
 
-    The latter is None where two of its levels would be the same.
+    The table is None if two of its levels would be equal.
     """
     table = lookup(family.books[0], torch.device("cpu"))
     count = len(table.levels)

@@ -1,4 +1,4 @@
-"""Timing: contestants in one process that take turns, and what their times say."""
+"""Times several functions in one process, in turns, and summarizes their times."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Timing:
         median: Seconds.
         low: First quartile, seconds.
         high: Third quartile, seconds.
-        ratio: Median over the rounds of the first contestant's time divided by this one's: above 1 is faster.
-        ratio_low: Its first quartile.
-        ratio_high: Its third quartile.
-        rounds: How often it ran.
+        ratio: Median over the rounds of the first contestant's time divided by this one's. Above 1 is faster.
+        ratio_low: First quartile of the ratio.
+        ratio_high: Third quartile of the ratio.
+        rounds: The number of runs.
     """
 
     median: float
@@ -64,7 +64,7 @@ class Machine:
 
 
 def machine() -> Machine:
-    """This machine as it runs now."""
+    """Returns this machine in its current state."""
     return Machine(_cpu(), extension.isa(), torch.get_num_threads(), torch.__version__)
 
 
@@ -81,15 +81,15 @@ def _cpu() -> str:
 def compare(
     contestants: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 200
 ) -> dict[str, Timing]:
-    """Times contestants that take turns, in a new order every round, so that all see the same disturbances.
+    """Times contestants in turns, in a new order every round, so that disturbances affect all alike.
 
-    With one thread the clock is the thread's processor time: other programs disturb the caches then, but their turns on
-    the processor do not count. With more it is the wall's.
+    With one thread it measures the thread's processor time, which excludes the time slices of other programs. With
+    several threads it measures wall-clock time.
 
     Args:
         contestants: What to run, by name; ratios are against the first.
-        seconds: About how long it may take in all, after five rounds.
-        rounds: At most so many.
+        seconds: Approximate total time; at least five rounds run.
+        rounds: The largest number of rounds.
     """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -1,4 +1,4 @@
-"""Tracing: runs a torch model once and writes down its matrix products and convolutions as a workload."""
+"""Tracing: runs a torch model once and records its matrix products and convolutions as a workload."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from dybit.workloads.workload import Conv, Gemm, Layer, Pair, Workload
 
 
 def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_inputs: object) -> Workload:
-    """Runs ``model`` once and returns what it multiplied.
+    """Runs ``model`` once and returns its products as a workload.
 
-    Recorded are the products that reach torch's operators, so ``nn.Linear``, every convolution, transformers'
-    ``Conv1D``, functional calls, attention, recurrent layers step by step, and experts are seen alike. A product with a
-    learned operand is named after the module that owns it, one of two activations after the module that ran it; a
-    second use of a name gets ``#2``.
+    It records products at the level of torch's operators: ``nn.Linear``, every convolution, transformers' ``Conv1D``,
+    functional calls, attention, recurrent layers step by step, and experts. A product with a learned operand gets the
+    name of the module that owns it, a product of two activations the name of the module that runs it. A second use of
+    a name gets ``#2``.
 
     Args:
-        model: The model; run in evaluation mode without gradients, its mode restored afterwards.
+        model: The model. It runs in evaluation mode without gradients; its mode is restored.
         *inputs: Positional inputs, as for calling the model.
         name: Name of the workload; the model's class by default.
         **named_inputs: Named inputs.
 
     Raises:
-        DyBitError: The model multiplies nothing, is quantized, or multiplies in an operator that cannot be counted.
+        DyBitError: The model has no product, is quantized, or multiplies in an operator that cannot be recorded.
 
     Example:
         >>> work = trace(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.zeros(1, 3, 8, 8))
@@ -62,7 +62,7 @@ def trace(model: nn.Module, *inputs: object, name: str | None = None, **named_in
 
 @contextmanager
 def _without_mkldnn() -> Iterator[None]:
-    """Within it, torch does without oneDNN, which computes a whole LSTM in one operator."""
+    """Switches off oneDNN, which computes a whole LSTM in one operator."""
     before = torch.backends.mkldnn.set_flags(_enabled=False)
     try:
         yield
@@ -71,7 +71,7 @@ def _without_mkldnn() -> Iterator[None]:
 
 
 _GROUPED = ("_grouped_mm", "grouped_mm_fallback")  # of torch and of transformers
-# Operators of torch that multiply a weight, and are none of the above.
+# Other operators of torch that multiply a weight.
 _HIDING = (
     "dot",
     "addbmm",
@@ -138,7 +138,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _refuse(self, packet: Any, args: Any) -> None:  # noqa: ANN401
-        """Refuses an operator that may multiply a weight, unseen."""
+        """Refuses an operator that may multiply a weight without being recorded."""
         tensors = [x for part in args for x in (part if isinstance(part, list | tuple) else (part,))]
         owners = [owner for x in tensors if isinstance(x, Tensor) and (owner := self._owner(x)) is not None]
         if owners or packet.__name__ in _HIDING:
@@ -146,7 +146,7 @@ class _Recorder(TorchDispatchMode):
             raise DyBitError(f"module {where!r} multiplies in the operator {str(packet)!r}, which cannot be counted")
 
     def _groups(self, rows: Tensor, weights: Tensor, ends: Tensor) -> None:
-        """A product of sorted rows (n, k) by the matrices (experts, k, n) of their experts."""
+        """Records a product of sorted rows (n, k) by the matrices (experts, k, n) of their experts."""
         start = 0
         for number, end in enumerate(ends.tolist()):
             self._product(rows[start:end], weights[number], None)
@@ -160,9 +160,9 @@ class _Recorder(TorchDispatchMode):
         return name if uses == 1 else f"{name}#{uses}"
 
     def _product(self, left: Tensor, right: Tensor, added: Tensor | None) -> None:
-        """A product (..., m, k) × (..., k, n) of matrices or batches of matrices."""
+        """Records a product (..., m, k) × (..., k, n) of matrices or batches of matrices."""
         owner, flipped = self._owner(right), False
-        if owner is None and self._owner(left) is not None:  # the weight stands on the left: W·x = (xᵀ·Wᵀ)ᵀ
+        if owner is None and self._owner(left) is not None:  # the weight is the left operand: W·x = (xᵀ·Wᵀ)ᵀ
             owner, flipped = self._owner(left), True
         groups = left.shape[0] if left.ndim == 3 else 1
         m, k, n = left.shape[-2], left.shape[-1], right.shape[-1]
@@ -179,11 +179,11 @@ class _Recorder(TorchDispatchMode):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
         dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
     ) -> None:  # fmt: skip
-        """A convolution (batch, channels, ...): 1-D and 2-D as they are, 3-D and transposed ones as products."""
+        """Records a convolution (batch, channels, ...). 3-D and transposed convolutions are recorded as products."""
         owner = self._owner(weight) or f"{self._running[-1]}.convolution".lstrip(".")
         name, taps = self._unique(owner), math.prod(weight.shape[2:])
         axes, learned_bias = weight.ndim - 2, bias is not None
-        if transposed:  # every input position makes a kernel full of outputs
+        if transposed:  # every input position contributes to a kernel of outputs
             m = x.shape[0] * math.prod(x.shape[2:])
             self.layers.append(Gemm(name, m, weight.shape[0] // groups, weight.shape[1] * taps, groups))
             return
@@ -205,5 +205,5 @@ class _Recorder(TorchDispatchMode):
 
 
 def _pair(numbers: tuple[int, ...]) -> Pair:
-    """The last two numbers: those of a two-dimensional convolution, whatever was put before them."""
+    """Returns the last two numbers: those of a two-dimensional convolution, without leading ones."""
     return numbers[-2], numbers[-1]

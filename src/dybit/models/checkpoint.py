@@ -37,15 +37,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Recipe | None =
 
     Args:
         model: A model that :func:`dybit.quantize_` or :func:`dybit.load` returned.
-        path: The directory. The files of a checkpoint that is there already are replaced; other files stay.
+        path: The directory. Replaces an existing checkpoint in it; other files stay.
         recipe: The recipe to store; None stores the one that the model was quantized with, if known.
 
     Returns:
         The directory.
 
     Raises:
-        DyBitError: The model has no quantized layer, or has tensors that cannot be stored; or ``path`` is something
-            else than a checkpoint or cannot be written.
+        DyBitError: The model has no quantized layer or holds tensors that cannot be stored, or ``path`` is not a
+            checkpoint or cannot be written.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -92,9 +92,9 @@ def write(
     with replacing(path, MANIFEST) as folder:
         target = folder / TENSORS
         try:
-            # One key only: with more, their order, and so the bytes of equal files, would be left to chance.
+            # A single key, so that equal checkpoints have equal bytes: the order of several keys is random.
             safetensors.torch.save_file(dict(tensors), target, metadata={"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a full disk
+        except SafetensorError as error:  # safetensors reports a full disk this way
             raise DyBitError(f"path {str(path)!r} cannot be written: {error}") from None
         text = manifest_text(
             target,
@@ -112,18 +112,19 @@ def write(
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Loads a checkpoint into a fresh floating-point model of the same architecture, in place.
 
-    Needs no calibration data. The result computes what the saved model computed, bit for bit.
+    Needs no calibration data. The outputs are those of the saved model, bit for bit.
 
     Args:
         path: The directory that :func:`save` wrote.
-        model: The model; its values do not matter, and it is not changed if the checkpoint does not fit.
+        model: The model. Its values do not matter. It is not changed if the checkpoint does not fit.
 
     Returns:
         The same model, in evaluation mode.
 
     Raises:
-        CheckpointError: The directory is missing, truncated, foreign, of another version, or does not fit the model.
-        DyBitError: The model is quantized already.
+        CheckpointError: The directory is missing, truncated, not written by dybit, of another version, or does not fit
+            the model.
+        DyBitError: The model is already quantized.
     """
     if not isinstance(model, nn.Module) or quantized_layers(model):
         raise DyBitError(
@@ -136,15 +137,15 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             _fill_(model, manifest, tensors, path)
         except (DyBitError, MemoryError):
             raise
-        except Exception as error:  # of the model's own code, or of torch
+        except Exception as error:  # raised by the model's code or by torch
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise CheckpointError(f"{path} does not fit the model: {reason:.300}") from error
     return model
 
 
 def _fill_(model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Gives a floating-point model the structure and the tensors of a checkpoint. Writes to none of its tensors."""
-    homes: dict[str, torch.device] = {}  # of modules, whose tensors the checkpoint can have under other keys
+    """Gives a floating-point model the structure and the tensors of a checkpoint. Does not write to its old tensors."""
+    homes: dict[str, torch.device] = {}  # keys of modules; the checkpoint may store their tensors under other keys
     for key, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and not tensor.is_meta:
             homes.setdefault(key.partition(".parametrizations.")[0], tensor.device)
@@ -171,7 +172,7 @@ def _check_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Checks that no tensor was left on the meta device."""
     for name, module in model.named_modules():
         hooks: Any = module._forward_pre_hooks.values()
-        made = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}  # by old-style norms
+        made = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}  # old-style norms do this
         for table in (module._parameters, module._buffers, vars(module)):
             for key, value in table.items():
                 if isinstance(value, Tensor) and value.is_meta and key not in made:
@@ -183,10 +184,10 @@ def _check_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Tensor]]:
-    """Reads and checks a checkpoint that no other process replaces meanwhile.
+    """Reads and checks a checkpoint, with a lock against replacement by another process.
 
     Raises:
-        CheckpointError: It is missing, truncated, foreign, damaged or of another version.
+        CheckpointError: It is missing, truncated, damaged, not written by dybit, or of another version.
     """
     try:
         with reading(Path(path)):
@@ -199,7 +200,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Tensor]]:
 
 
 def read_tensors(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, Tensor]:
-    """Reads the tensors and checks that they are those the manifest was written with.
+    """Reads the tensors and checks that they belong to the manifest.
 
     Raises:
         CheckpointError: The file is missing, truncated or changed.
@@ -216,7 +217,7 @@ def read_tensors(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, 
 
 
 def _unique_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to store, and the keys of those that are stored under another key."""
+    """Returns the tensors to store, and the keys of tensors that are stored under another key."""
     owners: dict[tuple[Any, ...], str] = {}
     tensors, shared = {}, {}
     for key, value in state.items():
@@ -274,7 +275,7 @@ def _check_keys(
     found = {**tensors, **{key: tensors.get(source) for key, source in manifest.shared.items()}}
     descriptions = {key: expected.pop(key) for key in expected.keys() - without_descriptions(expected).keys()}
     if not descriptions.keys() & tensors.keys():
-        found |= descriptions  # of an earlier version, which stored none
+        found |= descriptions  # earlier versions stored none
     expected |= descriptions
     missing = [key for key in expected if found.get(key) is None]
     extra = [key for key in found if key not in expected]
@@ -287,7 +288,7 @@ def _check_keys(
         tensor = cast(Tensor, found[key])
         if key in descriptions and _agree(tensor, wanted):
             continue
-        # What is not ours may be stored in another floating-point type than the fresh model has.
+        # Tensors outside of quantized layers may be stored in another floating-point type than the fresh model has.
         free = wanted.is_floating_point() and tensor.is_floating_point() and not _is_ours(key, prefixes)
         if tensor.shape != wanted.shape or not (free or tensor.dtype == wanted.dtype):
             raise CheckpointError(
@@ -295,12 +296,12 @@ def _check_keys(
                 f"expected {wanted.dtype} of shape {tuple(wanted.shape)}"
             )
         if key in descriptions:
-            raise CheckpointError(f"{path} is damaged: {key!r} does not say what {MANIFEST} says")
+            raise CheckpointError(f"{path} is damaged: {key!r} does not match {MANIFEST}")
     return cast(dict[str, Tensor], found)
 
 
 def _agree(description: Tensor, wanted: Tensor) -> bool:
-    """Whether a stored description says what another says, in whatever order."""
+    """Whether two stored descriptions are equal, regardless of the order of their fields."""
     try:
         return Description.from_tensor(description) == Description.from_tensor(wanted)
     except DyBitError:
@@ -308,12 +309,12 @@ def _agree(description: Tensor, wanted: Tensor) -> bool:
 
 
 def _is_ours(key: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a key is that of a quantized layer's scales or inputs, whose type is part of the format."""
+    """Whether a key belongs to scales or inputs of a quantized layer, whose type is part of the format."""
     return key.startswith(prefixes) and key.endswith(("_scale", "_offset", "_choice"))
 
 
 def _prepare_layer_(module: nn.Module, name: str, entry: LayerEntry, path: str | os.PathLike[str]) -> None:
-    """Swaps a layer with buffers without values, to be filled."""
+    """Swaps a layer, with empty buffers to be filled."""
     make_plain_(module)
     for key, spec in entry.weights.items():
         weight = getattr(module, key)
@@ -339,7 +340,7 @@ def _prepare_layer_(module: nn.Module, name: str, entry: LayerEntry, path: str |
 
 
 def _empty_(module: nn.Module) -> None:
-    """Replaces the tensors of a layer by ones without values, which norms and masks that are removed may write to."""
+    """Replaces the tensors of a layer by empty ones, which the removal of norms and masks may write to."""
     parts = [module, *module.get_submodule("parametrizations").modules()] if parametrize.is_parametrized(module) else []
     for part in parts or [module]:
         for table in (part._parameters, part._buffers):
@@ -353,7 +354,7 @@ def _empty_(module: nn.Module) -> None:
 
 
 def _tie_(model: nn.Module, shared: Mapping[str, str]) -> None:
-    """Makes tied buffers one tensor again; tied parameters are so by the architecture, or were loaded as one tensor."""
+    """Ties buffers again. Parameters are tied by the architecture, or were loaded as one tensor."""
     for key, source in shared.items():
         (owner, name), (first, first_name) = _holder(model, key), _holder(model, source)
         for table in ("_buffers", "_parameters"):

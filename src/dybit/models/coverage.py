@@ -18,9 +18,9 @@ from dybit.layers.kinds import is_embedding, weight_names
 from dybit.layers.quantized import Quantized
 from dybit.recipe import Recipe
 
-_NOTICEABLE = 0.1  # share of the weights from which on what no rule names is worth a warning
+_NOTICEABLE = 0.1  # least share of unintended floating-point weights for a warning
 _MAX_NORM, _TIED = "max_norm changes it", "tied to a weight that is not quantized"
-_TOLD = (_MAX_NORM, _TIED)  # reasons that planning warns of, layer by layer
+_TOLD = (_MAX_NORM, _TIED)  # planning already warns of these, layer by layer
 _SHOWN = 4
 _STORED = 32
 
@@ -30,9 +30,9 @@ class Left:
     """A module whose weights stay in floating point.
 
     Attributes:
-        name: Its qualified name; of a parameter of the model itself, the name of the parameter.
+        name: Its qualified name, or the name of a parameter of the model itself.
         kind: Its class.
-        weights: How many weights it has that no other module before it has.
+        weights: The number of its weights that no earlier module has.
         reason: Why they stay.
         asked: Whether the recipe asks for it.
     """
@@ -49,9 +49,9 @@ class Coverage:
     """How much of a model is quantized. Biases and gains do not count, tied weights count once.
 
     Attributes:
-        quantized: How many weights are held as codes.
-        total: How many weights there are.
-        left: The modules that keep floating point, the largest first.
+        quantized: The number of weights stored as codes.
+        total: The number of all weights.
+        left: The modules that stay in floating point, largest first.
     """
 
     quantized: int
@@ -60,13 +60,13 @@ class Coverage:
 
     @classmethod
     def of(cls, quantized: int, left: Iterable[Left]) -> Coverage:
-        """The coverage of a model with so many quantized weights, beside which some are left."""
+        """Returns the coverage of a model with a number of quantized weights and the modules left."""
         ordered = tuple(sorted(left, key=lambda part: -part.weights))
         return cls(quantized, quantized + sum(part.weights for part in ordered), ordered)
 
     @property
     def unasked(self) -> tuple[Left, ...]:
-        """What stays in floating point although the recipe does not ask for it."""
+        """The modules that stay in floating point without the recipe asking for it."""
         return tuple(part for part in self.left if not part.asked)
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Coverage:
         return f"{text}; in floating point: {self._parts(self.left)}" if self.left else text
 
     def announce(self, stacklevel: int = 2) -> None:
-        """Logs the line; warns where a noticeable share is left that the recipe does not name.
+        """Logs the summary; warns if a noticeable share stays in floating point without the recipe asking for it.
 
         Args:
             stacklevel: As for ``warnings.warn``.
@@ -92,10 +92,10 @@ class Coverage:
             )
 
     def check(self) -> None:
-        """Checks that nothing is left but what the recipe names.
+        """Checks that weights stay in floating point only if the recipe asks for it.
 
         Raises:
-            DyBitError: Something is.
+            DyBitError: Others do.
         """
         if self.unasked:
             left = sum(part.weights for part in self.unasked)
@@ -114,10 +114,10 @@ class Coverage:
 
     @classmethod
     def from_dict(cls, data: object) -> Coverage:
-        """Reads what :meth:`to_dict` wrote.
+        """Reads the result of :meth:`to_dict`.
 
         Raises:
-            DyBitError: It is something else.
+            DyBitError: It is malformed.
         """
         if not isinstance(data, Mapping) or set(data) != {"quantized", "total", "left"}:
             raise DyBitError(f"coverage must have the fields quantized, total and left, not {data!r:.100}")
@@ -130,7 +130,7 @@ class Coverage:
         return cls(*numbers, tuple(Left(**part) for part in left))
 
     def _parts(self, left: Collection[Left]) -> str:
-        """The largest parts, those that are alike in one."""
+        """Describes the largest parts; equal kinds are combined."""
         groups: dict[tuple[str, str], list[Left]] = {}
         for part in left:
             groups.setdefault((part.kind, part.reason), []).append(part)
@@ -144,16 +144,16 @@ class Coverage:
 
 
 def measure(model: nn.Module, recipe: Recipe | None = None, planned: Collection[str] = ()) -> Coverage:
-    """Finds what of a model is quantized and what is not.
+    """Measures how much of a model is quantized.
 
     Args:
-        model: The model, quantized or about to be.
-        recipe: The recipe, if it is known; without it nothing counts as asked for.
+        model: The model, before or after quantization.
+        recipe: The recipe, if known. Without it, nothing counts as asked for.
         planned: The names of the modules whose weights are about to be quantized.
     """
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     quantized, seen, left = 0, set[int](), []
-    skipped: set[nn.Module] = set()  # parametrizations of weights that are planned: made permanent before
+    skipped: set[nn.Module] = set()  # parametrizations of planned weights are made permanent before quantization
     modules: dict[str, nn.Module] = dict(model.named_modules())
     for name, module in sorted(modules.items(), key=lambda item: not weight_names(item[1])):
         if module in skipped:
@@ -188,7 +188,7 @@ def unsupported(model: nn.Module) -> list[str]:
 
 
 def _weights(module: nn.Module, covered: Collection[str]) -> Iterator[tuple[int, int]]:
-    """Identity and size of the weights of a module that are codes, or will be."""
+    """Returns identity and size of the weights of a module that are codes, or will be."""
     if isinstance(module, Quantized):
         for key, spec in module.weight_specs.items():
             yield id(module._buffers[key]), spec.rows * spec.columns
@@ -199,7 +199,7 @@ def _weights(module: nn.Module, covered: Collection[str]) -> Iterator[tuple[int,
 
 
 def _is_left(module: nn.Module, key: str, parameter: Tensor | None, covered: Collection[str]) -> bool:
-    """Whether a parameter is a weight, and not one that is quantized or that makes up one that is."""
+    """Whether a parameter is a weight that is neither quantized nor part of a quantized one."""
     if parameter is None or is_lazy(parameter) or not parameter.is_floating_point():
         return False
     made_of = {f"{name}{suffix}" for name in covered for suffix in ("", "_g", "_v", "_orig")}
@@ -209,7 +209,7 @@ def _is_left(module: nn.Module, key: str, parameter: Tensor | None, covered: Col
 
 
 def _reason(name: str, module: nn.Module, recipe: Recipe | None, *, shared: bool) -> tuple[str, bool]:
-    """Why the weights of a module stay, and whether the recipe asks for it."""
+    """Returns why the weights of a module stay, and whether the recipe asks for it."""
     pattern = recipe.keeps(name) if recipe is not None else None
     if pattern is not None:
         return f"rule {pattern!r}", True
@@ -235,7 +235,7 @@ def _merged(left: Iterable[Left]) -> Iterator[Left]:
 
 
 def _percent(part: int, whole: int) -> str:
-    """A share, rounded, but to 0 % and 100 % only where it is that."""
+    """Formats a share. Rounds to 0 % and 100 % only if exact."""
     share = round(100 * part / whole) if whole else 100
     if share == 0 and part:
         return "under 1 %"

@@ -1,4 +1,4 @@
-"""The plan of a quantization of files: which tensors become weights of which layers, and how each is stored."""
+"""Plans the quantization of files: which tensors become weights of which layers, and how each is stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dybit.models.tensor_files import FLOATS, Stored
 from dybit.recipe import LayerRecipe, Recipe
 
 _WEIGHT_NAMES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-# A file has no layers, so only the name of a table says that it is one of embeddings.
+# A file has no layers, so embedding tables are recognized by name.
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|emb)([._]|$)")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -50,7 +50,7 @@ class FilePlan:
 
         Args:
             layer: The name of the layer.
-            kind: Its class, for people.
+            kind: Its class, for information.
             name: The name of the weight in the layer.
             key: The key of the tensor.
             stored: The tensor.
@@ -68,7 +68,7 @@ class FilePlan:
 
 
 def plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> FilePlan:
-    """The plan for files without a model: floating-point tensors of 2 to 5 dimensions named ``weight`` are quantized.
+    """Plans files without a model: quantizes floating-point tensors of 2 to 5 dimensions named ``weight``.
 
     Args:
         path: The file, for errors.
@@ -99,14 +99,14 @@ def plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> FileP
 
 
 def _layer_recipe(recipe: Recipe, layer: str) -> LayerRecipe:
-    """How a layer is quantized of which only the name is known."""
+    """Returns the recipe of a layer of which only the name is known."""
     return recipe.layer(layer, embedding=bool(_EMBEDDING.search(layer))) or LayerRecipe(weights=None)
 
 
 def _coverage(
     source: Mapping[str, Stored], layers: Mapping[str, list[str]], recipe: Recipe, kept: Collection[str]
 ) -> Coverage:
-    """How much of the files is quantized."""
+    """Measures how much of the files is quantized."""
     named = {key: layer for layer, keys in layers.items() for key in keys}
     quantized, left = 0, []
     for key, stored in source.items():

@@ -32,8 +32,8 @@ class LayerEntry:
     """A quantized layer in a manifest.
 
     Attributes:
-        kind: The class of the floating-point layer, for people.
-        dtype: The type in which its weights are dequantized.
+        kind: The class of the floating-point layer, for information.
+        dtype: The type of dequantized weights.
         weights: How each weight is stored.
         input: How inputs are rounded, or None.
         added_bias: Whether it was given a bias that the floating-point layer does not have.
@@ -114,7 +114,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Reads and checks ``dybit.json``.
 
     Raises:
-        CheckpointError: It is missing, no JSON, foreign, of another version or has bad fields.
+        CheckpointError: It is missing, not JSON, not written by dybit, of another version, or has bad fields.
     """
     file = Path(path) / MANIFEST
     try:
@@ -177,7 +177,7 @@ def checksum(file: Path) -> str:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the parts about the model. Without it, a flipped bit in the name of a format would go unnoticed."""
+    """Returns the SHA-256 of the parts about the model. It detects a flipped bit in the name of a format."""
     said = [manifest.get(name) for name in ("layers", "folded", "shared", "recipe")]
     if manifest.get("attached"):
         said.append(manifest["attached"])

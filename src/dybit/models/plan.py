@@ -1,4 +1,4 @@
-"""The plan of a quantization: which layers of a model, each by which recipe; all checked before anything is changed."""
+"""Plans a quantization: which layers of a model, each by which recipe. Checks everything before any change."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> lis
     Args:
         model: The model.
         recipe: The recipe.
-        values: Whether the values of the weights are checked, too; a model that is still to be loaded has none.
+        values: Whether to check the values of the weights. A model that is not loaded yet has none.
 
     Raises:
-        DyBitError: ``model`` or ``recipe`` is none, the model is quantized already or has nothing to quantize, a weight
-            is empty, not floating point or not finite, or a rule matches nothing.
+        DyBitError: ``model`` or ``recipe`` has the wrong type, the model is already quantized or has nothing to
+            quantize, a weight is empty, not floating point or not finite, or a rule matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise DyBitError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -55,7 +55,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> lis
     if not candidates:
         raise DyBitError(f"model {type(model).__name__} has no layer that can be quantized")
     recipe.check_names(candidates, unsupported(model))
-    # Transformers makes some position tables anew: they are in no checkpoint, and so could not be read again.
+    # Transformers computes some position tables instead of storing them, so they could not be loaded again.
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     plans = []
     for name, module in candidates.items():
@@ -105,10 +105,10 @@ def _check_layer(plan: Plan) -> None:
 
 
 def _agree_on_ties(model: nn.Module, plans: list[Plan]) -> list[Plan]:
-    """Gives layers with one weight in common one recipe for it: that of the first of them in the model.
+    """Gives layers that share a weight one recipe for it: that of the first such layer in the model.
 
-    An embedding comes first in a language model, so the output layer tied to it takes the table's width. A weight that
-    is also in use where it cannot be quantized stays in floating point.
+    In a language model the embedding comes first, so the output layer tied to it takes the width of the table. A weight
+    that is also used outside of quantized layers stays in floating point.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -137,7 +137,7 @@ def _agree_on_ties(model: nn.Module, plans: list[Plan]) -> list[Plan]:
 
 
 def _with_weights_of(recipe: LayerRecipe, other: LayerRecipe) -> LayerRecipe:
-    """A recipe with its own activations and the other's weights."""
+    """Returns a recipe with its own activations and the other's weights."""
     names = [field.name for field in fields(LayerRecipe) if field.name.startswith("activation")]
     return replace(other, **{name: getattr(recipe, name) for name in names})
 
@@ -148,7 +148,7 @@ class Ties:
     def __init__(self, plans: Iterable[Plan]) -> None:
         uses = Counter(id(p) for plan in plans for p in plan.module.parameters(recurse=False))
         self._shared = {key for key, count in uses.items() if count > 1}
-        # The parameter is kept beside its quantized form: once freed, its identity could be another's.
+        # Keeps the parameter alive: after it is freed, another object could get its identity.
         self._known: dict[int, tuple[nn.Parameter, QuantizedTensor]] = {}
 
     def get(self, parameter: nn.Parameter) -> QuantizedTensor | None:
@@ -163,7 +163,7 @@ class Ties:
 
 
 def weight_spec(recipe: LayerRecipe, shape: tuple[int, ...], transposed: int = 0, row_dims: int = 1) -> TensorSpec:
-    """How a recipe that quantizes weights stores one of some shape; see ``TensorSpec``."""
+    """Returns how a recipe stores a weight of a given shape; see ``TensorSpec``."""
     family = recipe.weight_family
     assert family is not None
     return TensorSpec(

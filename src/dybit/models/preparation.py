@@ -1,4 +1,4 @@
-"""Preparing a model for quantization, and turning one back: norms made permanent, fused paths bypassed."""
+"""Prepares a model for quantization, and turns a quantized one back: makes norms permanent, bypasses fused paths."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dybit.layers.swap import unswap_
 def dequantize_(model: nn.Module) -> nn.Module:
     """Turns every quantized layer of a model back into floating point, in place, with the values of its codes.
 
-    Inputs are no longer rounded. What weight-only quantization computes stays the same, bit for bit while its weights
-    are frozen. The weights require gradients where they did before.
+    Inputs are no longer rounded. After weight-only quantization the outputs stay the same, bit for bit while weights
+    are frozen. Weights require gradients if they did before.
 
     Returns:
         The same model.
@@ -35,7 +35,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
                 "remove_hook_from_submodules first"
             )
     shared: dict[int, nn.Parameter] = {}
-    with torch.inference_mode(False), torch.no_grad():  # the parameters are for use outside of it
+    with torch.inference_mode(False), torch.no_grad():  # the new parameters must be usable outside of inference mode
         for layer in list(quantized_layers(model).values()):
             keys = {name: id(layer._buffers[name]) for name in layer.weight_specs}
             unswap_(layer)
@@ -45,7 +45,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
 
 
 def folded_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """The (convolution, batch norm) pairs that :func:`quantize_` folded."""
+    """Returns the (convolution, batch norm) pairs that :func:`quantize_` folded."""
     return list(getattr(model, "_dybit_folded", []))
 
 
@@ -54,20 +54,20 @@ def make_plain_(module: nn.Module, *more: str) -> None:
 
     Args:
         module: The layer.
-        *more: The names of further parameters that are to be plain, such as ``bias``.
+        *more: The names of further parameters to make plain, such as ``bias``.
     """
     for name in (*weight_names(module), *more):
         if parametrize.is_parametrized(module, name):
-            # torch removes the property from the class, which copies of the model share: give this module its own.
+            # torch removes the property from the class, which copies of the model share: use a class of its own.
             made_by_torch: Any = type(module)
             members = {k: v for k, v in vars(made_by_torch).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(made_by_torch.__name__, made_by_torch.__bases__, members)
             held: Any = module.parametrizations[name]  # type: ignore[index]
-            if "original" in held._parameters:  # torch writes the weight into it
+            if "original" in held._parameters:  # torch writes the weight into this tensor
                 held._parameters["original"] = _copied(held.original)
             parametrize.remove_parametrizations(module, name)
             _remove_compatibility_hooks_(module)
-            if name not in module._parameters:  # of frozen weights torch leaves a buffer
+            if name not in module._parameters:  # torch leaves a buffer in place of a frozen weight
                 weight = getattr(module, name)
                 delattr(module, name)
                 module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
@@ -80,7 +80,7 @@ def make_plain_(module: nn.Module, *more: str) -> None:
                 {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}.get(
                     type(hook).__name__, lambda *_: None
                 )(module, name)
-        # torch wraps this hook and then does not find it when it removes the norm.
+        # torch wraps this hook and later fails to find and remove it.
         for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
             hook = getattr(wrapped, "hook", wrapped)
             if type(hook).__name__ == "SpectralNormLoadStateDictPreHook" and cast(Any, hook).fn.name == name:
@@ -88,7 +88,7 @@ def make_plain_(module: nn.Module, *more: str) -> None:
 
 
 def _remove_compatibility_hooks_(module: nn.Module) -> None:
-    """Removes what torch's weight norm leaves behind: a hook for old state dicts, which cannot be pickled."""
+    """Removes the hook for old state dicts that torch's weight norm leaves behind; it cannot be pickled."""
     hooks = module._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
         if "_weight_norm_compat_hook" in getattr(getattr(hook, "hook", hook), "__qualname__", ""):
@@ -100,9 +100,9 @@ def _copied(parameter: Any) -> nn.Parameter:  # noqa: ANN401
 
 
 def bypass_fast_path_(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Keeps transformer encoders that hold some layers from their fused inference path, which calls none of them.
+    """Switches off the fused inference path of transformer encoders that contain given layers: it does not call them.
 
-    It computes on nested tensors where there is a padding mask, which the layers cannot.
+    With a padding mask, the path also uses nested tensors, which the layers do not support.
     """
     held = {id(layer) for layer in layers}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Undoing what was done to a model, if it fails halfway."""
+"""Rolls back changes of a model if they fail halfway."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn.parameter import is_lazy
 
 @contextmanager
 def undone_on_failure(model: nn.Module, *, written: bool = False) -> Iterator[None]:
-    """Leaves a model as it was if the body raises: classes, attributes, parameters, buffers and hooks of all modules.
+    """Restores a model if the body raises: classes, attributes, parameters, buffers and hooks of all modules.
 
     Args:
         model: The model.
-        written: Whether the body writes to parameters. They are copied then. Other tensors are kept, not copied: the
-            body may put others in their place, but must not write to them.
+        written: Whether the body writes to parameters, which are then copied. Other tensors are kept, not copied: the
+            body may replace them but must not write to them.
     """
     parameters = [p for p in model.parameters() if not is_lazy(p)] if written else []
     copies = [(parameter, parameter.detach().clone()) for parameter in parameters]
@@ -30,7 +30,7 @@ def undone_on_failure(model: nn.Module, *, written: bool = False) -> Iterator[No
             module.__class__ = cls
             vars(module).clear()
             vars(module).update(attributes)
-            for name, values in contents.items():  # in the same containers, to which handles of hooks refer
+            for name, values in contents.items():  # in the same containers, since handles of hooks refer to them
                 attributes[name].clear()
                 attributes[name].update(values)
         with torch.no_grad():
@@ -40,5 +40,5 @@ def undone_on_failure(model: nn.Module, *, written: bool = False) -> Iterator[No
 
 
 def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Shallow copies of the dictionaries and sets among some attributes."""
+    """Returns shallow copies of the dictionaries and sets among attributes."""
     return {name: value.copy() for name, value in attributes.items() if isinstance(value, dict | set)}

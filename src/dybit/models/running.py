@@ -1,4 +1,4 @@
-"""Running a model on batches, and observing the inputs of its layers."""
+"""Runs a model on batches and observes the inputs of its layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]
     """Runs a model in evaluation mode without gradients, batch by batch.
 
     Args:
-        model: The model; left in the mode it was in.
+        model: The model. Its mode is restored.
         batches: Each a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
 
     Yields:
@@ -42,7 +42,7 @@ def run(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]
 
 
 def output_tensor(output: Any) -> Tensor:  # noqa: ANN401
-    """Returns the tensor that a model's output is about: itself, ``logits``, ``last_hidden_state`` or the first.
+    """Returns the main tensor of a model's output: itself, ``logits``, ``last_hidden_state`` or the first tensor.
 
     Raises:
         DyBitError: There is no floating-point tensor in it.
@@ -86,7 +86,7 @@ def iterate(batches: Iterable[Any]) -> Iterator[Any]:
     """Iterates over calibration batches.
 
     Raises:
-        DyBitError: They are no iterable of batches.
+        DyBitError: ``batches`` is not an iterable of batches.
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise DyBitError(f"calibration must be an iterable of batches, such as a list, not {type(batches).__name__}")
@@ -107,14 +107,14 @@ def _describe(batch: Any) -> str:  # noqa: ANN401
 def observing(
     layers: Mapping[str, nn.Module], observe: Callable[[str, nn.Module, list[Tensor]], None]
 ) -> Iterator[None]:
-    """Has a function called with the inputs of some layers whenever they run, while the body does.
+    """Within the body, calls a function with the inputs of layers whenever they run.
 
     Args:
         layers: The layers by name.
         observe: Called with name, layer and its inputs: one, or query, key and value of attention.
     """
     handles = []
-    # Attention calls its out_proj then.
+    # Attention then calls its out_proj.
     called: dict[nn.Module, Callable[..., Any]] = {
         module: partial(attend, module) for module in layers.values() if is_attention(module)
     }
@@ -135,7 +135,7 @@ def observing(
 
 
 def positions(name: str, module: nn.Module, x: Tensor) -> Tensor:
-    """The positions of an input of a layer: float32 of shape (positions, channels).
+    """Returns the positions of an input of a layer: float32 of shape (positions, channels).
 
     Raises:
         DyBitError: It holds NaN or infinity.
@@ -158,7 +158,7 @@ def check_finite(name: str, x: Tensor) -> None:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluates models: evaluation mode and no gradients. Restores the mode of every module."""
+    """Runs the body in evaluation mode without gradients, and restores the mode of every module."""
     training = [module for model in models for module in model.modules() if module.training]
     try:
         for model in models:
@@ -172,9 +172,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def ordinary_tensors(model: nn.Module) -> Iterator[None]:
-    """Leaves inference mode, so that what a model is given can be used outside of it.
+    """Leaves inference mode, so that new tensors of a model can be used outside of it.
 
-    Not where the model's own tensors were made in inference mode: only there can they be modified.
+    Stays in inference mode if the model's tensors were made in it: they can only be modified there.
     """
     tensors = [*model.parameters(), *model.buffers()] if torch.is_inference_mode_enabled() else []
     made = (tensor for tensor in tensors if not nn.parameter.is_lazy(tensor))
@@ -197,7 +197,7 @@ def without_fast_path() -> Iterator[None]:
 
 
 def tensors_of(output: Any) -> list[Tensor]:  # noqa: ANN401
-    """The tensors in a model's output: tuples, lists and mappings; caches and other objects do not count."""
+    """Returns the tensors in a model's output, also in tuples, lists and mappings. Ignores caches and other objects."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):

@@ -1,7 +1,7 @@
 """Quantizes weights from safetensors files to a checkpoint piece by piece, whatever their size.
 
-All sizes follow from the plan, so the header of the result is written first. Then every piece of rows goes to its place
-in the file, in any order and from several threads. A journal says what is done: after an interruption, the same call
+All sizes follow from the plan, so the header of the result is written first. Several threads then write pieces of rows
+to their places in the file, in any order. A journal records finished pieces: after an interruption, the same call
 continues.
 """
 
@@ -43,8 +43,8 @@ from dybit.safe_files import (
 from dybit.tensors.encoding import quantize_judged
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
-_PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin on a byte
-_SYNC = 64  # pieces between two notes in the journal
+_PIECE = 1 << 20  # elements; a multiple of 8 rows, so that packed choices begin at a byte
+_SYNC = 64  # pieces between two entries in the journal
 Text = Callable[[Mapping[str, str]], str]
 
 
@@ -53,7 +53,7 @@ class Job:
     """How a tensor is quantized: the fields of ``quantize``, and where the result goes.
 
     Attributes:
-        row: Where the tensor is only a part of the weight that ``spec`` describes: its first row there.
+        row: The tensor's first row in the weight that ``spec`` describes; 0 unless the tensor is a part of it.
     """
 
     spec: TensorSpec
@@ -64,13 +64,13 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of a tensor.
+    """Figures of a quantized tensor.
 
     Attributes:
         signal: Sum of squares.
         noise: Sum of squared errors.
         votes: How often each codebook was chosen.
-        whole: Whether all pieces were quantized by this call, and so counted.
+        whole: Whether this call quantized, and counted, all pieces.
     """
 
     signal: float = 0.0
@@ -103,29 +103,29 @@ def quantize_files(
     measure: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Outcome]:
-    """Quantizes some tensors and copies the others, to a checkpoint that is complete or not there.
+    """Quantizes some tensors and copies the others into a checkpoint, which appears complete or not at all.
 
-    Peak memory is some tens of megabytes a worker; for jobs with one scale or codebook for a whole tensor, and for
-    transposed ones, it is a small multiple of that tensor.
+    Peak memory is tens of megabytes per worker. For transposed weights, and for weights with one scale or codebook, it
+    is a small multiple of the weight.
 
     Args:
         source: From :func:`read_source`.
         jobs: By key; each key is in ``source``.
-        path: The directory. The files of a checkpoint that is there already are replaced; other files stay.
+        path: The directory. Replaces an existing checkpoint in it; other files stay.
         layers: The entries of the manifest (see :func:`dybit.models.checkpoint.write`).
-        names: The new names of tensors, by key. Those of several parts of a weight are the same.
+        names: The new names of tensors, by key. Parts of one weight have the same name.
         shared: Keys of tied tensors.
         recipe: The recipe, to be stored.
         coverage: How much of the model is quantized, to be stored.
         extra: Further files by name: the file to copy, or what makes their text of checksums: by the new names of
             tensors, of a weight the CRC-32 of its codes, scales and choices, of another what
             :func:`dybit.safe_files.label` says.
-        workers: Threads; 0 for one a processor.
+        workers: Threads; 0 for one per processor.
         measure: Whether to measure errors and count codebooks.
         progress: Called with (done, total, key) in elements, after every piece.
 
     Returns:
-        What became of the weights in ``jobs``, by their new names.
+        The figures of the weights in ``jobs``, by their new names.
 
     Raises:
         DyBitError: A tensor holds NaN or infinity, is a part of a weight with a scale or codebook for the whole, or
@@ -140,7 +140,7 @@ def quantize_files(
                 run.pieces_done(workers or os.cpu_count() or 1, progress)
                 run.finish(layers, shared or {}, recipe, coverage, extra or {})
             except DyBitError:
-                shutil.rmtree(run.folder, ignore_errors=True)  # nothing to go on with
+                shutil.rmtree(run.folder, ignore_errors=True)  # nothing to resume
                 raise
     except OSError as error:
         raise unwritable(path, error) from None
@@ -170,7 +170,7 @@ class _Run:
         self.plan = digest.hexdigest()
 
     def pieces_done(self, workers: int, progress: Progress | None) -> None:
-        """Writes what is not written yet."""
+        """Writes the pieces that are not written yet."""
         done = self._open()
         total = sum(self._weight(piece) for piece in self.pieces)
         count = sum(self._weight(self.pieces[i]) for i in done)
@@ -214,7 +214,7 @@ class _Run:
         coverage: Coverage | None,
         extra: Mapping[str, Text | Path],
     ) -> None:
-        """Adds the manifest and puts the directory in its place."""
+        """Adds the manifest and moves the directory to its final path."""
         file = self.folder / TENSORS
         text = manifest_text(file, layers, folded=[], shared=shared, recipe=recipe, coverage=coverage)
         (self.folder / MANIFEST).write_text(text)
@@ -228,7 +228,7 @@ class _Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # where there was a directory
 
     def _checksums(self) -> dict[str, str]:
-        """Those of what was written, read again: pieces came in any order, from this call or an interrupted one."""
+        """Computes checksums by reading the file: pieces were written in any order, some by an interrupted call."""
         found: dict[str, str] = {}
         with (self.folder / TENSORS).open("rb") as file:
 
@@ -254,7 +254,7 @@ class _Run:
         return (piece.stop - piece.start) * math.prod(stored.shape) // rows
 
     def _open(self) -> set[int]:
-        """Prepares the directory, or finds what an interrupted call has done in it."""
+        """Prepares the directory, or resumes that of an interrupted call."""
         file, journal = self.folder / TENSORS, self.folder / "journal"
         size = len(self.header) + sum(nbytes for _, nbytes in self.places.values())
         try:
@@ -263,7 +263,7 @@ class _Run:
                 return {int(line) for line in lines[1:] if line.isdigit() and int(line) < len(self.pieces)}
         except (OSError, IndexError, ValueError):
             pass
-        for left in self.folder.iterdir():  # not the directory itself, which is locked
+        for left in self.folder.iterdir():  # keeps the directory itself, which is locked
             left.unlink()
         with file.open("wb") as stream:
             stream.write(self.header)
@@ -272,7 +272,7 @@ class _Run:
         return set()
 
     def _note(self, finished: list[int], target: int) -> None:
-        """Notes finished pieces, once they are on the disk."""
+        """Records finished pieces in the journal after they are on disk."""
         os.fsync(target)
         with (self.folder / "journal").open("a") as stream:
             stream.write("".join(f"{i}\n" for i in finished))
@@ -316,26 +316,26 @@ def _judge(weight: Tensor, codes: QuantizedTensor, error: float) -> Outcome:
 
 
 def _skip(suffix: str, spec: TensorSpec, nbytes: int, rows: int) -> int:
-    """The byte of a buffer at which the part of some row begins."""
+    """Returns the byte of a buffer at which a row begins."""
     if suffix == "_choice" and spec.unit_shape(spec.choice)[1] == 1:
-        return rows * spec.choice_bits // 8  # packed without regard to rows
+        return rows * spec.choice_bits // 8  # packed across rows
     return nbytes // spec.rows * rows
 
 
 def _rows(stored: Stored, job: Job) -> int:
-    """The rows of a tensor that is quantized."""
+    """Reads rows of a tensor to be quantized."""
     return math.prod(stored.shape) // job.spec.columns
 
 
 def _part(spec: TensorSpec, rows: int) -> TensorSpec:
-    """How some rows of a weight are stored, as a weight of their own."""
+    """Returns the spec of some rows as a weight of their own."""
     if spec.transposed:  # experts: whole matrices
         return replace(spec, shape=(rows // spec.shape[2], *spec.shape[1:]))
     return replace(spec, shape=(rows, *spec.shape[spec.row_dims :]), row_dims=1)
 
 
 def _in_one(spec: TensorSpec) -> bool:
-    """Whether a weight has to be quantized as a whole."""
+    """Whether a weight must be quantized as a whole."""
     return (
         "tensor" in (spec.granularity, spec.choice)
         or spec.scale == "e4m3"
@@ -366,7 +366,7 @@ def _check_parts(source: Mapping[str, Stored], jobs: Mapping[str, Job], names: M
 def _layout(
     source: Mapping[str, Stored], jobs: Mapping[str, Job], names: Mapping[str, str]
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header of the result, and (first byte, size) of its tensors; wide types first, so that all are aligned."""
+    """Returns the header of the result, and (first byte, size) of its tensors. Wide types come first for alignment."""
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for key, stored in source.items():
         name = names[key]

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: where they are, found without reading them."""
+"""Locates tensors in safetensors files without reading them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
         raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
     found: dict[str, Stored] = {}
     for name in names:
-        # An index from elsewhere must not make us read, and give away, other files.
+        # A malicious index must not make dybit read and copy other files.
         beside = name == Path(name).name and name.isprintable() and "\\" not in name and ":" not in name
         if not beside or not name.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {name!r}, which is no .safetensors file beside it")
@@ -75,7 +75,7 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
 def _read_header(file: Path) -> dict[str, Stored]:
     check_regular(file, CheckpointError)
     try:
-        with safe_open(file, framework="pt"):  # checks the header, and that it fits the file
+        with safe_open(file, framework="pt"):  # checks the header and the size of the file
             pass
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -93,7 +93,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
 
 
 def read_bytes(descriptor: int, stored: Stored, start: int, length: int) -> bytearray:
-    """Bytes of a tensor. Not by a memory map: its pages would count as this process's memory until it is done."""
+    """Reads bytes of a tensor. A memory map would count towards the memory of this process until it is closed."""
     data = bytearray(length)
     view, done = memoryview(data), 0
     while done < length:
