@@ -94,6 +94,15 @@ def load(name: str, batches: int) -> tuple[nn.Module, list[Any], list[Any], Call
     return model(), *splits, None  # type: ignore[return-value]
 
 
+def names_of(words: list[str], against: list[str] | None) -> set[str]:
+    """The names of the uniform recipes to compare with: those of some candidates (``4/8`` or ``W4A8``), or all."""
+    named = zip((candidate.name for candidate in as_candidates(words)), words, strict=True)
+    found = {name for name, word in named if not against or {name, word} & set(against)}
+    if not found:
+        raise DyBitError(f"--against must name candidates, among {', '.join(words)}, not {', '.join(against or [])}")
+    return found
+
+
 def run(options: argparse.Namespace, name: str, results: Results) -> None:
     """All recipes of one model."""
     model, calibration, evaluation, score = load(name, options.batches)
@@ -104,10 +113,7 @@ def run(options: argparse.Namespace, name: str, results: Results) -> None:
         for layer in [n for n in subject.layers if n in subject.embeddings and not subject.ties[n]]:
             del subject.layers[layer], subject.ties[layer]
     candidates = as_candidates(words.split(","))
-    names = {one.name: {one.name, word} for one, word in zip(candidates, words.split(","), strict=True)}
-    chosen = {name for name, both in names.items() if not options.against or both & set(options.against)}
-    if not chosen:
-        raise DyBitError(f"--against must name candidates, such as {candidates[0].name}, not {options.against}")
+    chosen = names_of(words.split(","), options.against)
 
     def errors(estimate: str) -> dict[str, list[float]]:
         return measure(subject, candidates, estimate, workers=options.workers, cache=options.cache, progress=progress)  # type: ignore[arg-type]

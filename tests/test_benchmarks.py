@@ -152,11 +152,38 @@ def test_pages_are_those_of_their_files(file):
     assert data["complete"] and data["commit"].isalnum() and (FOLDER / f"{file.stem}.py").exists()
 
 
-def test_a_benchmark_runs(tmp_path):
-    words = ["--rows", "16", "--columns", "128", "--rounds", "1", "--results", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "quantizer.py", *words], capture_output=True, text=True, timeout=300
-    )
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
+def test_names_that_a_benchmark_imports_exist(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dybit":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                known = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                assert known, f"{node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count", "figure"),
+    [
+        ("quantizer", ("--rows", "16", "--columns", "128", "--rounds", "1"), 8, "kernels"),
+        ("stream", ("--gigabytes", "0.1", "--formats", "s4r3"), 1, "rate"),
+        ("qat_step", ("--rounds", "1"), 4, "fp32_ms"),
+    ],
+)
+def test_a_benchmark_stores_its_rows(tmp_path, name, options, count, figure):
+    words = [*options, "--results", str(tmp_path)]
+    done = subprocess.run([sys.executable, FOLDER / f"{name}.py", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "quantizer.json").read_text())["rows"]
-    assert len(rows) == 8 and all(row["kernels"] > 0 for row in rows)
+    data = json.loads((tmp_path / f"{name}.json").read_text())
+    assert data["complete"] and len(data["rows"]) == count and all(row[figure] > 0 for row in data["rows"])
+
+
+def test_uniform_recipes_of_the_search_by_name_or_word(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location("benchmark_search", FOLDER / "search.py")
+    search = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(search)
+    assert search.names_of(["8/8", "4/8"], None) == {"W8A8", "W4A8"}
+    assert search.names_of(["8/8", "4/8"], ["4/8"]) == search.names_of(["8/8", "4/8"], ["W4A8"]) == {"W4A8"}
+    with pytest.raises(DyBitError, match="--against must name candidates, among 8/8, 4/8, not 5/5"):
+        search.names_of(["8/8", "4/8"], ["5/5"])

@@ -69,12 +69,12 @@ def test_shapes_and_threads():
     ("words", "message"),
     [
         ((), "MODEL or --shapes"),
-        (("searched:net", "--shapes", "1x2x3"), "one of them"),
+        (("searched:net", "--shapes", "1x2x3"), "either MODEL or --shapes"),
         (("searched:net",), "--data DATA"),
         (("--shapes", "1x2"), "--shapes must be.*'1x2'"),
         (("--shapes", "1x0x2"), "--shapes must be"),
         ((*MODEL, "--only-if-faster"), "-o FILE"),
-        ((*MODEL, "-o", "x.json"), "-o is for it alone"),
+        ((*MODEL, "-o", "x.json"), "-o FILE needs --only-if-faster"),
         ((*MODEL, "--weights", "none"), "keeps every layer in floating point"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_checkpoint(tmp_path):
     assert result.exit_code == 2 and "does not fit the model" in result.stderr
     for words, message in (
         ((), "by --model"),
-        (("--model", "yours:net", "--weights", "4"), "--weights does not go with"),
+        (("--model", "yours:net", "--weights", "4"), "--weights cannot be used with"),
     ):
         result = invoke("evaluate", path, "--data", "yours:data", *words)
         assert result.exit_code == 2 and message in result.stderr
@@ -92,7 +92,7 @@ def test_a_checkpoint(tmp_path):
     ("words", "message"),
     [
         (("yours:net",), "--data or by --text"),
-        (("yours:net", "--data", "yours:data", "--text", "x"), "one of them"),
+        (("yours:net", "--data", "yours:data", "--text", "x"), "either --data or --text"),
         (("yours:net", "--data", "yours:data", "--model", "yours:net"), "--model 'yours:net'"),
         (("yours:net", "--data", "yours:data", "--outputs", "words"), "--outputs.*'words'"),
         (("yours:net", "--data", "yours:data", "--formats", "int4,q9"), "'q9'"),

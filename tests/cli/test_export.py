@@ -92,10 +92,10 @@ def test_fp4_says_what_cannot_run_it():
             ("theirs:net", "--preset", "small"),
             "--preset must be one of portable, fast-cpu, fp4, compressed-tensors, gguf, not 'small'",
         ),
-        (("theirs:net", "--model", "theirs:net"), "goes with a checkpoint, and 'theirs:net' is none"),
+        (("theirs:net", "--model", "theirs:net"), "needs a checkpoint, but 'theirs:net' is not one"),
         (("theirs:net", "--weights", "4", "--preset", "fp4"), "needs a weight of E2M1 values"),
-        (("saved2", "--model", "theirs:net", "--weights", "3"), "--weights does not go with 'saved2'"),
-        (("saved2",), "give its floating-point original by --model"),
+        (("saved2", "--model", "theirs:net", "--weights", "3"), "--weights cannot be used with 'saved2'"),
+        (("saved2",), "name its floating-point original by --model"),
     ],
 )
 def test_errors_of_export(place, words, message):

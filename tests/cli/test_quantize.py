@@ -138,7 +138,7 @@ def test_options_reach_the_recipe(tmp_path):
     assert stored == {"version": 1, "weights": 3, "group_size": 8, "scale": "bf16", "variants": "plain",
                       "method": "absmax", "embeddings": None}  # fmt: skip
     text = good("info", str(tmp_path / "q"))
-    assert "group 8 bf16" in text and '"variants": "plain"' in text and "checksum right" in text
+    assert "group 8 bf16" in text and '"variants": "plain"' in text and "checksum correct" in text
 
 
 def test_formats_bring_their_group_size(tmp_path):

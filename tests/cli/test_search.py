@@ -69,7 +69,7 @@ def test_shapes(tmp_path):
     ("words", "message"),
     [
         ((), "MODEL or --workload"),
-        (("searched:mlp", "--workload", "resnet18", "--speedup", "2"), "one of them"),
+        (("searched:mlp", "--workload", "resnet18", "--speedup", "2"), "either MODEL or --workload"),
         ((*MODEL,), "--speedup, --max-error, --max-drop or --max-size"),
         (("searched:mlp", "--speedup", "2"), "--calibration DATA is needed"),
         ((*MODEL, "--speedup", "99"), "speedup of 99 .*cannot be reached"),
@@ -77,7 +77,7 @@ def test_shapes(tmp_path):
         ((*MODEL, "--speedup", "2", "--on", "gpu"), "--on must be.*'gpu'"),
         ((*MODEL, "--speedup", "2", "--on", "cpu", "--config", "x.toml"), "--config 'x.toml'"),
         ((*MODEL, "--max-size", "big"), "--max-size.*'big'"),
-        ((*MODEL, "--max-size", "1kB", "--evaluate", "searched:score"), "goes with --max-drop"),
+        ((*MODEL, "--max-size", "1kB", "--evaluate", "searched:score"), "needs --max-drop"),
         ((*MODEL, "--max-drop", "1", "--evaluate", "x"), "module:function, not 'x'"),
         ((*MODEL, "--max-drop", "1", "--evaluate", "searched:nothing"), "no function 'nothing'"),
         ((*MODEL, "--speedup", "2", "--candidates", "4/8,q"), "'q'"),

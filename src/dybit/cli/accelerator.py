@@ -37,10 +37,12 @@ def simulate(
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the layers as CSV.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="module:function whose first batch is run to trace a torch model."),
+        typer.Option(metavar="DATA", help="module:function of batches; the first one traces a torch model."),
     ] = None,
 ) -> None:
-    """Count a network's cycles and DRAM traffic on the accelerator, layer by layer, and its speedup over 8/8 bits.
+    """Count the cycles of a network on the accelerator.
+
+    It also shows the DRAM traffic of every layer and the speedup over 8-bit weights and activations.
 
     Example: dybit simulate resnet50 --weights 4 --activations 4
     """
@@ -57,7 +59,9 @@ def rtl(
     cols: Annotated[int | None, typer.Option(help="Columns of the array.")] = None,
     config: _Config = None,
 ) -> None:
-    """Write the accelerator as synthesizable Verilog (needs the extra dybit[rtl]).
+    """Write the accelerator as synthesizable Verilog.
+
+    It needs the extra dybit[rtl].
 
     Example: dybit rtl --rows 16 --cols 16 -o accelerator.v
     """
@@ -73,7 +77,7 @@ def _workload(model: str, data: str | None) -> str | Workload:
             raise DyBitError(f"--data {data!r} is for a torch model, and MODEL {model!r} is not module:function")
         return model
     if data is None:
-        raise DyBitError(f"MODEL {model!r} is a torch model: --data module:function must give a batch to trace it with")
+        raise DyBitError(f"MODEL {model!r} is a torch model: give --data module:function with a batch to trace it")
     from dybit.measure.trace import trace
     from dybit.models.running import run_batch
 

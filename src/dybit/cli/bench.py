@@ -29,13 +29,16 @@ _SHAPE = re.compile(r"(\d+)[x×](\d+)[x×](\d+)", re.IGNORECASE)
 @guarded
 def bench(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="As in dybit quantize; none with --shapes.")
+        str | None, typer.Argument(metavar="MODEL", help="Model, as in dybit quantize. Leave out with --shapes.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Inputs, as in dybit evaluate; the first batch is timed.")
     ] = None,
     shapes: Annotated[
-        str | None, typer.Option(help="Linear layers instead: rows x inputs x outputs, as in 1x4096x4096,128x384x1536.")
+        str | None,
+        typer.Option(
+            help="Time linear layers of these shapes (rows x inputs x outputs), such as 1x4096x4096,128x384x1536."
+        ),
     ] = None,
     weights: options.Weights = None,
     activations: options.Activations = None,
@@ -45,28 +48,29 @@ def bench(
     variants: options.Variants = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in JSON, instead of the above.")] = None,
     only_if_faster: Annotated[
-        bool, typer.Option("--only-if-faster", help="Keep slower layers in FP32; -o gets the recipe.")
+        bool, typer.Option("--only-if-faster", help="Write a recipe to -o that keeps slower layers in FP32.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The recipe of --only-if-faster.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Recipe file of --only-if-faster.")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="About how long to time each layer.")] = 0.5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [torch's own choice]")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Approximate seconds to time each layer.")] = 0.5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of torch threads. [torch's default]")] = None,
     tokenizer: options.Tokenizer = None,
     batch_size: options.BatchSize = 16,
 ) -> None:
-    """Time every layer and the whole model in FP32 and quantized, taking turns in one process.
+    """Time every layer and the whole model, quantized and in FP32.
 
-    Medians, with the quartiles of the paired ratios; times faster is FP32 / DyBit, below 1 is slower. With one thread
-    the clock is its processor time. Weights are quantized by absolute maxima here, which makes no difference to speed.
+    FP32 and quantized layers run in turns in one process. The table shows median times, and the median and quartiles of
+    the ratio FP32 / DyBit: above 1 is faster than FP32. With one thread, times are processor time. Scales are absolute
+    maxima, which take less time to find and do not affect speed.
 
     Example: dybit bench dybit.demo:minilm --data dybit.demo:minilm_batches --activations 8
     """
     if (model is None) == (shapes is None):
-        raise DyBitError("give MODEL or --shapes, one of them")
+        raise DyBitError("give either MODEL or --shapes")
     if only_if_faster != (output is not None) or (only_if_faster and model is None):
-        raise DyBitError("--only-if-faster needs MODEL and -o FILE for the recipe, and -o is for it alone")
+        raise DyBitError("--only-if-faster needs MODEL, and -o FILE for the recipe; -o FILE needs --only-if-faster")
     plan = options.make_recipe(recipe, **options.recipe_fields(locals()))
     from dybit.measure.timing import machine
     from dybit.safe_files import write_json
@@ -194,4 +198,4 @@ def _print(layers: Times, whole: Times, names: dict[str, str]) -> None:
     out().print(table)
     slower = sum(times["dybit"].ratio < 1 for times in layers.values())
     if slower:
-        note(f"{slower} of {len(layers)} layers are slower than in FP32; --only-if-faster keeps them so")
+        note(f"{slower} of {len(layers)} layers are slower than in FP32; --only-if-faster keeps these in FP32")

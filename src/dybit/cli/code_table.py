@@ -20,13 +20,22 @@ _SIDE_BY_SIDE = 5  # up to this width a plain overview fits a screen
 
 @guarded
 def table(
-    what: Annotated[str, typer.Argument(metavar="BITS|NAME", help="A width, 2 to 8, or a name: s4r2, u4, nf4, e2m1.")],
-    signed: Annotated[bool, typer.Option("--signed/--unsigned", help="With a sign bit, or without.")] = True,
-    max_run: Annotated[int | None, typer.Option(help="Longest run of leading ones, 1 to m; default: all.")] = None,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="BITS|NAME", help="A width of 2 to 8 bits, or the name of a format, such as s4r2, u4, nf4 or e2m1."
+        ),
+    ],
+    signed: Annotated[bool, typer.Option("--signed/--unsigned", help="Whether codes have a sign bit.")] = True,
+    max_run: Annotated[int | None, typer.Option(help="Longest run of leading ones. [all lengths]")] = None,
     midrise: Annotated[bool, typer.Option("--midrise", help="The mid-rise variant: no zero.")] = False,
-    spare: Annotated[bool, typer.Option("--spare", help="The variant whose negative zero is 5/2 (2 bits: 2).")] = False,
+    spare: Annotated[
+        bool, typer.Option("--spare", help="The spare variant: negative zero becomes 5/2 (2 at 2 bits).")
+    ] = False,
 ) -> None:
-    """Show all codes of a format: bit fields, significand and value (in units of the scale).
+    """Show all codes of a format with their bit fields and values.
+
+    Values are in units of the scale.
 
     Example: dybit table 4 --signed, dybit table s4r2, dybit table nf4
     """

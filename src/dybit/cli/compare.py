@@ -35,56 +35,63 @@ _Model = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="A .safetensors file, or module:function returning an nn.Module (as MODEL elsewhere).",
+        help="A .safetensors file, or module:function returning an nn.Module; with --data, a model to run.",
     ),
 ]
-_Formats = Annotated[
-    str | None, typer.Option(help="Names separated by commas; default: all that are known at this width.")
-]
+_Formats = Annotated[str | None, typer.Option(help="Names of formats, separated by commas. [all of this width]")]
 _Data = Annotated[
     str | None,
-    typer.Option(metavar="DATA", help="Run the whole MODEL on inputs: module:function, or .npy/.safetensors."),
+    typer.Option(metavar="DATA", help="Run MODEL on these inputs: module:function, or .npy/.safetensors."),
 ]
 _Calibration = Annotated[
-    str | None, typer.Option(metavar="DATA", help="Data to calibrate on; default: DATA's calibration split.")
+    str | None, typer.Option(metavar="DATA", help="Data to calibrate on. [the calibration split of DATA]")
 ]
 _Results = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSON lines: what is there is not run again, what is run is added."),
+    typer.Option(
+        metavar="FILE", help="JSON lines of results. Results in it are not computed again; new ones are added."
+    ),
 ]
 
 
 @guarded
 def compare(
     weights: _Model = None,
-    gaussian: Annotated[bool, typer.Option("--gaussian", help="Gaussian samples instead of weights.")] = False,
-    laplace: Annotated[bool, typer.Option("--laplace", help="Laplacian samples instead of weights.")] = False,
-    bits: Annotated[str, typer.Option(help="Width of the codes, 2 to 8 bits; with --data several, as 2,3,4.")] = "4",
+    gaussian: Annotated[bool, typer.Option("--gaussian", help="Use Gaussian samples instead of weights.")] = False,
+    laplace: Annotated[bool, typer.Option("--laplace", help="Use Laplacian samples instead of weights.")] = False,
+    bits: Annotated[
+        str, typer.Option(help="Width of the codes, 2 to 8 bits. With --data also several, such as 2,3,4.")
+    ] = "4",
     formats: _Formats = None,
-    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; else per channel.")] = None,
-    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="One scale for a tensor.")] = False,
+    group_size: Annotated[
+        int | None, typer.Option(help="Number of weights that share a scale. [none: one scale per output channel]")
+    ] = None,
+    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="Use one scale per tensor.")] = False,
     scale: Annotated[str, typer.Option(help="Type of the scales: fp32, bf16, pow2 or e4m3.")] = "fp32",
     method: Annotated[str, typer.Option(help="How scales are chosen: mse, absmax or percentile.")] = "mse",
-    tensors: Annotated[str, typer.Option(metavar="GLOB", help="Which tensors, by name.")] = "*",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Picture (.png, .svg) or page (.html).")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="The table as CSV.")] = None,
+    tensors: Annotated[str, typer.Option(metavar="GLOB", help="Names of the tensors to use.")] = "*",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write a picture (.png, .svg) or page (.html).")
+    ] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table as CSV.")] = None,
     data: _Data = None,
     algorithm: options.Algorithms = None,
     calibration: _Calibration = None,
     results: _Results = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that run the grid; each loads the model.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes; each loads the model.")] = 1,
     keep_embeddings: options.KeepEmbeddings = False,
     batches: options.Batches = None,
     tokenizer: options.Tokenizer = None,
     batch_size: options.BatchSize = 16,
 ) -> None:
-    """Rank formats by their signal-to-quantization-noise ratio (SQNR, in dB, higher is better) on weights.
+    """Rank formats by their accuracy on weights or a model.
 
-    With --data, run the model instead: every format at every width with every algorithm, compared with FP32. There {}
+    On weights, it ranks by the signal-to-quantization-noise ratio (SQNR, in dB, higher is better), pooled over all
+    floating-point tensors of two or more dimensions. Formats that prescribe a group size or a type of scale (mxfp4,
+    nvfp4) use theirs; the column of bits per weight tells how much that costs.
+
+    With --data, it runs the model in every format, at every width, with every algorithm, and compares it with FP32. {}
     in a format stands for the width: --bits 3,4 --formats "int{},nf{},dybit{}spare" --algorithm rtn,gptq.
-
-    All floating-point tensors of two or more dimensions are pooled. Formats that prescribe a group size or a type of
-    scale (mxfp4, nvfp4) use theirs; compare the column of bits per weight.
 
     Example: dybit compare dybit.demo:minilm --tensors "*.dense.weight" --group-size 128 -o levels.png
     """

@@ -130,19 +130,20 @@ class _Outcome:
 
 @guarded
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where pictures and models go.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of pictures and models.")
+    ] = Path("demo-output"),
     models: Annotated[
         str, typer.Option(help=f"Names separated by commas: {', '.join(SUBJECTS)} (1 GB of memory, some minutes more).")
     ] = "minilm,efficientnet_lite0",
     keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized checkpoints.")] = False,
 ) -> None:
-    """Quantize real pretrained networks; print size, fidelity and speed against FP32, and draw two pictures.
+    """Quantize pretrained networks and compare them with FP32.
 
-    W4A8: weights in 4 bits and activations in 8; embedding tables have 8 bits. The algorithm is the one that "auto"
-    chooses. One row rounds to the nearest value instead, to show what the algorithm is for. Each model is calibrated on
-    other inputs than it is judged by, saved, loaded again, and fused for speed.
+    It prints size, fidelity and speed, and draws two pictures. W4A8 means weights in 4 bits and activations in 8;
+    embedding tables have 8 bits. The algorithm is the one that "auto" chooses. One row rounds to nearest instead, to
+    show the benefit of the algorithm. Each model is calibrated on other inputs than those of the
+    comparison, saved, loaded again, and fused for speed.
 
     Example: dybit demo --output demo-output --models minilm
     """

@@ -27,7 +27,7 @@ _MODELS = {
 
 @guarded
 def doctor() -> None:
-    """Show versions, threads, the CPU's instruction sets, which kernels run, and which extras are installed.
+    """Show versions, threads, instruction sets, kernels and extras.
 
     Example: dybit doctor
     """

@@ -72,24 +72,24 @@ class Row:
 
 
 _Target = Annotated[
-    str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
+    str, typer.Argument(metavar="DIR|MODEL", help="A dybit checkpoint (with --model), or a model to quantize.")
 ]
 _Data = Annotated[str | None, typer.Option(metavar="DATA", help="Inputs: module:function, or .npy/.safetensors.")]
 _Formats = Annotated[
-    str | None, typer.Option(help="Weight formats separated by commas, one row each; fp32 is the original.")
+    str | None, typer.Option(help="Weight formats, separated by commas, one row each. fp32 is the original.")
 ]
-_Recipe = Annotated[
-    list[Path] | None, typer.Option(metavar="FILE", help="A recipe in JSON; may be given several times.")
-]
+_Recipe = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A recipe in JSON. Repeat for several rows.")]
 _Calibration = Annotated[str | None, typer.Option(metavar="DATA", help="Data to calibrate on, as in dybit quantize.")]
 
 
 @guarded
 def evaluate(
     target: _Target,
-    model: Annotated[str | None, typer.Option(help="The original of a checkpoint, as MODEL in dybit quantize.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="FP32 original of a checkpoint, as MODEL in dybit quantize.")
+    ] = None,
     data: _Data = None,
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: a text file, for language models.")] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs of language models: a text file.")] = None,
     formats: _Formats = None,
     weights: options.Weights = None,
     activations: options.Activations = None,
@@ -106,22 +106,22 @@ def evaluate(
     calibration: _Calibration = None,
     algorithm: options.Algorithms = None,
     tokenizer: options.Tokenizer = None,
-    split: Annotated[str, typer.Option(help="Which split to ask the DATA function for.")] = "evaluation",
+    split: Annotated[str, typer.Option(help="The split to request from the DATA function.")] = "evaluation",
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
-    outputs: Annotated[str, typer.Option(help="What outputs are: logits, embeddings, values or auto.")] = "auto",
+    outputs: Annotated[str, typer.Option(help="Kind of outputs: logits, embeddings, values, or auto.")] = "auto",
 ) -> None:
     """Compare quantized models with their FP32 original on real inputs.
 
-    SQNR of the outputs in dB (higher is better); agreement: the same largest logit, or the same nearest neighbour for
-    embeddings, in %; KL divergence in nats per output (lower is better); rank correlation (Spearman, 1 is best);
-    perplexity for language models (lower is better). Static activations without --calibration are calibrated on the
-    calibration split of DATA, if it has one.
+    It prints SQNR of the outputs in dB (higher is better); agreement in %, of the largest logit or, for embeddings, of
+    the nearest neighbour; KL divergence in nats per output (lower is better); Spearman's rank correlation (1 is best);
+    and perplexity of language models (lower is better). Without --calibration, static activations are calibrated on
+    the calibration split of DATA, if it has one.
 
     Example: dybit evaluate dybit.demo:minilm --data dybit.demo:minilm_batches --formats fp32,int4,nf4,dybit4spare
     """
     if (data is None) == (text is None):
-        raise DyBitError("give the inputs by --data or by --text, one of them")
+        raise DyBitError("give the inputs by either --data or --text")
     kind = _kind(outputs)
     fields = options.recipe_fields(locals())
     checkpoint = (Path(target) / "dybit.json").is_file()
@@ -131,7 +131,7 @@ def evaluate(
         _check_checkpoint(target, model, {**fields, "formats": formats, "recipe": recipe, "algorithm": algorithm})
     else:
         if model is not None:
-            raise DyBitError(f"--model {model!r} goes with a checkpoint, and {target!r} is none")
+            raise DyBitError(f"--model {model!r} needs a checkpoint, but {target!r} is not one")
         recipes = _plans(formats, recipe or [], fields)
         plans = _rows(recipes, chains, calibration is not None or (bool(chains) and sources.takes_split(data)))
     spec = data if data is not None else str(text)
@@ -158,9 +158,9 @@ def _check_checkpoint(target: str, model: str | None, others: dict[str, Any]) ->
     """Refuses the options that do not go with a checkpoint."""
     given = [name for name, value in others.items() if value is not None]
     if given:
-        raise DyBitError(f"--{given[0].replace('_', '-')} does not go with {target!r}, which is quantized already")
+        raise DyBitError(f"--{given[0].replace('_', '-')} cannot be used with {target!r}, which is already quantized")
     if model is None:
-        raise DyBitError(f"{target!r} is a checkpoint: give its floating-point original by --model")
+        raise DyBitError(f"{target!r} is a checkpoint: name its floating-point original by --model")
 
 
 def _kind(word: str) -> Kind | None:

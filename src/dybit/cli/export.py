@@ -28,16 +28,24 @@ if TYPE_CHECKING:
 
 
 _Target = Annotated[
-    str, typer.Argument(metavar="DIR|MODEL", help="A checkpoint (then give --model), or a model to quantize.")
+    str, typer.Argument(metavar="DIR|MODEL", help="A dybit checkpoint (with --model), or a model to quantize.")
 ]
-_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx or .gguf file, or directory.")]
+_Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="The .onnx or .gguf file, or the directory for compressed-tensors."
+    ),
+]
 _Calibration = Annotated[
     str | None,
-    typer.Option(metavar="DATA", help="Inputs to calibrate, trace and check with, as in dybit quantize."),
+    typer.Option(metavar="DATA", help="Inputs for calibration, tracing and the check, as in dybit quantize."),
 ]
-_Preset = Annotated[str, typer.Option(help="ONNX: portable, fast-cpu or fp4. Others: compressed-tensors or gguf.")]
+_Preset = Annotated[
+    str, typer.Option(help="ONNX: portable, fast-cpu or fp4. Other layouts: compressed-tensors or gguf.")
+]
 _Bound = Annotated[
-    float | None, typer.Option(help="Largest difference accepted, as a share of the largest output. [by preset]")
+    float | None,
+    typer.Option(help="Largest accepted difference relative to the largest output. [depends on the preset]"),
 ]
 
 
@@ -48,7 +56,9 @@ def export(
     calibration: _Calibration = None,
     preset: _Preset = "portable",
     bound: _Bound = None,
-    model: Annotated[str | None, typer.Option(help="The original of a checkpoint, as MODEL in dybit quantize.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="FP32 original of a checkpoint, as MODEL in dybit quantize.")
+    ] = None,
     weights: options.Weights = None,
     activations: options.Activations = None,
     embeddings: options.Embeddings = None,
@@ -64,12 +74,13 @@ def export(
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
 ) -> None:
-    """Export a quantized model to ONNX, checked against the model itself (needs the extra dybit[onnx]).
+    """Export a quantized model to ONNX, compressed-tensors or GGUF.
 
-    FILE is written only if ONNX's checker accepts it and ONNX Runtime's outputs differ from the model's by no more than
-    the bound. portable: packed codes and a table, exact in every runtime; fast-cpu: ONNX Runtime's integer products;
-    fp4: FLOAT4E2M1 where weights have its values (s4r2), for the runtimes that take it. Weights in s4r2 with block
-    scales are also written as compressed-tensors (a directory with MXFP4 or NVFP4 linear layers) or gguf (MXFP4).
+    ONNX needs the extra dybit[onnx]. FILE is written only if ONNX's checker accepts it and the outputs of ONNX Runtime
+    are within the bound of the model's. Presets: portable stores packed codes and a table, and is exact in every
+    runtime; fast-cpu uses ONNX Runtime's integer products; fp4 stores weights in s4r2 as FLOAT4E2M1, for runtimes that
+    support it; compressed-tensors (MXFP4 or NVFP4 linear layers) and gguf (MXFP4) take weights in s4r2 with block
+    scales.
 
     Example: dybit export dybit.demo:minilm -o minilm.onnx --weights 4 --calibration dybit.demo:minilm_batches
     """
@@ -80,7 +91,7 @@ def export(
     checkpoint = (Path(target) / "dybit.json").is_file()
     source = _source(target, model, {**fields, "recipe": recipe}) if checkpoint else target
     if not checkpoint and model is not None:
-        raise DyBitError(f"--model {model!r} goes with a checkpoint, and {target!r} is none")
+        raise DyBitError(f"--model {model!r} needs a checkpoint, but {target!r} is not one")
     plan = None if checkpoint else options.make_recipe(recipe, **fields)
     if plan is not None:
         needs_calibration(plan, calibration)
@@ -90,7 +101,7 @@ def export(
     if calibration is not None:
         data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=source,
                                     tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
-    with progress("quantizing") as bar:
+    with progress("loading" if plan is None else "quantizing") as bar:
         if plan is None:
             dybit.load(target, network)
         else:
@@ -109,7 +120,7 @@ def _check_preset(preset: str, onnx: Sequence[str], calibration: str | None) -> 
     if preset not in presets:
         raise DyBitError(f"--preset must be one of {', '.join(presets)}, not {preset!r}")
     if preset in onnx and calibration is None:
-        raise DyBitError(f"--preset {preset} needs --calibration, inputs to trace the model and to check the file with")
+        raise DyBitError(f"--preset {preset} needs --calibration: inputs for tracing the model and checking the file")
 
 
 def _print(done: Exported, output: Path, float_size: int) -> None:
@@ -136,14 +147,15 @@ def import_(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the checkpoint.")],
     model: Annotated[
         str | None,
-        typer.Option(help="The architecture, as MODEL in dybit quantize, to load the weights into and check."),
+        typer.Option(help="The architecture of the weights, as MODEL in dybit quantize."),
     ] = None,
 ) -> None:
-    """Import the weights of an integer ONNX model, or MXFP4 and NVFP4 ones, value for value.
+    """Import quantized weights from ONNX, compressed-tensors or GGUF.
 
-    From .onnx, weights in DequantizeLinear (INT2 to INT8) and MatMulNBits: max_run=1 is an integer. From a directory in
-    compressed-tensors' layout, MXFP4 and NVFP4, and from .gguf MXFP4: max_run=2 with 4 bits is E2M1. How inputs are
-    rounded is not imported. With --model, DIR is a checkpoint of that model; without, of the weights by their names.
+    Values stay exactly the same: DyBit with max_run=1 is an integer format, and with max_run=2 at 4 bits it is E2M1.
+    From .onnx it imports weights in DequantizeLinear (INT2 to INT8) and MatMulNBits, from a directory of
+    compressed-tensors MXFP4 and NVFP4, from .gguf MXFP4. It does not import the quantization of inputs. With --model,
+    DIR is a checkpoint of that model; else it holds the weights by their names.
 
     Example: dybit import model-int8.onnx -o model-int8 --model yours:net
     """
@@ -179,7 +191,7 @@ def import_(
     formats = sorted({weight.spec.family for weight in found.weights.values()})
     out().print(f"saved to {output}: {len(found.weights)} weights as {', '.join(formats)}", soft_wrap=True)
     if found.inputs:
-        note(f"note: the file rounds {found.inputs} activations, which were left out")
+        note(f"note: the file also quantizes {found.inputs} activations; these were not imported")
     note(f"next: dybit info {output}")
 
 
@@ -220,7 +232,7 @@ def _source(target: str, model: str | None, fields: dict[str, Any]) -> str:
     """The original of a checkpoint, if nothing else was said that does not go with one."""
     given = [name for name, value in fields.items() if value is not None]
     if given:
-        raise DyBitError(f"--{given[0].replace('_', '-')} does not go with {target!r}, which is quantized already")
+        raise DyBitError(f"--{given[0].replace('_', '-')} cannot be used with {target!r}, which is already quantized")
     if model is None:
-        raise DyBitError(f"{target!r} is a checkpoint: give its floating-point original by --model")
+        raise DyBitError(f"{target!r} is a checkpoint: name its floating-point original by --model")
     return model

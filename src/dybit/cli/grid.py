@@ -117,7 +117,7 @@ def run(cells: Sequence[Cell], results: Path | None, workers: int) -> list[tuple
     known = _read(results)
     missing = [cell for cell in dict.fromkeys(cells) if cell.key not in known]
     if len(missing) < len(cells):
-        note(f"{len(cells) - len(missing)} of {len(cells)} are in {results} already")
+        note(f"{len(cells) - len(missing)} of {len(cells)} results are already in {results}")
     with progress("comparing", len(missing)) as bar:
         for count, (cell, values) in enumerate(_run_all(missing, workers), start=1):
             known[cell.key] = values

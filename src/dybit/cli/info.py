@@ -24,7 +24,9 @@ def info(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that dybit wrote.")],
     every: Annotated[bool, typer.Option("--all", help=f"Show all layers, not the first {_SHOWN_LAYERS}.")] = False,
 ) -> None:
-    """Show recipe, layers with their formats, and sizes of a checkpoint; no model is needed.
+    """Show recipe, layers, formats and sizes of a checkpoint.
+
+    It needs no model.
 
     Example: dybit info minilm-w4a8
     """
@@ -38,7 +40,7 @@ def info(
     if missing is not None:
         raise CheckpointError(f"{path / TENSORS} lacks the tensor {missing!r} that {MANIFEST} describes")
     console = out()
-    console.print(f"{path}: written by dybit {manifest.version}, checksum right", style="bold", soft_wrap=True)
+    console.print(f"{path}: written by dybit {manifest.version}, checksum correct", style="bold", soft_wrap=True)
     recipe = json.dumps(manifest.recipe.to_dict()) if manifest.recipe else "not stored"
     console.print(f"recipe: {recipe}", soft_wrap=True)
     rows, fp32 = [], 0

@@ -14,17 +14,18 @@ from dybit.recipe import Recipe
 from dybit.safe_files import check_regular
 
 Weights = Annotated[
-    str | None, typer.Option(metavar="BITS|NAME", help="Weights: 2 to 8 bits, a format such as nf4, or none. [4]")
+    str | None,
+    typer.Option(metavar="BITS|NAME", help="Format of weights: 2 to 8 bits, a name such as nf4, or none. [4]"),
 ]
 Activations = Annotated[
-    str | None, typer.Option(metavar="BITS|NAME", help="Inputs of layers: 2 to 8 bits, a format, or none. [none]")
+    str | None, typer.Option(metavar="BITS|NAME", help="Format of layer inputs: 2 to 8 bits, a name, or none. [none]")
 ]
 Embeddings = Annotated[
-    str | None, typer.Option(metavar="BITS|NAME", help="Embedding tables and layers tied to them. [8]")
+    str | None, typer.Option(metavar="BITS|NAME", help="Format of embedding tables and layers tied to them. [8]")
 ]
 KeepEmbeddings = Annotated[bool, typer.Option("--keep-embeddings", help="The same as --embeddings none.")]
 GroupSize = Annotated[
-    int | None, typer.Option(help="Weights of a channel that share a scale. [none: one scale per output channel]")
+    int | None, typer.Option(help="Number of weights that share a scale. [none: one scale per output channel]")
 ]
 Granularity = Annotated[str | None, typer.Option(help="What shares a scale: tensor, channel or group.")]
 Scale = Annotated[str | None, typer.Option(help="Type of the scales: fp32, bf16, pow2 or e4m3. [fp32]")]
@@ -32,34 +33,39 @@ Variants = Annotated[
     str | None, typer.Option(help="DyBit variants to choose from: plain, spare, midrise or all. [by width]")
 ]
 Method = Annotated[str | None, typer.Option(help="How weight scales are chosen: mse, absmax or percentile. [mse]")]
-Criterion = Annotated[str | None, typer.Option(help="What mse weighs errors by: weight, activation or auto. [auto]")]
+Criterion = Annotated[
+    str | None, typer.Option(help="Error that mse minimises: of weights, of outputs (activation), or auto. [auto]")
+]
 ActivationMode = Annotated[
-    str | None, typer.Option(help="Scales of inputs: static (from calibration) or dynamic (every token). [static]")
+    str | None, typer.Option(help="Input scales: static (from calibration) or dynamic (per token). [static]")
 ]
 Algorithm = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="Post-training algorithms, separated by commas: rtn, gptq, … or auto. [rtn]"),
+    typer.Option(
+        metavar="NAMES", help="Post-training algorithms in order, separated by commas (rtn, gptq, …), or auto. [rtn]"
+    ),
 ]
 Algorithms = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAMES",
-        help="Post-training algorithms, as in dybit quantize; several chains, one row each, separated by +, or by "
-        "giving the option again; ways of rounding alone by commas, too, as rtn,gptq. [rtn]",
+        help="Algorithms as in dybit quantize. For one row per chain, separate chains by +, or repeat the option; "
+        "rtn,gptq (rounding methods only) also gives two rows. [rtn]",
     ),
 ]
 Workdir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where gptq keeps finished layers, to go on after an interruption.")
+    Path | None,
+    typer.Option(metavar="DIR", help="Directory for finished layers of gptq, to resume after an interruption."),
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Fail if weights stay in floating point that no rule of the recipe keeps."),
+    typer.Option("--strict", help="Fail if weights stay in floating point without a rule of the recipe."),
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="For text: a transformers directory, a tokenizer.json, or module:function.")
+    str | None, typer.Option(help="Tokenizer for text: a transformers directory, tokenizer.json, or module:function.")
 ]
-Batches = Annotated[int | None, typer.Option(min=1, help="Use only so many batches of the data.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in a batch, for .npy and .safetensors data.")]
+Batches = Annotated[int | None, typer.Option(min=1, help="Largest number of batches to use.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per batch, for .npy and .safetensors data.")]
 
 
 def alternatives(words: Sequence[str]) -> list[str]:
@@ -150,7 +156,7 @@ def make_recipe(recipe: Path | None, **values: Any) -> Recipe:  # noqa: ANN401
     if recipe is not None:
         if given:
             first = next(iter(given)).replace("_", "-")
-            raise DyBitError(f"--{first} and --recipe {str(recipe)!r} exclude each other; put it into the recipe")
+            raise DyBitError(f"--{first} and --recipe {str(recipe)!r} exclude each other; set it in the recipe file")
         return read_recipe(recipe)
     for name in ("weights", "activations", "embeddings"):
         if name in given:

@@ -34,7 +34,7 @@ def quantize(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A transformers directory, module:function returning an nn.Module, or .safetensors[.index.json].",
+            help="A transformers directory, module:function returning an nn.Module, or a .safetensors[.index.json].",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the checkpoint.")],
@@ -51,7 +51,7 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in JSON, instead of the above.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="module:function, a text file, or .npy/.safetensors of inputs."),
+        typer.Option(metavar="DATA", help="Calibration inputs: module:function, a text file, or .npy/.safetensors."),
     ] = None,
     algorithm: options.Algorithm = None,
     workdir: options.Workdir = None,
@@ -59,17 +59,18 @@ def quantize(
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
     strict: options.Strict = False,
-    workers: Annotated[int, typer.Option(min=0, help="Threads, for a .safetensors; 0: one a processor.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Threads, for .safetensors files. 0 uses all processors.")] = 0,
     every: Annotated[bool, typer.Option("--all", help=f"Show all layers, not the first {_SHOWN_LAYERS}.")] = False,
 ) -> None:
-    """Quantize a model and save it: DIR gets model.safetensors and dybit.json, complete or not at all.
+    """Quantize a model and save it as a checkpoint.
 
-    dybit.load(DIR, model) loads it into the same architecture; dybit evaluate compares it with the original.
+    DIR gets model.safetensors and dybit.json, complete or not at all. Use dybit.load(DIR, model) to load it into the
+    same architecture, and dybit evaluate to compare it with the original.
 
-    A .safetensors file (or .safetensors.index.json) is quantized piece by piece, however large; after an interruption,
-    the same command goes on. In a transformers directory, DIR becomes one that from_pretrained loads. Elsewhere,
-    tensors of 2 to 5 dimensions named *.weight are quantized (weights only; first dimension = output channels; names
-    with "embed", "wte" or "wpe" count as embeddings), all others are copied.
+    A .safetensors file (or .safetensors.index.json) of any size is quantized piece by piece. After an interruption, run
+    the same command again to resume. If a transformers config.json is beside the file, from_pretrained can load DIR.
+    Otherwise tensors of 2 to 5 dimensions named *.weight are quantized (weights only; the first dimension is output
+    channels; names with "embed", "wte" or "wpe" are embeddings), and all others are copied.
 
     Example: dybit quantize dybit.demo:minilm -o minilm-w4a8 --activations 8 --calibration dybit.demo:minilm_batches
 
@@ -124,7 +125,7 @@ def needs_calibration(recipe: Recipe, calibration: str | None) -> None:
     """
     if recipe.activations is not None and recipe.activation_mode == "static" and calibration is None:
         raise DyBitError(
-            f"--activations {recipe.activations} are static and need --calibration; or give --activation-mode dynamic"
+            f"--activations {recipe.activations} are static and need --calibration; or use --activation-mode dynamic"
         )
 
 
@@ -198,7 +199,7 @@ def _quantize_file(path: str, output: Path, recipe: Recipe, strict: bool, worker
                 coverage=plan.coverage, extra=plan.extra, workers=workers, progress=bar.update,
             )  # fmt: skip
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped") from None
+            raise KeyboardInterrupt("interrupted; run the same command again to resume") from None
     sizes = (4 * math.prod(t.shape) if t.dtype in FLOATS else t.nbytes for t in source.values())
     specs = {plan.names.get(key, key): job.spec for key, job in plan.jobs.items()}
     return [_file_row(name, specs[name], outcome) for name, outcome in outcomes.items()], sum(sizes)

@@ -25,11 +25,13 @@ _AXIS = 40  # characters that fit beside an axis
 @guarded
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory that dybit search wrote.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The page, complete in itself.")
-    ] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page, a single file.")] = Path(
+        "report.html"
+    ),
 ) -> None:
-    """Write a page about a search: the front, bits, sensitivity, cost and levels of every layer, rival formats.
+    """Write an HTML page about a search.
+
+    It shows the front of recipes, rival formats, and the bits, sensitivity, cost and levels of every layer.
 
     Example: dybit report run -o report.html
     """

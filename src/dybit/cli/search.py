@@ -23,32 +23,48 @@ _UNITS = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "m
 _SHOWN_LAYERS = 60
 
 
-_Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="As in dybit quantize; none with --workload.")]
+_Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Model, as in dybit quantize. Leave out with --workload.")
+]
 _Calibration = Annotated[str | None, typer.Option(metavar="DATA", help="Calibration data, as in dybit quantize.")]
 _Workload = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Shapes only: a built-in network or a workload's .json.")
+    str | None, typer.Option(metavar="NAME", help="Search by shapes only: a built-in network or a workload's .json.")
 ]
 _MaxError = Annotated[
-    float | None, typer.Option(help="Error of the outputs: KL in nats for logits, else noise/signal.")
+    float | None, typer.Option(help="Largest error of the outputs: KL in nats for logits, else noise/signal.")
 ]
 _MaxDrop = Annotated[
-    float | None, typer.Option(help="Points lost: agreement with FP32 in %, or the score of --evaluate.")
+    float | None,
+    typer.Option(help="Largest loss in points, of the agreement with FP32 in %, or of the score of --evaluate."),
+]
+_MaxSize = Annotated[str | None, typer.Option(metavar="BYTES", help="Largest size of the tensors, such as 25MB.")]
+_On = Annotated[
+    str, typer.Option(help="Cost to measure: accelerator (its cycles), cpu (time on this machine) or size.")
+]
+_Config = Annotated[
+    Path | None, typer.Option(metavar="TOML", help="Parameters of the accelerator, as in dybit simulate.")
+]
+_Recipe = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A recipe in JSON for everything but the bits, such as scales and rules."),
 ]
 _Candidates = Annotated[
-    str | None, typer.Option(help="Weights/activations, separated by commas, such as 8/8,4/8,fp32.")
+    str | None, typer.Option(help="Bits of weights/activations to choose from, such as 8/8,4/8,fp32. [depends on --on]")
 ]
 _Group = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must agree; may be given several times.")
+    list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must get the same formats. May be repeated.")
 ]
 _Baselines = Annotated[bool, typer.Option("--baselines", help="Also try uniform recipes and the greedy loop.")]
 _Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="RUN", help="Directory of recipe.json and search.json.")
+    Path | None, typer.Option("--output", "-o", metavar="RUN", help="Directory for recipe.json and search.json.")
 ]
 _Evaluation = Annotated[
-    str | None, typer.Option(metavar="DATA", help="Data to measure errors on. [its evaluation split, if any]")
+    str | None,
+    typer.Option(metavar="DATA", help="Data to measure errors on. [the evaluation split of --calibration, if any]"),
 ]
 _Evaluate = Annotated[
-    str | None, typer.Option(metavar="module:function", help="For --max-drop: takes a model, returns a score.")
+    str | None,
+    typer.Option(metavar="module:function", help="Score for --max-drop: a function of a model, higher is better."),
 ]
 
 
@@ -57,23 +73,23 @@ def search(
     model: _Model = None,
     calibration: _Calibration = None,
     workload: _Workload = None,
-    speedup: Annotated[float | None, typer.Option(help="At least so many times as fast as the base.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Smallest speedup over the base of the cost.")] = None,
     max_error: _MaxError = None,
     max_drop: _MaxDrop = None,
-    max_size: Annotated[str | None, typer.Option(metavar="BYTES", help="Of the tensors, such as 25MB.")] = None,
-    on: Annotated[str, typer.Option(help="What is sped up: accelerator, cpu or size.")] = "accelerator",
-    config: Annotated[Path | None, typer.Option(metavar="TOML", help="The accelerator, as in dybit simulate.")] = None,
+    max_size: _MaxSize = None,
+    on: _On = "accelerator",
+    config: _Config = None,
     candidates: _Candidates = None,
-    sensitivity: Annotated[str, typer.Option(help="Estimate of errors: rmse, fisher, output or kl.")] = "kl",
+    sensitivity: Annotated[str, typer.Option(help="How to estimate errors: rmse, fisher, output or kl.")] = "kl",
     group: _Group = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also find the front of error against speed.")] = False,
-    points: Annotated[int, typer.Option(min=2, help="Recipes on the front.")] = 24,
+    points: Annotated[int, typer.Option(min=2, help="Number of recipes on the front.")] = 24,
     baselines: _Baselines = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that measure sensitivities.")] = 1,
     output: _Output = None,
     evaluation: _Evaluation = None,
     evaluate: _Evaluate = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="All that candidates do not say.")] = None,
+    recipe: _Recipe = None,
     embeddings: options.Embeddings = None,
     group_size: options.GroupSize = None,
     activation_mode: options.ActivationMode = None,
@@ -82,10 +98,11 @@ def search(
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
 ) -> None:
-    """Find the formats of every layer: fast or small enough, with the least loss; or little loss, at the least cost.
+    """Find the best bits of every layer under a constraint.
 
-    Sensitivities are kept in the user's cache directory: an interrupted search goes on where it stopped. Errors of
-    --workload are by shapes only and measure nothing.
+    With --speedup or --max-size it minimises the error, with --max-error or --max-drop the cost. Sensitivities are kept
+    in the user's cache directory, so run the same command again to resume. With --workload, errors are estimated from
+    shapes alone; they are not measurements.
 
     Example: dybit search dybit.demo:minilm --calibration dybit.demo:minilm_batches --speedup 4 -o run
     """
@@ -93,7 +110,7 @@ def search(
     from dybit.mixed_precision.run_directory import check_target, write_run
 
     if (model is None) == (workload is None):
-        raise DyBitError("give MODEL or --workload, one of them")
+        raise DyBitError("give either MODEL or --workload")
     base = options.make_recipe(recipe, **options.recipe_fields(locals()))
     limits = _constraints(speedup, max_error, max_drop, max_size, evaluate)
     every = None if candidates is None else as_candidates(word for word in candidates.split(",") if word.strip())
@@ -141,7 +158,7 @@ def _search_model(
     import dybit
 
     if calibration is None:
-        raise DyBitError("--calibration DATA is needed to measure errors; for shapes only give --workload")
+        raise DyBitError("--calibration DATA is needed to measure errors; use --workload for shapes only")
     if evaluation is None and sources.takes_split(calibration):
         evaluation = calibration
     loaded = sources.load_model(model)
@@ -177,11 +194,11 @@ def _constraints(
             score = sources.function(evaluate, "--evaluate")
         found.append(MaxDrop(max_drop, score))
     elif evaluate is not None:
-        raise DyBitError(f"--evaluate {evaluate!r} goes with --max-drop")
+        raise DyBitError(f"--evaluate {evaluate!r} needs --max-drop")
     if max_size is not None:
         found.append(MaxSize(parse_bytes(max_size)))
     if not found:
-        raise DyBitError("give what is asked for: --speedup, --max-error, --max-drop or --max-size")
+        raise DyBitError("give at least one of --speedup, --max-error, --max-drop and --max-size")
     return found
 
 
@@ -202,7 +219,7 @@ def parse_bytes(word: str) -> float:
 
 def _cost(on: str, config: Path | None) -> list[Any]:
     if config is not None and on != "accelerator":
-        raise DyBitError(f"--config {str(config)!r} is of the accelerator, and --on is {on!r}")
+        raise DyBitError(f"--config {str(config)!r} needs --on accelerator, but --on is {on!r}")
     if on == "accelerator":
         from dybit.accelerator import Config
         from dybit.accelerator.cost import AcceleratorCost
@@ -231,7 +248,7 @@ def _print(result: Result, name: str) -> None:
         cells = [_amount(t.layers[layer][index], t.unit) for t in problem.tables]
         error = f"{problem.errors[layer][index]:.3g}"
         table.add_row(layer, problem.candidates[index].name, error, *cells, f"{share:.1%}", str(told.get("bound", "")))
-    shapes = " — SHAPES ONLY, errors measure nothing" if result.subject is None else ""
+    shapes = " — SHAPES ONLY, errors are not measured" if result.subject is None else ""
     console.print(f"{name}: {len(names)} layers in {len(problem.groups)} groups{shapes}", style="bold", soft_wrap=True)
     console.print(table)
     if len(names) > _SHOWN_LAYERS:

@@ -73,11 +73,11 @@ class ConvGeometry:
         return [(n - need) // step + 1 for n, need, step in zip(padded, reach, self.stride, strict=True)]
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolves in plain torch.
+        r"""Convolves in plain torch.
 
         Args:
-            x: Of shape (batch, channels, *size).
-            weight: Of shape (out_channels, channels / groups, *kernel).
+            x: Of shape (batch, channels, \*size).
+            weight: Of shape (out_channels, channels / groups, \*kernel).
             bias: Of shape (out_channels,), or None.
         """
         before, after = list(self.padding[::2]), list(self.padding[1::2])
