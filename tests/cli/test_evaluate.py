@@ -91,7 +91,7 @@ def test_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("yours:net",), "--data or by --text"),
+        (("yours:net",), "--data or --text"),
         (("yours:net", "--data", "yours:data", "--text", "x"), "either --data or --text"),
         (("yours:net", "--data", "yours:data", "--model", "yours:net"), "--model 'yours:net'"),
         (("yours:net", "--data", "yours:data", "--outputs", "words"), "--outputs.*'words'"),

@@ -52,7 +52,7 @@ def test_a_grid_is_run_once(tmp_path, counted):
     assert float(found["nf4", "rtn"]["bits"]) == 8.0 and float(found["dybit4spare", "rtn"]["bits"]) > 8.1
     again = invoke(*WORDS, "--results", str(kept))
     assert again.exit_code == 0 and len(counted) == 11 and again.stdout == result.stdout
-    assert "11 of 11 are in" in again.stderr
+    assert "11 of 11 results are already in" in again.stderr
 
 
 def test_an_interrupted_grid_goes_on(tmp_path, counted):
@@ -61,7 +61,7 @@ def test_an_interrupted_grid_goes_on(tmp_path, counted):
     lines = kept.read_text().splitlines(keepends=True)
     kept.write_text("".join(lines[:4]) + lines[4][:50])
     result = invoke(*WORDS, "--results", str(kept))
-    assert result.exit_code == 0 and "4 of 11 are in" in result.stderr and len(counted) == 11 + 7
+    assert result.exit_code == 0 and "4 of 11 results are already in" in result.stderr and len(counted) == 11 + 7
     assert len([json.loads(line) for line in kept.read_text().splitlines()]) == 11
 
 

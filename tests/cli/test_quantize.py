@@ -83,6 +83,7 @@ constant = 5
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantize")
     (folder / "mine.py").write_text(MODULE)
+    sys.modules.pop("mine", None)  # other tests have another module of that name
     (folder / "broken.py").write_text("import nowhere_at_all\n")
     before = os.getcwd()  # noqa: PTH109
     os.chdir(folder)

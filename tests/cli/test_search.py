@@ -70,7 +70,7 @@ def test_shapes(tmp_path):
     [
         ((), "MODEL or --workload"),
         (("searched:mlp", "--workload", "resnet18", "--speedup", "2"), "either MODEL or --workload"),
-        ((*MODEL,), "--speedup, --max-error, --max-drop or --max-size"),
+        ((*MODEL,), "--speedup, --max-error, --max-drop and --max-size"),
         (("searched:mlp", "--speedup", "2"), "--calibration DATA is needed"),
         ((*MODEL, "--speedup", "99"), "speedup of 99 .*cannot be reached"),
         ((*MODEL, "--speedup", "-1"), "times of Speedup"),

@@ -1,1 +1,1 @@
-"""The compiled extension and the operators on codes: pack, decode, round."""
+"""The compiled extension, and operators on codes: pack, decode, round."""

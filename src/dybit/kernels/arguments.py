@@ -13,14 +13,14 @@ from dybit.errors import DyBitError
 from dybit.formats.codebook import Codebook
 from dybit.kernels import extension
 
-PerUnit = tuple[int, bool, bool]  # an address (0: none), and whether there is a number for every row and every group
+PerUnit = tuple[int, bool, bool]  # an address (0: none), and whether numbers differ by row and by group
 NO_UNITS: PerUnit = (0, False, False)
 
 
 def kernels_for(*tensors: Tensor | None) -> Any:  # noqa: ANN401  # the extension's module
     """Returns the extension, or None if it is missing or cannot compute with these tensors.
 
-    It needs tensors with memory on the CPU, and cannot be called while ``torch.compile`` or ``torch.export`` trace.
+    Tensors must have memory on the CPU, and ``torch.compile`` or ``torch.export`` must not be tracing.
     """
     if torch.compiler.is_compiling():
         return None
@@ -31,11 +31,11 @@ def kernels_for(*tensors: Tensor | None) -> Any:  # noqa: ANN401  # the extensio
 
 
 def address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Returns the address of a tensor's memory for the extension, which cannot see types and sizes itself.
+    """Checks a tensor and returns its address for the extension, which cannot check types and sizes itself.
 
     Args:
-        name: What the error message calls the tensor.
-        tensor: The tensor, which must live as long as the extension uses the address, or None.
+        name: The tensor's name in the error message.
+        tensor: The tensor, or None. It must live as long as the extension uses the address.
         dtype: The type that the extension expects.
         shape: The shape that the extension expects.
 
@@ -56,10 +56,10 @@ def address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[i
 
 
 def per_unit(name: str, units: Tensor | None, dtype: torch.dtype, rows: int, groups: int) -> PerUnit:
-    """Returns what the extension takes for a number per tensor, channel or group.
+    """Returns the extension's arguments for a number per tensor, channel or group.
 
     Args:
-        name: What the error message calls the tensor.
+        name: The tensor's name in the error message.
         units: Contiguous, of shape (1 or rows, 1 or groups), or None.
         dtype: The type that the extension expects.
         rows: Rows of the matrix.
@@ -76,12 +76,12 @@ def per_unit(name: str, units: Tensor | None, dtype: torch.dtype, rows: int, gro
 
 
 def choice_per_unit(choice: Tensor | None, rows: int, groups: int, books: int) -> PerUnit:
-    """Returns what the extension takes for the choice of a codebook per tensor, channel or group.
+    """Returns the extension's arguments for the choice of a codebook per tensor, channel or group.
 
     Raises:
         DyBitError: A choice is not below ``books``, or the tensor has another type, shape, device or layout.
     """
-    if choice is not None and choice.numel() and int(choice.max()) >= books:  # a file can hold anything
+    if choice is not None and choice.numel() and int(choice.max()) >= books:  # choices can come from a damaged file
         raise DyBitError(f"choice must be below {books}, the number of codebooks, but holds {int(choice.max())}")
     return per_unit("choice", choice, torch.uint8, rows, groups)
 

@@ -1,7 +1,7 @@
 """The operators ``torch.ops.dybit.dequantize``, ``fake_quantize`` and ``fake_quantize_dynamic``.
 
-``torch.compile`` and ``torch.export`` see them whole. :mod:`dybit.kernels.codes` and :mod:`dybit.kernels.rounding`
-compute them.
+They are opaque to ``torch.compile`` and ``torch.export``. :mod:`dybit.kernels.codes` and
+:mod:`dybit.kernels.rounding` compute them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SCHEMAS = {
     "dequantize": (
         "(Tensor packed, Tensor scale, Tensor? choice, str family, int count, int bits, int group_size) -> Tensor"
     ),
-    # x of any shape and floating dtype; scale and offset broadcast against it. Returns the values that its codes
-    # stand for, of x's shape and dtype; NaN stays NaN.
+    # x of any shape and floating dtype; scale and offset broadcast against it. Returns the values of its codes, of
+    # x's shape and dtype; NaN stays NaN.
     "fake_quantize": "(Tensor x, Tensor scale, Tensor? offset, str format) -> Tensor",
-    # The same with a scale for each last-dimension row, or group of group_size (0: the row): that which maps its
-    # largest magnitude to reach. All of it is NaN if any is NaN or infinite.
+    # The same with dynamic scales: the largest magnitude of each last-dimension row, or group of group_size (0: the
+    # row), is mapped to reach. A group with NaN or infinity becomes NaN.
     "fake_quantize_dynamic": "(Tensor x, str format, float reach, int group_size) -> Tensor",
 }
 
@@ -57,7 +57,7 @@ def _same_shape(x: Tensor, *_: object) -> Tensor:
 
 
 def _straight_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of rounding, taken as one; scales learn in quantization-aware training, not here."""
+    """Passes gradients through rounding unchanged. Scales get none; ``qat`` has operators that learn them."""
     return (grad, *(None,) * (ctx.inputs - 1))  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Weights to packed codes and back: by the compiled kernels or in plain torch, with the same bits."""
+"""Encodes weights to packed codes and decodes them, by the compiled kernels or in plain torch, with the same bits."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def encode(
 def _encode_rows(
     x: Tensor, scale: Tensor, choice: Tensor | None, books: tuple[Codebook, ...], group_size: int | None
 ) -> Tensor:
-    """The codes of some rows in plain torch: uint8 of shape (rows, columns)."""
+    """Encodes rows in plain torch: uint8 of shape (rows, columns)."""
     parts = [x.new_empty(x.shape[0], 0, dtype=_U8)]
     column = 0
     for start, groups, length in spans(x.shape[1], group_size):
@@ -89,12 +89,12 @@ def _encode_rows(
 
 
 def _rows(units: Tensor, start: int, stop: int) -> Tensor:
-    """The entries of some rows of a (rows or 1, groups or 1) tensor; a single row serves all."""
+    """Returns the entries of some rows of a (rows or 1, groups or 1) tensor. A single row applies to all."""
     return units if units.shape[0] == 1 else units[start:stop]
 
 
 def _columns(units: Tensor, start: int, count: int) -> Tensor:
-    """The entries of some groups of a (rows or 1, groups or 1) tensor; a single column serves all."""
+    """Returns the entries of some groups of a (rows or 1, groups or 1) tensor. A single column applies to all."""
     return units if units.shape[1] == 1 else units[:, start : start + count]
 
 
@@ -106,7 +106,7 @@ def decode(
     count: int,
     group_size: int | None,
 ) -> Tensor:
-    """Returns the values that packed codes stand for, times their scales.
+    """Returns the values of packed codes, times their scales.
 
     Args:
         packed: Codes, uint8 of shape (rows, bytes).
@@ -158,7 +158,7 @@ def _decode_by_torch(
         size = packed_size(length, bits)
         block = packed[:, offset : offset + groups * size]
         offset += groups * size
-        if per_byte == 1 and bits < 8:  # the codes of other widths straddle bytes
+        if per_byte == 1 and bits < 8:  # codes of other widths span bytes
             block, size = unpack(block, groups * length, bits, length), length
         index = block.reshape(rows, groups, size).to(torch.int32)
         if choice is not None:
@@ -172,15 +172,15 @@ def _decode_by_torch(
 
 @lru_cache(maxsize=256)
 def _values(books: tuple[Codebook, ...]) -> Tensor:
-    """Values by code: float32 of shape (books, 2**bits)."""
+    """Returns values by code: float32 of shape (books, 2**bits)."""
     return torch.from_numpy(np.stack([np.nan_to_num(book.values) for book in books]).astype(np.float32))
 
 
 @lru_cache(maxsize=256)
 def _byte_table(books: tuple[Codebook, ...], device: torch.device) -> tuple[Tensor, int]:
-    """Values by byte: float32 of shape (books · 256, codes in a byte), and the number of codes in a byte.
+    """Returns values by byte: float32 of shape (books · 256, codes in a byte), and the number of codes in a byte.
 
-    For widths that do not divide 8, the codes come unpacked, one a byte.
+    Codes of widths that do not divide 8 are unpacked first, one per byte.
     """
     bits = books[0].bits
     per_byte = 8 // bits if 8 % bits == 0 else 1

@@ -1,6 +1,6 @@
-"""The compiled extension: loads it, and says and chooses which instruction set runs.
+"""Loads the compiled extension, and selects the instruction set of its kernels.
 
-Where no extension was built, everything runs on plain torch, and one line says so.
+Without the extension everything runs in plain torch, with one log message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FALLBACK = "torch"
 
 @cache
 def load() -> ModuleType | None:
-    """The extension, or None: not built, built for another Python, or switched off with ``DYBIT_ISA=torch``."""
+    """Returns the extension; None if missing, built for another Python, or switched off by ``DYBIT_ISA=torch``."""
     if os.environ.get("DYBIT_ISA") == FALLBACK:
         return None
     try:
@@ -35,20 +35,20 @@ def load() -> ModuleType | None:
 
 
 def isa() -> str:
-    """The name of the path that runs.
+    """Returns the instruction set in use.
 
     It is ``amx``, ``avx512``, ``avxvnni`` or ``avx2`` on x86, ``neon-dot`` or ``neon`` on Arm, ``scalar`` elsewhere,
     and ``torch`` without the extension.
 
     Raises:
-        DyBitError: ``DYBIT_ISA`` names one that cannot run here.
+        DyBitError: ``DYBIT_ISA`` names an instruction set that cannot run here.
     """
     extension = load()
     return extension.isa() if extension else FALLBACK
 
 
 def available() -> tuple[str, ...]:
-    """The paths that can run on this machine, each checked against the scalar one at load; the last is the fastest."""
+    """Returns the instruction sets that run here, fastest last. Each is checked against the scalar code at load."""
     extension = load()
     return (FALLBACK, *(extension.available() if extension else ()))
 
@@ -63,9 +63,9 @@ def read_all(address: int, count: int, threads: int) -> None:
 
 
 def multiply_bytes(count: int, threads: int) -> int:
-    """Multiplies bytes in registers alone, with the instruction of the kernels; returns how many products were made.
+    """Multiplies bytes in registers, with the instruction of the kernels, for benchmarks.
 
-    Zero where the path has no such instruction. For benchmarks.
+    Returns the number of products; 0 if the instruction set has no such instruction.
 
     Raises:
         DyBitError: There is no extension.
@@ -76,12 +76,12 @@ def multiply_bytes(count: int, threads: int) -> int:
 def _needed() -> ModuleType:
     extension = load()
     if extension is None:
-        raise DyBitError("the compiled extension is needed, but not there")
+        raise DyBitError("the compiled extension is needed, but is not installed")
     return extension
 
 
 def use(name: str) -> None:
-    """Switches to another path, for tests and benchmarks; weights packed for another one are packed anew.
+    """Switches to another instruction set, for tests and benchmarks. Packed weights are packed again.
 
     Raises:
         DyBitError: ``name`` is not in :func:`available`, or is ``torch``, which only ``DYBIT_ISA`` can choose.

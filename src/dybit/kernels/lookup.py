@@ -17,8 +17,8 @@ _TABLE_LIMIT = 1 << 17
 class Lookup:
     """A codebook as torch tensors, with exact rounding to the nearest level for FP32 inputs.
 
-    Where all midpoints are multiples of one power of two (every DyBit, integer and minifloat format), a level is
-    found by one table look-up instead of a binary search: several times faster, with the same result.
+    If all midpoints are multiples of one power of two (in every DyBit, integer and minifloat format), one table look-up
+    finds a level instead of a binary search. This is several times faster and gives the same result.
 
     Args:
         book: The codebook.
@@ -67,7 +67,7 @@ class Lookup:
 
 
 def grid(midpoints: NDArray[np.float64]) -> tuple[float, int]:
-    """The power of two that divides every midpoint and how many of it reach beyond all of them; (0, 0) if none."""
+    """Returns the power of two that divides every midpoint, and the steps that cover all; (0, 0) if none."""
     for exponent in range(4, -17, -1):
         unit = 2.0**exponent
         steps = midpoints / unit
@@ -84,7 +84,7 @@ def lookup(book: Codebook, device: torch.device) -> Lookup:
 
 
 class ChosenLookup:
-    """Several codebooks as one table, to round at once what uses different ones.
+    """Several codebooks as one table, to round units with different codebooks at once.
 
     Args:
         books: The codebooks.
@@ -129,6 +129,6 @@ def chosen_lookup(books: tuple[Codebook, ...], device: torch.device) -> ChosenLo
 
 @lru_cache(maxsize=256)
 def level_ends(books: tuple[Codebook, ...], device: torch.device) -> Tensor:
-    """Returns the lowest and the highest level of every codebook: float32 of shape (books, 2)."""
+    """Returns the lowest and highest level of every codebook: float32 of shape (books, 2)."""
     ends = np.array([(book.levels[0], book.levels[-1]) for book in books])
     return torch.tensor(ends, dtype=torch.float32, device=device)

@@ -28,7 +28,7 @@ def pack(codes: Tensor, bits: int, group_size: int | None = None) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int, group_size: int | None = None) -> Tensor:
-    """Unpacks what :func:`pack` made: uint8 (rows, bytes) to uint8 (rows, count)."""
+    """Inverts :func:`pack`: uint8 (rows, bytes) to uint8 (rows, count)."""
     rows = packed.shape[0]
     parts, offset = [], 0
     for _, groups, length in spans(count, group_size):
@@ -40,7 +40,7 @@ def unpack(packed: Tensor, count: int, bits: int, group_size: int | None = None)
 
 
 def spans(count: int, group_size: int | None) -> list[tuple[int, int, int]]:
-    """(start, groups, length) of the full groups and of the tail."""
+    """Yields (start, groups, length) of the full groups and of the tail."""
     size = group_size or max(count, 1)
     full, tail = divmod(count, size)
     spans = [(0, full, size)] if full else []
@@ -48,7 +48,7 @@ def spans(count: int, group_size: int | None) -> list[tuple[int, int, int]]:
 
 
 def _pack_groups(codes: Tensor, bits: int) -> Tensor:
-    """Eight codes fill exactly ``bits`` bytes: (n, length) uint8 to (n, bytes) uint8."""
+    """Packs groups, (n, length) uint8 to (n, bytes) uint8. Eight codes fill exactly ``bits`` bytes."""
     if bits == 8:
         return codes
     length = codes.shape[1]
@@ -62,7 +62,7 @@ def _pack_groups(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_groups(packed: Tensor, length: int, bits: int) -> Tensor:
-    """The inverse of :func:`_pack_groups`."""
+    """Inverts :func:`_pack_groups`."""
     if bits == 8:
         return packed
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))

@@ -1,7 +1,7 @@
 """Rounding to the nearest level, and its gradient: by the compiled kernels or in plain torch.
 
-Each function decides by itself which of the two computes. Both give the same bits, except for sums over many elements,
-which they add up in different orders.
+Each function decides which of the two computes. Both give the same bits, except for sums over many elements, whose
+order differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dybit.kernels.arguments import NO_UNITS, address, choice_per_unit, compiled
 from dybit.kernels.lookup import chosen_lookup, level_ends, lookup
 from dybit.kernels.packed_codes import spans
 
-_LEAST_RUN = 8  # elements that share a scale: with fewer, torch is as fast
+_LEAST_RUN = 8  # elements per scale: with fewer, torch is as fast
 _TINIEST = 2.0**-126  # smallest normal float
 _MOST = 3.4e38  # below the largest float, so that a quotient times its divisor does not overflow
 _F32 = torch.float32
@@ -52,10 +52,10 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, book: Codeboo
 
 
 def fake_quantize_dynamic(x: Tensor, book: Codebook, reach: float, group_size: int) -> Tensor:
-    """Rounds to the values of codes at a scale for every row, or group, that maps its largest magnitude to ``reach``.
+    """Rounds to the values of codes, at scales that map the largest magnitude of every row or group to ``reach``.
 
     Args:
-        x: Floating point of shape (..., columns). A group with NaN or infinity has no scale and becomes NaN. Where the
+        x: Floating point of shape (..., columns). A group with NaN or infinity has no scale and becomes NaN. If the
             largest value of the codebook would overflow, the scale is smaller.
         book: The codebook.
         reach: The value that the largest magnitude is mapped to.
@@ -74,8 +74,8 @@ def fake_quantize_dynamic(x: Tensor, book: Codebook, reach: float, group_size: i
     for start, groups, length in spans(columns, group_size or None):
         block = x[..., start : start + groups * length].unflatten(-1, (groups, length))
         peak = block.detach().float().abs().amax(-1, keepdim=True)
-        # Where a group is zero, or so small that its scale is, the smallest scale takes a level that should be zero
-        # closest to it in a format without a zero.
+        # In a group of zeros, or with a scale of zero, the smallest scale keeps values near zero even in a format
+        # without a zero.
         scale = (peak / reach).clamp(_TINIEST, most)
         scale = scale.masked_fill_(~torch.isfinite(peak), math.nan)
         parts.append(_round_by_torch(block, scale, None, book).flatten(-2))
@@ -125,19 +125,19 @@ def round_chosen(x: Tensor, scale: Tensor, choice: Tensor, books: tuple[Codebook
 def pass_through(
     x: Tensor, grad: Tensor, rounded: Tensor, scale: Tensor, books: tuple[Codebook, ...], choice: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the straight-through gradient of rounded units and what their scales' gradients need.
+    """Returns the straight-through gradient of rounded units, and the sums for the gradients of their scales.
 
     Args:
-        x: What was rounded, float32 of shape (units, length).
-        grad: The gradient of ``rounded``, likewise.
-        rounded: Likewise.
+        x: The input of rounding, float32 of shape (units, length).
+        grad: The gradient of ``rounded``, float32 of the same shape.
+        rounded: The result of rounding, float32 of the same shape.
         scale: float32 of shape (units or 1, 1).
         books: The codebooks.
         choice: The index of the codebook of every unit, uint8 of shape (units, 1); None for the first.
 
     Returns:
-        ``grad`` where x / scale is from the codebook's lowest level to its highest, and 0 elsewhere; and the sum of
-        grad · rounded minus that · x over every unit, float32 of shape (units, 1).
+        First ``grad`` where x / scale is between the codebook's lowest and highest level, and 0 elsewhere. Second, for
+        every unit, the sum of grad · rounded minus the sum of the first result · x, float32 of shape (units, 1).
 
     Raises:
         DyBitError: A tensor has another type or shape, or a choice is beyond the codebooks.
@@ -173,19 +173,20 @@ def pass_through(
 def pass_through_whole(
     x: Tensor, grad: Tensor, rounded: Tensor, scale: Tensor, offset: Tensor | None, book: Codebook
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same for a tensor that has one scale, and maybe an offset.
+    """The same for a tensor with one scale and an optional offset.
 
     Args:
-        x: What was rounded, floating point of any shape.
+        x: The input of rounding, floating point of any shape.
         grad: The gradient of ``rounded``, of the same shape.
-        rounded: Likewise.
+        rounded: The result of rounding, of the same shape.
         scale: float32 of shape (1,).
         offset: float32 of shape (1,), or None.
         book: The codebook.
 
     Returns:
-        ``grad`` where (x - offset) / scale is from the lowest level to the highest, and 0 elsewhere; the gradient of
-        the scale times the scale, float32 of shape (1,); and that of the offset, float32 of shape (1,), or None.
+        ``grad`` where (x - offset) / scale is between the lowest and highest level, and 0 elsewhere; the gradient of
+        the scale times the scale, float32 of shape (1,); and the gradient of the offset, float32 of shape (1,), or
+        None.
     """
     laid = x.dtype == _F32 and x.ndim > 1 and x.is_contiguous() and grad.is_contiguous()
     if offset is None and laid and x.numel() and kernels_for(x, grad, rounded, scale) is not None:
@@ -194,7 +195,7 @@ def pass_through_whole(
         return x_grad.view(x.shape), slopes.sum(0), None
     s, o = float(scale), 0.0 if offset is None else float(offset)
     low, high = sorted(np.float32(level * s + o) for level in (book.levels[0], book.levels[-1]))
-    # The operator keeps what is strictly between its bounds.
+    # The operator keeps gradients strictly between its bounds.
     below, above = float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
     x_grad = torch.ops.aten.hardtanh_backward(grad, x, below, above)
     slope = _dot(grad, rounded) - _dot(x_grad, x)
@@ -211,7 +212,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _round_by_kernel(
     x: Tensor, book: Codebook, shape: tuple[int, int, int], scale: tuple[int, bool, bool], offset: int, reach: float
 ) -> Tensor:
-    """Rounds (rows, columns, columns of a group); without a scale, at dynamic ones of ``reach``."""
+    """Rounds (rows, columns, columns of a group) at the given scale, or at dynamic scales of ``reach``."""
     given = (x if x.dtype in (_F32, torch.bfloat16) else x.float()).contiguous()
     out = torch.empty_like(given)
     compiled_codebook(book).round(
@@ -235,7 +236,7 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _runs(shape: torch.Size, scale: Tensor) -> tuple[tuple[int, int, int], Tensor] | None:
-    """(rows, columns, columns) and a contiguous scale for every row; None where a scale serves too few."""
+    """Returns (rows, columns, columns) and a contiguous scale for every row; None if too few elements share a scale."""
     if scale.numel() == 1 and scale.ndim <= len(shape):
         count = shape.numel()
         return (1, count, count), scale
@@ -257,5 +258,5 @@ def _round_by_torch(x: Tensor, scale: Tensor, offset: Tensor | None, book: Codeb
     unknown = torch.isnan(ratio)
     value = table.round(ratio.masked_fill(unknown, 0.0)) * scale
     value = value if offset is None else value + offset
-    # NaN has no code: it must come out as NaN and never as a number.
+    # NaN has no code: it must stay NaN and never become a number.
     return _narrow(value.masked_fill(unknown, math.nan), x.dtype)

@@ -1,7 +1,7 @@
-"""The sums that a search for scales needs: by the compiled kernels or in plain torch.
+"""Sums of errors for the search for scales, by the compiled kernels or in plain torch.
 
-The two add up in different orders, so that a search may choose differently between two scales that are as good as
-equal. The kernels of all instruction sets give the same bits.
+The two add in different orders, so a search may choose differently between two nearly equal scales. The kernels of all
+instruction sets give the same bits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dybit.formats.codebook import Codebook
 from dybit.kernels.arguments import address, compiled_codebook, kernels_for, per_unit
 from dybit.kernels.lookup import lookup
 
-Chunks = Sequence[tuple[Tensor, Tensor | None]]  # elements (segments, length), and the importance of each or None
+Chunks = Sequence[tuple[Tensor, Tensor | None]]  # elements (segments, length), and their importance or None
 
 _F32, _F64, _I32 = torch.float32, torch.float64, torch.int32
 
 
 def fit(book: Codebook, x: Tensor, weights: Tensor | None, scale: Tensor) -> Tensor:
-    """Sums over every row at its scale: of the squared error, of value · x and of value², each weighted.
+    """Returns weighted sums over every row at its scale: of the squared error, of value · x and of value².
 
     Args:
         book: The codebook.
@@ -61,11 +61,11 @@ def fit(book: Codebook, x: Tensor, weights: Tensor | None, scale: Tensor) -> Ten
 
 
 class CoarseTable:
-    """Errors by cell of a grid and by pair of codebook and scale, to find the best pairs of all at once.
+    """Errors by cell of a grid and by pair of codebook and scale, to judge all pairs at once.
 
     Args:
-        table: float32 of shape (cells, pairs). The first half of the cells is for negative elements; the bounds of
-            cells are spaced as squares.
+        table: float32 of shape (cells, pairs). The first half of the cells is for negative elements. Bounds of cells
+            are spaced quadratically.
         owners: The range of pairs of every codebook.
 
     Raises:
@@ -92,11 +92,11 @@ class CoarseTable:
         )
 
     def search(self, chunks: Chunks, pooled: bool, best: int) -> Tensor:
-        """Finds the pairs of the least error of every codebook.
+        """Finds the pairs with the least error for every codebook.
 
         Args:
             chunks: Elements of magnitude 1 at most, float32 of shape (segments, length), with their importance. Every
-                segment of the only chunk is a unit, or all together are one.
+                segment of a single chunk is a unit, or all segments are one unit.
             pooled: Whether all segments of all chunks are one unit.
             best: How many pairs to return.
 
@@ -113,7 +113,7 @@ class CoarseTable:
         return self._search_all(chunks, best) if pooled else self._search(*chunks[0], best)
 
     def errors(self, x: Tensor, weights: Tensor | None, pooled: bool) -> Tensor:
-        """Returns the errors of all pairs in plain torch: (units, pairs), or (1, pairs) where all is one unit."""
+        """Returns the errors of all pairs in plain torch: (units, pairs), or (1, pairs) for one unit."""
         cell = (x.sign() * x.abs().sqrt_()).mul_(self._half).floor_().add_(self._half).clamp_(0, 2 * self._half - 1)
         sums = torch.nn.functional.embedding_bag(cell.to(_I32), self.table, mode="sum", per_sample_weights=weights)
         return sums.sum(0, keepdim=True, dtype=_F64) if pooled else sums
