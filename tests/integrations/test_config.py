@@ -30,6 +30,7 @@ def test_a_family_that_has_grown_is_read_as_it_was_stored():
 MALFORMED = [
     {"checksums": 5}, {"checksums": ["a"]}, {"checksums": {"a": 5}}, {"tied": 5}, {"tied": ["a"]}, {"tied": {"a": []}},
     {"layers": 5}, {"layers": {"a": 1}}, {"layers": "x"}, {"recipe": 5}, {"recipe": []}, {"format_version": None},
+    {"coverage": 5}, {"coverage": {"quantized": 1}}, {"coverage": {"quantized": 1, "total": -1, "left": []}},
     {"nonsense": 1}, {"self": 1}, {"strict": 1, "recipe": {}, "weights": 4},
 ]  # fmt: skip
 

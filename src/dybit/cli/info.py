@@ -1,7 +1,4 @@
-"""``dybit info``: what a checkpoint says about itself.
-
-Reads the manifest and the header of the tensors' file only.
-"""
+"""``dybit info``: what a checkpoint says about itself."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _SHOWN_LAYERS = 40
 
 @guarded
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that dybit wrote.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of dybit or of transformers.")],
     every: Annotated[bool, typer.Option("--all", help=f"Show all layers, not the first {_SHOWN_LAYERS}.")] = False,
 ) -> None:
     """Show recipe, layers, formats and sizes of a checkpoint.
@@ -34,6 +31,9 @@ def info(
     from dybit.models.checkpoint import TENSORS, read
     from dybit.models.manifest import MANIFEST
 
+    if not (path / MANIFEST).exists() and (path / "config.json").exists():
+        _info_of_transformers(path)
+        return
     manifest, stored = read(path)  # also checks the file against its checksum
     keys = {f"{layer}.{name}".lstrip(".") for layer, entry in manifest.layers.items() for name in entry.weights}
     missing = next((key for key in keys if key not in stored and key not in manifest.shared), None)
@@ -67,3 +67,34 @@ def info(
     if manifest.coverage is not None:
         console.print(str(manifest.coverage), soft_wrap=True)
     print_totals(fp32 + plain, sum(file.stat().st_size for file in path.iterdir()))
+
+
+def _info_of_transformers(path: Path) -> None:
+    """The same of a checkpoint of transformers, whose layers have their shapes in the model's code."""
+    from dybit.integrations.config import METHOD, OWN, DyBitConfig, stored_layers
+    from dybit.safe_files import checked, read_json
+
+    file = path / "config.json"
+    values = checked(read_json(file), str(file), dict).get(OWN)
+    if not isinstance(values, dict) or values.get("quant_method") != METHOD:
+        raise CheckpointError(f"{file} has no {OWN} of dybit, but {values!r:.100}")
+    config = DyBitConfig.from_dict(values)
+    if config.damaged:
+        raise CheckpointError(f"{OWN} in {file} is damaged: its contents are not those that were saved")
+    console = out()
+    console.print(f"{path}: a checkpoint of transformers", style="bold", soft_wrap=True)
+    console.print(f"recipe: {json.dumps(config.recipe.to_dict())}", soft_wrap=True)
+    groups: dict[str, list[str]] = {}
+    for name, weights, inputs in stored_layers(config):
+        parts = (
+            []
+            if weights is None
+            else [f"weights {weights['family']}/{weights['group_size'] or weights['granularity']}"]
+        )
+        parts += [] if inputs is None else [f"inputs {inputs.format}/{inputs.mode}"]
+        groups.setdefault(", ".join(parts), []).append(name)
+    for text, names in groups.items():
+        console.print(f"{len(names)} layers such as {names[0]}: {text}", soft_wrap=True)
+    if config.coverage is not None:
+        console.print(str(config.coverage), soft_wrap=True)
+    console.print(f"size on disk {size(sum(file.stat().st_size for file in path.iterdir()))}", soft_wrap=True)

@@ -13,6 +13,7 @@ from torch import nn
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.kinds import layout
+from dybit.models.coverage import Coverage
 from dybit.recipe import Recipe
 from dybit.safe_files import checked, crc32
 from dybit.tensors.quantized_tensor import TensorSpec, first_members
@@ -43,6 +44,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
             scales and choices, as eight hexadecimal digits; from names of other tensors to type, shape and
             CRC-32, as in ``float32 64x48:89abcdef``, for those who load them as such; those of all these
             arguments and of the model's own configuration. What has none is not checked.
+        coverage: Of a saved model: how much of it is quantized, as :meth:`dybit.models.coverage.Coverage.to_dict`.
         strict: Raise an error before a weight is read if weights would stay in floating point that the recipe does not
             keep by a rule or by ``weights=None``. It is not stored.
         format_version: Of ``layers`` and ``tied``.
@@ -65,6 +67,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         layers: list[dict[str, Any]] | None = None,
         tied: dict[str, str] | None = None,
         checksums: dict[str, str] | None = None,
+        coverage: dict[str, Any] | None = None,
         strict: bool = False,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
@@ -83,6 +86,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(fields if recipe is None else recipe)
         self.layers = None if layers is None else checked(layers, "layers", list)
         self.strict = strict
+        self.coverage = None if coverage is None else Coverage.from_dict(coverage)
         self.tied = _texts("tied", tied)
         stored = _texts("checksums", checksums)
         self.checksums = {name: known for name, known in stored.items() if name != OWN}
@@ -117,6 +121,8 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         }
         if self.layers is not None:
             data["layers"] = copy.deepcopy(self.layers)
+        if self.coverage is not None:
+            data["coverage"] = self.coverage.to_dict()
         if self.tied:
             data["tied"] = dict(self.tied)
         if self.checksums:

@@ -144,6 +144,7 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> Directory
     names |= {key: f"{weight.layer}.{weight.name}" for key, weight in weights.items() if key not in plain}
     stored = describe((n, layer.specs, layer.input) for n, layer in layers.items())
     text = read_json(folder / "config.json")
+    coverage = measure(model, recipe, [name for name, layer in layers.items() if layer.specs])
     converters = [conversion for conversion in get_model_conversion_mapping(model) if hasattr(conversion, "operations")]
 
     def config(checksums: Mapping[str, str]) -> str:
@@ -151,11 +152,10 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> Directory
         # Others only where they come to the model as they are.
         kept = [name for name in checksums if name in own or not any(c.rename_source_key(name)[1] for c in converters)]
         known = {own.get(name, name): checksums[name] for name in kept} | {"config.json": checksum_rest(text)}
-        new = DyBitConfig(recipe, layers=stored, tied=tied, checksums=known)
+        new = DyBitConfig(recipe, layers=stored, tied=tied, checksums=known, coverage=coverage.to_dict())
         return json.dumps({**text, "quantization_config": new.to_dict()}, indent=2) + "\n"
 
     inputs = {name: layer.input for name, layer in layers.items()}
-    coverage = measure(model, recipe, [name for name, layer in layers.items() if layer.specs])
     return DirectoryPlan(weights, names, inputs, tied, coverage, config)
 
 

@@ -41,6 +41,7 @@ from dybit.integrations.loading import (
     restore_,
     same_codes,
 )
+from dybit.integrations.parameters import count_codes_
 from dybit.layers.description import without_descriptions
 from dybit.layers.kinds import is_experts, layout, weight_names
 from dybit.layers.offloading import held_tensor
@@ -335,6 +336,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             check_plain(self._folder, model, self.quantization_config.checksums)
         bypass_fast_path_(model, quantized_layers(model).values())
         _store_as_held_(model)
+        count_codes_(model)
         model._dybit_recipe = self.quantization_config.recipe
         if not self.pre_quantized:
             measure(model, self.quantization_config.recipe).announce()
@@ -376,6 +378,7 @@ def attach_(model: Any) -> Any:  # noqa: ANN401
     quantizer.quantization_config = config
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     _store_as_held_(model)
+    count_codes_(model)
     quantizer._take_over(model, config.tied)
     return model
 
@@ -393,6 +396,7 @@ def _describe_(config: DyBitConfig, model: nn.Module) -> None:
     """Writes down how the layers of a model are stored, those that are alike in one group."""
     owners: dict[int, str] = {}
     config.tied, config.checksums, layers = {}, {}, quantized_layers(model)
+    config.coverage = measure(model, config.recipe)
     config.layers = describe((name, layer.weight_specs, layer.input_spec) for name, layer in layers.items())
     # Transformers stores what its own table does not map to something else.
     targets = [re.compile(pattern) for pattern in getattr(model, "_tied_weights_keys", None) or ()]
