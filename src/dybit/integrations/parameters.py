@@ -7,7 +7,6 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dybit.layers.kinds import is_embedding
 from dybit.layers.quantized import quantized_layers
@@ -16,7 +15,7 @@ from dybit.layers.quantized import quantized_layers
 def count_codes_(model: Any) -> None:  # noqa: ANN401  # a PreTrainedModel
     """Has the models in a transformers model count quantized weights, and say device and type without parameters."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        if hasattr(type(module), "num_parameters"):  # a PreTrainedModel, which cannot be imported this early
             module.num_parameters = MethodType(_num_parameters, module)
             if next(module.parameters(), None) is None:
                 module.parameters = MethodType(_parameters, module)
