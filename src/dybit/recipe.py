@@ -44,7 +44,7 @@ class LayerRecipe:
         variant_granularity: What shares a variant; None means what shares a scale.
         method: How weight scales are chosen: ``mse``, ``absmax`` or ``percentile``.
         criterion: What ``mse`` weighs errors by: ``weight`` (equally), ``activation`` (by the second moment of the
-            layer's inputs, which needs calibration), or ``auto`` (activation where there is calibration).
+            layer's inputs, which needs calibration), or ``auto`` (activation with calibration data).
         percentile: For ``percentile`` methods of weights and activations.
         activation_mode: ``static`` scales from calibration, one a tensor; or ``dynamic``, from the largest magnitude
             of every token (of every sample for convolutions) as the model runs.

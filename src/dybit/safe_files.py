@@ -170,7 +170,7 @@ def crc32(parts: Iterable[Any]) -> str:
 
 
 def label(dtype: object, shape: Iterable[int], parts: Iterable[Any]) -> str:
-    """Type, shape and CRC-32 of a tensor that is at hand in parts, as in ``"float32 64x48:89abcdef"``."""
+    """Type, shape and CRC-32 of a tensor given in parts, such as ``"float32 64x48:89abcdef"``."""
     return f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}:{crc32(parts)}"
 
 

@@ -191,7 +191,7 @@ def test_recipes_of_no_use():
             model[2].bias.data.fill_(float("nan"))
 
     words = {"constraint": MaxSize(160), "candidates": [8, 2], "quantize": poison}
-    with pytest.raises(DyBitError, match=r"recipe of round 1 is of no use: the output holds NaN"):
+    with pytest.raises(DyBitError, match=r"recipe of round 1 cannot be used: the output holds NaN"):
         search(mlp(), mlp_batches(), **words | {"constraint": MaxSize(125)})
     found = search(mlp(), mlp_batches(), **words | {"constraint": MaxSize(500)}, baselines=True)
     assert np.isfinite(found.point.error) and {point.error for point in found.uniform} == {found.point.error, np.inf}

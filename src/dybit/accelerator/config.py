@@ -36,7 +36,7 @@ class Config:
         schedule: ``jit`` brings weights with the first activation; ``scalesim`` is SCALE-Sim's stall-free count.
         fuse: ``split`` gives narrow weights lanes of their own; ``together`` sums all lanes of a PE as BitFusion does.
         pack_depthwise: Whether groups of a convolution share the array block-diagonally.
-        energy: Costs of events, or None; there are none built in.
+        energy: Costs of events, or None. There are no defaults.
 
     Raises:
         DyBitError: A parameter is out of range, or a memory is too small for one tile.

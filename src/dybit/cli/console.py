@@ -25,7 +25,7 @@ _C = TypeVar("_C", bound=Callable[..., None])
 
 
 def out() -> Console:
-    """The console of results; made anew, since tests and pipes replace ``sys.stdout``."""
+    """Makes the console of results. It is not cached, since tests and pipes replace ``sys.stdout``."""
     return _console(sys.stdout)
 
 

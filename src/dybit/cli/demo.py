@@ -40,7 +40,7 @@ _NEXT = (
 
 @dataclass(frozen=True)
 class Trial:
-    """What is done to a network.
+    """A way to quantize a network.
 
     Attributes:
         name: A short name, such as ``W4A8``.

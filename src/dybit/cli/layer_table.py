@@ -1,4 +1,4 @@
-"""The table of layers that ``quantize`` and ``info`` print, and the watch over quantization that fills it."""
+"""The table of layers that ``quantize`` and ``info`` print, and the observer of quantization that fills it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LayerRow:
         spec: How the weight is stored.
         inputs: How inputs are rounded.
         shares: The share of units of every codebook, most used first.
-        sqnr: Of the weight, dB; None where the original is not at hand.
+        sqnr: Of the weight, dB; None without the original.
         tied: Whether the weight was counted before, under another name.
     """
 

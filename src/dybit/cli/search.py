@@ -206,7 +206,7 @@ def parse_bytes(word: str) -> float:
     """Reads ``25MB``, ``800 kB``, ``1.5GiB`` or a number of bytes.
 
     Raises:
-        DyBitError: It is none of these.
+        DyBitError: It has another form.
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", word)
     try:

@@ -154,7 +154,7 @@ def _transformers(argument: str) -> Any:  # noqa: ANN401
 
 
 def _is_module(value: object) -> bool:
-    torch = sys.modules.get("torch")  # whoever made a module has loaded torch
+    torch = sys.modules.get("torch")  # a module exists only if torch is loaded
     return torch is not None and isinstance(value, torch.nn.Module)
 
 

@@ -63,7 +63,7 @@ def read(path: Path) -> Reader:
         A ``gguf.GGUFReader``.
 
     Raises:
-        CheckpointError: If the file is none, or its header announces more than it holds.
+        CheckpointError: It is not a GGUF file, or its header announces more than it holds.
         MissingExtraError: If ``gguf`` is not installed.
     """
     gguf = packages.load("gguf")

@@ -74,7 +74,7 @@ def picture(name: str = "coffee.png", size: int = 224) -> Tensor:
     """
     bundled = sorted(_PICTURES["calibration"] + _PICTURES["evaluation"])
     if name not in bundled:
-        raise DyBitError(f"name={name!r} is none of the bundled pictures: {', '.join(bundled)}.")
+        raise DyBitError(f"name={name!r} must be one of the bundled pictures: {', '.join(bundled)}.")
     pixels = _read(name)
     height, width = pixels.shape[-2:]
     side = min(height, width)

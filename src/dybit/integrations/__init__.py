@@ -17,7 +17,7 @@ from types import ModuleType
 
 from dybit.errors import MissingExtraError
 
-# This module of transformers holds the registries; whoever imports it has loaded torch and is about to load a model.
+# This module of transformers holds the registries. It is imported before a model is loaded, after torch.
 _REGISTRIES = "transformers.quantizers.auto"
 
 

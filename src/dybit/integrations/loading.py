@@ -66,7 +66,7 @@ def await_(layer: LoadingLayer, own: list[str]) -> None:
 
 
 def arrived_(name: str, layer: LoadingLayer, folder: str) -> dict[str, QuantizedTensor]:
-    """What the loader put into a layer, checked, on the meta device where it is offloaded; the class is as before."""
+    """Checks and returns the codes that the loader put into a layer (on meta if offloaded). Restores its class."""
     module = layer.module
     module.__class__ = layer.original
     for key in ("input_scale", "input_offset"):
@@ -91,7 +91,7 @@ def arrived_(name: str, layer: LoadingLayer, folder: str) -> dict[str, Quantized
 
 
 def restore_(layer: LoadingLayer, arrived: Mapping[str, QuantizedTensor]) -> None:
-    """Gives a layer, of which the file has some of the weights only, their values again."""
+    """Restores values of weights in a layer of which the file has only some weights."""
     for weight in arrived:
         codes = layer.codes[weight]
         for suffix in codes.buffers():
@@ -100,16 +100,16 @@ def restore_(layer: LoadingLayer, arrived: Mapping[str, QuantizedTensor]) -> Non
 
 
 def in_memory(module: nn.Module, weight: str, codes: QuantizedTensor) -> QuantizedTensor:
-    """The codes of a layer; where they are offloaded, as they are kept between calls."""
+    """Returns the codes of a layer; offloaded codes as they are kept between calls."""
     held = {suffix: held_tensor(module, weight + suffix) for suffix in codes.buffers()}
     return QuantizedTensor(codes.spec, held[""], held["_scale"], held.get("_choice"), held.get("_tensor_scale"))
 
 
 def offload_(model: Any, name: str, layer: LoadingLayer) -> None:  # noqa: ANN401
-    """Has codes that were made while loading kept where the weights of an offloaded layer are.
+    """Stores codes that were made while loading with the weights of an offloaded layer.
 
     Raises:
-        DyBitError: That is the disk, and no folder was given.
+        DyBitError: They belong on disk, and no folder was given.
     """
     for hook in offloading_hooks(layer.module) if is_offloaded(layer.module) else ():
         loader = hook.weights_map.dataset
@@ -147,7 +147,7 @@ def check_rest(files: Iterable[Path], known: str | None) -> None:
 
 
 def plain_tensors(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """What is stored of a model beside codes and their scales, where it is at hand as a whole."""
+    """Returns the stored tensors of a model other than codes and scales, unless only parts are in memory."""
     kept = set(model._keys_to_ignore_on_save or ())
     for name, layer in quantized_layers(model).items():
         kept |= {f"{name}.{key}{suffix}" for key, spec in layer.weight_specs.items() for suffix in spec.buffers()}

@@ -115,7 +115,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def get_state_dict_and_metadata(self, model: Any, **_: Any) -> tuple[dict[str, Tensor], dict[str, str]]:  # noqa: ANN401
-        """What is saved: no descriptions, since ``config.json`` has them. Notes checksums of all but the codes."""
+        """Returns the tensors to save without descriptions, which are in ``config.json``. Adds checksums to it."""
         config = model.config.quantization_config
         known = {name: crc for name, crc in config.checksums.items() if ":" not in crc}
         config.checksums = known | {

@@ -145,7 +145,7 @@ def neighbour_agreement(reference: Tensor, output: Tensor) -> float:
         output: The same shape.
 
     Raises:
-        DyBitError: Shapes differ or are none of embeddings, or a tensor is not finite.
+        DyBitError: Shapes differ or are not those of embeddings, or a tensor is not finite.
     """
     _check_embeddings(reference, output)
     nearest = [similarities(x).fill_diagonal_(-math.inf).argmax(1) for x in (reference, output)]
@@ -160,7 +160,7 @@ def pair_spearman(reference: Tensor, output: Tensor) -> float:
         output: The same shape.
 
     Raises:
-        DyBitError: Shapes differ or are none of embeddings, or a tensor is not finite.
+        DyBitError: Shapes differ or are not those of embeddings, or a tensor is not finite.
     """
     _check_embeddings(reference, output)
     upper = torch.triu_indices(len(reference), len(reference), offset=1, dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""Candidates: the pairs of weight and activation format that a search may give a layer, and recipes made of them."""
+"""Candidates: pairs of weight and activation formats that a search may choose for a layer, and recipes made of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Candidate:
         activations: The same for the inputs. ``Candidate(None, None)`` keeps the layer in floating point.
 
     Raises:
-        DyBitError: A format is unknown or does not fit the place.
+        DyBitError: A format is unknown or not allowed.
 
     Example:
         >>> Candidate.parse("4/8"), Candidate.parse("4/8").name, Candidate(None).name
@@ -35,7 +35,7 @@ class Candidate:
     activations: int | str | None = None
 
     def __post_init__(self) -> None:
-        """Checks the formats as a recipe does."""
+        """Checks the formats like a recipe."""
         family = catalogue.family(self.weights) if isinstance(self.weights, str) else None
         LayerRecipe(self.weights, self.activations, group_size=family.group_size if family else None)
 
@@ -63,7 +63,7 @@ class Candidate:
         """Reads ``4/8``, ``W4A8``, ``4`` (weights only), ``nf4/8`` or ``fp32``.
 
         Raises:
-            DyBitError: It is none of these.
+            DyBitError: The word has another form.
         """
         text = word.strip().lower()
         if text in ("fp32", "none"):
@@ -85,7 +85,7 @@ def as_candidates(given: Iterable[object]) -> tuple[Candidate, ...]:
         given: Each a :class:`Candidate`, a pair (weights, activations), a width of weights, or a word.
 
     Raises:
-        DyBitError: One is none of these, one is there twice, or there is none.
+        DyBitError: ``given`` is empty, has duplicates, or has an item of another kind.
     """
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise DyBitError(f"candidates must be a list of candidates, not {given!r}")
@@ -113,9 +113,9 @@ def mixed_recipe(base: Recipe, choices: Mapping[str, Candidate], embeddings: Col
     """Returns a recipe that gives every layer its candidate.
 
     Args:
-        base: All other fields; its rules keep their other fields too.
+        base: All other fields. Its rules also keep their other fields.
         choices: The candidate of every layer that is quantized or explicitly kept.
-        embeddings: Those of them that are embedding tables.
+        embeddings: Names of the embedding tables among these layers.
     """
     votes = Counter(c for name, c in choices.items() if name not in embeddings and not c.kept)
     default = votes.most_common(1)[0][0] if votes else Candidate(base.weights, base.activations)
@@ -137,7 +137,7 @@ def mixed_recipe(base: Recipe, choices: Mapping[str, Candidate], embeddings: Col
 
 
 def _rule(base: Recipe, name: str) -> tuple[bool, dict[str, Any]]:
-    """Whether a rule matches a layer, and its fields."""
+    """Returns whether a rule matches a layer, and its fields."""
     for pattern, changes in base.rules:
         if matches(pattern, name):
             return True, dict(changes or ())

@@ -12,10 +12,10 @@ from dybit.errors import DyBitError
 
 @dataclass(frozen=True)
 class Speedup:
-    """The model runs at least so many times as fast as the base of the cost; the error is minimised.
+    """Requires a speedup over the base of the cost; the error is minimised.
 
     Args:
-        times: Above 0.
+        times: The smallest speedup, above 0.
     """
 
     times: float
@@ -27,10 +27,10 @@ class Speedup:
 
 @dataclass(frozen=True)
 class MaxSize:
-    """A checkpoint's tensors have at most so many bytes.
+    """Limits the size of a checkpoint's tensors; the error is minimised.
 
     Args:
-        nbytes: Above 0.
+        nbytes: The largest number of bytes, above 0.
     """
 
     nbytes: float
@@ -42,10 +42,10 @@ class MaxSize:
 
 @dataclass(frozen=True)
 class MaxError:
-    """The model's measured error (``Judge``) is at most so much; the cost is minimised.
+    """Limits the model's measured error (``Judge``); the cost is minimised.
 
     Args:
-        error: KL divergence in nats for logits, else energy of the difference as a share of the outputs'; above 0.
+        error: The largest KL divergence in nats for logits, else energy of the error over that of the outputs; above 0.
     """
 
     error: float
@@ -57,10 +57,10 @@ class MaxError:
 
 @dataclass(frozen=True)
 class MaxDrop:
-    """The model loses at most so many points against the original; the cost is minimised.
+    """Limits the points that the model loses against the original; the cost is minimised.
 
     Args:
-        points: At least 0, in the unit of ``evaluate``.
+        points: The largest loss, at least 0, in the unit of ``evaluate``.
         evaluate: Takes a model and returns a score, larger being better, such as accuracy in percent. None for the
             agreement with the original in percent: the same largest logit, or the same nearest neighbour.
     """
@@ -82,7 +82,7 @@ def as_constraints(given: object) -> tuple[Constraint, ...]:
     """Reads one constraint or several.
 
     Raises:
-        DyBitError: There is none, one is none, or two of one kind.
+        DyBitError: ``given`` is empty, has two of one kind, or has an item of another type.
     """
     items = tuple(given) if isinstance(given, tuple | list) else (given,)
     for item in items:

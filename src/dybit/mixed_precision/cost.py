@@ -1,6 +1,6 @@
-"""Costs: what a layer takes at every candidate, in bytes, seconds or a machine's cycles, as tables that add up.
+"""Costs of every layer at every candidate, in bytes, seconds or cycles, as tables that add up.
 
-Costs of other machines come as a :class:`ShapeCost`.
+Implement :class:`ShapeCost` for other machines.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from dybit.workloads.workload import Layer, Workload
 
 @dataclass(frozen=True)
 class CostTable:
-    """The cost of every layer at every candidate; a model costs the sum of its layers and ``fixed``.
+    """The cost of every layer at every candidate. A model costs the sum of its layers plus ``fixed``.
 
     Attributes:
         name: Of the cost: ``size``, ``cpu``, ``accelerator``.
         unit: ``bytes``, ``seconds`` or ``cycles``.
-        layers: Costs in the order of the candidates, by layer; infinite where a candidate cannot run.
-        fixed: What no choice changes.
-        base: The cost of the model that speedups are over.
-        base_name: Which model that is.
-        details: More about every layer and candidate, by layer; empty where there is nothing to say.
-        per_second: Units in a second, None where the cost is no time.
-        note: What the figures do not include, in a sentence, or empty.
+        layers: Costs in the order of the candidates, by layer; infinite if a candidate cannot run.
+        fixed: The part of the cost that does not depend on the choice.
+        base: The cost of the model to which speedups are relative.
+        base_name: The name of that model.
+        details: More about every layer and candidate, by layer; may be empty.
+        per_second: Units per second; None if the cost is not a time.
+        note: A sentence on costs that the figures leave out, or empty.
     """
 
     name: str
@@ -57,13 +57,13 @@ class CostTable:
     note: str = ""
 
     def total(self, choice: Mapping[str, int]) -> float:
-        """The cost of a model whose layers take the candidates of these indices."""
+        """Returns the cost of a model whose layers take the candidates of these indices."""
         return self.fixed + sum(self.layers[name][index] for name, index in choice.items())
 
 
 @runtime_checkable
 class Cost(Protocol):
-    """Something that makes a table for a model."""
+    """Protocol: makes a table for a model."""
 
     name: str
 
@@ -74,11 +74,11 @@ class Cost(Protocol):
 
 @runtime_checkable
 class ShapeCost(Protocol):
-    """Something that knows the cost of a layer by its shape and its widths, such as an accelerator.
+    """Protocol: knows the cost of a layer from its shape and its widths, such as an accelerator.
 
     Attributes:
-        base: Bits of the weights and activations of the model that speedups are over; what has no candidates, such as
-            products of two activations in a traced model, runs at them as well.
+        base: Bits of weights and activations of the model to which speedups are relative. Products without candidates,
+            such as those of two activations, also run at these widths.
     """
 
     name: str
@@ -88,11 +88,11 @@ class ShapeCost(Protocol):
 
     @property
     def per_second(self) -> float | None:
-        """Units in a second, None where the cost is no time."""
+        """Units per second; None if the cost is not a time."""
         ...
 
     def shape(self, layer: Layer, weights: int, activations: int) -> Mapping[str, Any]:
-        """The ``cost`` of a layer, and anything else worth telling."""
+        """Returns the ``cost`` of a layer, and optional details."""
         ...
 
 
@@ -112,7 +112,7 @@ def cost_table(
 
 
 def traced(subject: Subject) -> Workload:
-    """The workload of a subject's model on its first batch."""
+    """Traces a subject's model on its first batch."""
     batch = subject.batches[0]
     named = batch if isinstance(batch, Mapping) else {}
     inputs = () if named else batch if isinstance(batch, tuple | list) else (batch,)
@@ -126,14 +126,14 @@ def shape_table(
     names: Sequence[str] | Mapping[str, object],
     ties: Mapping[str, Sequence[str]] | None = None,
 ) -> CostTable:
-    """The table of a cost by shape. A layer that runs several times, or not at all, costs so many times as much.
+    """Makes the table of a cost by shape. A layer that runs n times costs n times as much.
 
     Args:
         cost: The cost.
-        workload: The shapes; the second use of a layer is called ``name#2``.
+        workload: The shapes. The second use of a layer is called ``name#2``.
         candidates: The candidates.
-        names: The layers to decide about.
-        ties: Layers that go with them.
+        names: The layers of the search.
+        ties: Layers tied to them.
     """
     owners = {one: name for name in names for one in (name, *(ties or {}).get(name, ()))}
     layers = {name: [0.0] * len(candidates) for name in names}
@@ -169,12 +169,12 @@ def shape_table(
 
 @dataclass(frozen=True)
 class SizeCost:
-    """Bytes of a checkpoint's tensors: codes, scales, choices, and what stays in FP32. Ratios are over FP32."""
+    """Bytes of a checkpoint's tensors: codes, scales, choices, and tensors in FP32. Ratios are relative to FP32."""
 
     name = "size"
 
     def table(self, subject: Subject, candidates: Sequence[Candidate], progress: Progress | None = None) -> CostTable:
-        """Computes the bytes of every layer; exact, but for 4 bytes a layer where inputs may have an offset."""
+        """Computes the bytes of every layer; exact up to 4 bytes per layer whose inputs may have an offset."""
         distinct = {(t.data_ptr(), tuple(t.shape)): t for t in subject.model.state_dict().values()}
         rest = sum(tensor.nbytes for tensor in distinct.values())
         layers: dict[str, tuple[float, ...]] = {}
@@ -209,7 +209,7 @@ class SizeCost:
 
 
 def stored(weight: Tensor, recipe: LayerRecipe, module: nn.Module) -> TensorSpec:
-    """How a weight is stored by a recipe."""
+    """Returns how a recipe stores a weight."""
     family = recipe.weight_family
     assert family is not None
     return TensorSpec(
@@ -225,13 +225,14 @@ def stored(weight: Tensor, recipe: LayerRecipe, module: nn.Module) -> TensorSpec
 
 @dataclass(frozen=True)
 class CpuCost:
-    """Seconds on this machine: every layer measured by itself at every candidate, the rest from the whole model.
+    """Seconds on this machine: every layer is timed alone at every candidate, the rest from the whole model.
 
-    A layer's figure is its time in FP32 times the measured ratio of both; measurements are kept on disk by processor,
-    instruction set, threads and shape. Speedups are over the whole model in FP32. The time is that of the first batch.
+    The cost of a layer is its time in FP32 times the measured ratio to FP32. Measurements are cached on disk by
+    processor, instruction set, threads and shape. Speedups are relative to the whole model in FP32. Times are those of
+    the first batch.
 
     Args:
-        seconds: About how long to measure each layer.
+        seconds: Approximate time to measure each layer.
         cache: Directory of measurements; None for the user's cache directory.
     """
 
@@ -270,7 +271,7 @@ class CpuCost:
     def _layer(
         self, subject: Subject, name: str, candidates: Sequence[Candidate], folder: Path
     ) -> tuple[float, list[float]]:
-        """Seconds of a layer in FP32, and for every candidate its share of them."""
+        """Returns the seconds of a layer in FP32, and the relative time of every candidate."""
         module, at = subject.layers[name], subject.inputs[name]
         recipes = [subject.layer_recipes(name, candidate)[name] for candidate in candidates]
         words = [
@@ -285,12 +286,12 @@ class CpuCost:
             own, ratios = float(known["seconds"]), [float(x) for x in known["shares"]]
             if own > 0 and len(ratios) == len(candidates) and all(x > 0 for x in ratios):
                 return own, ratios
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: measured anew
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: measure again
             pass
         runs = {"fp32": partial(module.forward, *at.args, **at.kwargs)}
         distinct = {recipe: str(index) for index, recipe in enumerate(recipes) if recipe is not None}
         for recipe, label in distinct.items():
-            # How scales are chosen makes no difference to the time, and absolute maxima are found at once.
+            # The method for scales does not affect the time, and absolute maxima are the fastest to find.
             twin = subject.quantized(name, _quickly(recipe))
             runs[label] = partial(twin.forward, *at.args, **at.kwargs)
         times = compare(runs, self.seconds * len(runs))

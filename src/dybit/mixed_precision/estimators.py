@@ -1,4 +1,4 @@
-"""The estimates of sensitivity by name, each a function of one layer's quantized twins."""
+"""The estimates of sensitivity by name. Each is a function of one layer's quantized twins."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from dybit.recipe import LayerRecipe
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _SEED = 0x5E45
-_DRAWS = 2  # of labels or projections a batch, for the Fisher information
+_DRAWS = 2  # draws of labels or projections per batch, for the Fisher information
 
 Estimator = Callable[[Mapping[str, Quantized], str], float]
 
 
 class Twins:
-    """Makes the quantized twins of layers; the weights of the last layer are kept, as several candidates share them."""
+    """Makes quantized twins of layers. Keeps the weights of the last layer, which several candidates share."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -35,14 +35,14 @@ class Twins:
         self._weights: dict[tuple[str, LayerRecipe], dict[str, QuantizedTensor]] = {}
 
     def of(self, name: str, candidate: Candidate) -> dict[str, Quantized]:
-        """The twins of a layer and of those tied to it, as the candidate makes them."""
+        """Returns the twins of a layer and of the layers tied to it, for a candidate."""
         if self._name != name:
             self._name, self._weights = name, {}
         twins = {}
         for one, recipe in self.subject.layer_recipes(name, candidate).items():
             if recipe is None:
                 continue
-            # Tied layers have the codes of the first of them, whatever their own inputs are.
+            # Tied layers have the codes of the first of them, even if their inputs differ.
             key = (name, replace(recipe, activations=None))
             twin = self.subject.quantized(one, recipe, self._weights.get(key))
             self._weights[key] = {weight: twin.quantized_tensor(weight) for weight in twin.weight_specs}
@@ -51,7 +51,7 @@ class Twins:
 
 
 def kl(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimator:
-    """The error of the model's output with one layer quantized; blocks that run before it are not run again."""
+    """Measures the error of the model's output with one layer quantized. Blocks before the layer are not run again."""
     judge, replay = subject.judge, Replay(subject)
 
     def estimate(twins: Mapping[str, Quantized], name: str) -> float:
@@ -62,7 +62,7 @@ def kl(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimator:
 
 
 def rmse(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimator:
-    """RMSE of the weights plus RMSE of the inputs, each over its standard deviation (DyBit paper, its search)."""
+    """Returns RMSE of weights plus RMSE of inputs, each over its standard deviation (search of the DyBit paper)."""
 
     def estimate(twins: Mapping[str, Quantized], name: str) -> float:
         total = 0.0
@@ -86,15 +86,15 @@ def rmse(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimator:
 
 
 def output(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimator:
-    """The energy of the error of the layer's output on its exact inputs, as a share of the output's energy.
+    """Returns the energy of the error of the layer's output on its exact inputs, over the energy of the output.
 
-    One pass of the model per layer serves all its candidates.
+    One run of the model per layer covers all its candidates.
     """
     known: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     def record(name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         if name not in known:
-            known.clear()  # the inputs of one layer at a time
+            known.clear()  # keeps the inputs of one layer at a time
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             module = subject.model.get_submodule(name)
             handle = module.register_forward_pre_hook(
@@ -126,10 +126,10 @@ def output(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimato
 
 
 def fisher(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimator:
-    """Half the squared errors of weights and inputs, weighted by the diagonal of the Fisher information.
+    """Returns half the squared errors of weights and inputs, weighted by the diagonal of the Fisher information.
 
-    Labels are drawn from the model's own predictions where outputs are logits; other outputs are projected on random
-    signs, which gives the diagonal of Jᵀ·J. One pass forward and back per batch and draw serves all layers and cells.
+    For logits, labels are drawn from the model's own predictions. Other outputs are projected on random signs, which
+    gives the diagonal of Jᵀ·J. One forward and backward pass per batch and draw covers all layers and cells.
     """
     rounders: dict[str, dict[LayerRecipe, Quantized]] = {}
     for name, candidate in cells:
@@ -157,7 +157,7 @@ def fisher(subject: Subject, cells: Sequence[tuple[str, Candidate]]) -> Estimato
 
 
 class _FisherPasses:
-    """Squared gradients of the weights, and of the inputs times their squared rounding errors, over all batches."""
+    """Accumulates squared gradients of weights, and of inputs times their squared rounding errors, over all batches."""
 
     def __init__(
         self, subject: Subject, rounders: Mapping[str, Mapping[LayerRecipe, Quantized]], names: set[str]
@@ -167,7 +167,7 @@ class _FisherPasses:
         self._done: tuple[dict[tuple[str, str], Tensor], dict[tuple[str, LayerRecipe], float]] | None = None
 
     def result(self) -> tuple[dict[tuple[str, str], Tensor], dict[tuple[str, LayerRecipe], float]]:
-        """The sums, per output vector or per unit of output energy, and halved for KL divergences."""
+        """Returns the sums, per output vector or per unit of output energy, halved for KL divergences."""
         if self._done is None:
             self._done = self._run()
         return self._done
@@ -209,7 +209,7 @@ class _FisherPasses:
         return {k: v * factor for k, v in sums.items()}, {k: v * factor for k, v in inputs.items()}
 
     def _surprise(self, result: Tensor, generator: torch.Generator) -> Tensor:
-        """A scalar whose squared gradients are, in expectation, the diagonal of the Fisher information."""
+        """Returns a scalar whose squared gradients have the diagonal of the Fisher information as expectation."""
         if self._subject.judge.kind == "logits":
             logs = result.reshape(-1, result.shape[-1]).log_softmax(-1)
             labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
@@ -228,7 +228,7 @@ class _FisherPasses:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a layer runs: asks for the gradient of its input, to weigh the rounding errors with."""
+        """Runs before a layer: requests the gradient of its input as a weight of rounding errors."""
         places = input_places(module, args, kwargs)
         if not places or not self._rounders.get(name):
             return None
@@ -254,7 +254,7 @@ def _energy(x: Tensor) -> float:
 
 
 def _as_input(module: nn.Module, positions: Tensor) -> Tensor:
-    """Positions (n, channels) in the layout of the module's inputs."""
+    """Converts positions (n, channels) to the layout of the module's inputs."""
     spatial = len(getattr(module, "kernel_size", ()))  # of convolutions
     if not spatial:
         return positions

@@ -1,7 +1,6 @@
-"""The multiple-choice knapsack: one option for every item, so that one sum is least and others keep their limits.
+"""The multiple-choice knapsack: chooses one option per item that minimises one sum within limits of others.
 
-Solved exactly, as a mixed-integer linear program; the greedy loop of
-the DyBit paper is here as a baseline.
+Solved exactly as a mixed-integer linear program. The greedy loop of the DyBit paper is the baseline.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from dybit.errors import DyBitError, MissingExtraError
 
 Array = NDArray[np.float64]
 
-_SCALE = 1e4  # of the objective at its optimum: HiGHS stops at an absolute gap of 1e-6
+_SCALE = 1e4  # scale of the objective at its optimum: HiGHS stops at an absolute gap of 1e-6
 _TIGHTER = (0.0, 1e-7, 1e-6, 1e-5)  # HiGHS keeps limits to a tolerance of 1e-7 of them
 
 
 class InfeasibleError(DyBitError):
-    """No choice keeps the limits."""
+    """No choice is within the limits."""
 
 
 def solve(objective: Array, costs: Sequence[Array], limits: Sequence[float]) -> NDArray[np.int64]:
     """Chooses one option for every item.
 
     Args:
-        objective: What to minimise the sum of, not negative: (items, options); infinite for an option that an item does
+        objective: Terms of the sum to minimise, at least 0: (items, options); infinite for options that an item does
             not have.
-        costs: Sums to be limited, not negative, of the same shape.
-        limits: One for each of them.
+        costs: Terms of the sums to limit, at least 0, of the same shape.
+        limits: The limit of each sum.
 
     Returns:
         The option of every item: (items,).
 
     Raises:
-        InfeasibleError: No choice keeps the limits.
-        DyBitError: The solver gave up.
+        InfeasibleError: No choice is within the limits.
+        DyBitError: The solver fails.
         MissingExtraError: scipy is not installed.
 
     Example:
@@ -70,12 +69,12 @@ def solve(objective: Array, costs: Sequence[Array], limits: Sequence[float]) -> 
 
 
 def total(table: Array, choice: NDArray[np.int64]) -> float:
-    """The sum of the chosen options."""
+    """Returns the sum of the chosen options."""
     return math.fsum(table[np.arange(len(choice)), choice].tolist())
 
 
 def _kinds(tables: Sequence[Array]) -> tuple[list[int], list[list[int]]]:
-    """Groups items whose rows are equal in all tables: an integer for each kind, rather than a symmetric many."""
+    """Groups items with equal rows in all tables, so that each kind has one integer variable per option."""
     seen: dict[bytes, int] = {}
     kinds = [seen.setdefault(b"".join(t[i].tobytes() for t in tables), len(seen)) for i in range(len(tables[0]))]
     members: list[list[int]] = [[] for _ in seen]
@@ -87,7 +86,7 @@ def _kinds(tables: Sequence[Array]) -> tuple[list[int], list[list[int]]]:
 def _program(
     objective: Array, costs: Sequence[Array], limits: Sequence[float], allowed: NDArray[np.bool_], counts: NDArray[Any]
 ) -> NDArray[np.int64]:
-    """How many items of every kind take every option: (kinds, options)."""
+    """Solves for the number of items of every kind with every option: (kinds, options)."""
     optimize, sparse = _scipy()
     kinds, options = objective.shape
     rows, lower, upper = [sparse.kron(sparse.eye(kinds), np.ones((1, options)))], [counts], [counts]
@@ -114,7 +113,7 @@ def _program(
     relaxed = run(1.0 / largest, 0)
     if relaxed.status == 2:
         raise InfeasibleError("no choice keeps the limits")
-    # Errors span many orders of magnitude: the optimum, not the largest of them, is what must be told from others.
+    # Errors span many orders of magnitude: scale by the optimum, not by the largest error.
     least = max(relaxed.fun * largest if relaxed.success else largest, largest * 1e-9)
     result = run(_SCALE / least, 1)
     if result.status == 2:
@@ -127,7 +126,7 @@ def _program(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps HiGHS from printing lines of its own to stdout, which its options do not stop."""
+    """Stops HiGHS from printing to stdout, which its options do not prevent."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)
@@ -144,16 +143,16 @@ def _silence() -> Iterator[None]:
 
 
 def greedy(errors: Array, cost: Array, limit: float, k: int = 3) -> NDArray[np.int64] | None:
-    """The loop of the DyBit paper: from the most exact options, narrow the ``k`` items that suffer least, and repeat.
+    """Runs the loop of the DyBit paper: starts with the most exact options and repeatedly narrows the ``k`` best items.
 
     Args:
         errors: (items, options).
         cost: The sum to be limited.
         limit: Its limit.
-        k: Items narrowed before the cost is looked at again.
+        k: Items to narrow before the cost is checked again.
 
     Returns:
-        The option of every item, or None where the loop ends above the limit.
+        The option of every item, or None if the loop ends above the limit.
     """
     ladders = [_ladder(errors[i], cost[i]) for i in range(len(errors))]
     step = np.zeros(len(errors), dtype=np.int64)
@@ -171,7 +170,7 @@ def greedy(errors: Array, cost: Array, limit: float, k: int = 3) -> NDArray[np.i
 
 
 def _ladder(errors: Array, cost: Array) -> list[int]:
-    """The options of an item from exact to cheap, without those that are beaten in both."""
+    """Returns the options of an item from exact to cheap, without dominated ones."""
     ladder: list[int] = []
     for option in sorted(range(len(errors)), key=lambda o: (errors[o], cost[o])):
         if math.isfinite(cost[option]) and (not ladder or cost[option] < cost[ladder[-1]]):

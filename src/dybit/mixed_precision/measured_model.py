@@ -1,4 +1,4 @@
-"""The model that a search measures: prepared, with its layers, their inputs and a judge of its outputs."""
+"""The model that a search measures, with its layers, their inputs and a judge of its outputs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
 class Judge:
-    """Says by how much a model's outputs differ from those of its floating-point original.
+    """Measures the difference of a model's outputs from those of its floating-point original.
 
-    The error is the mean Kullback-Leibler divergence in nats where outputs are logits, else the energy of the
-    difference as a share of the energy of the original's outputs.
+    The error is the mean Kullback-Leibler divergence in nats if outputs are logits, else the energy of the difference
+    over the energy of the original's outputs.
 
     Args:
         model: The floating-point model.
@@ -99,26 +99,25 @@ class LayerInput:
 
 
 class Subject:
-    """A copy of a model, plain and with its batch norms folded, as ``quantize_`` would make it before it quantizes.
+    """A copy of a model, prepared as in ``quantize_``: parametrizations made permanent, batch norms folded.
 
     Args:
-        model: The model, which is left as it is.
+        model: The model. It is not changed.
         batches: Calibration batches, each a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
-        recipe: All that candidates do not say: group sizes, scales, how inputs are rounded. Layers that a rule of it
-            keeps in floating point are no part of the search.
+        recipe: Everything but the formats: group sizes, scales, rules. Layers that a rule keeps in floating point are
+            not searched.
 
     Attributes:
         model: The copy.
         batches: The batches.
         recipe: The recipe.
-        layers: The layers to decide about, by qualified name. Of tied layers only the first is one.
-        ties: From the first to the other layers with the same weight.
-        embeddings: Those of all these that are embedding tables.
-        folded: Bytes that folding a batch norm into a convolution saves, by the convolution: kept in floating point, it
-            keeps its norm.
+        layers: The layers of the search, by qualified name. Tied layers count as one, by the first name.
+        ties: The other layers with the same weight, by the first.
+        embeddings: The names of embedding tables among all these.
+        folded: Bytes that folding a batch norm saves, by convolution. A convolution in floating point keeps its norm.
 
     Raises:
-        DyBitError: ``model`` is no module or has nothing to quantize, or there is no batch.
+        DyBitError: ``model`` is not a module or has nothing to quantize, or there is no batch.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], recipe: Recipe | None = None) -> None:
@@ -130,7 +129,7 @@ class Subject:
             raise DyBitError("batches must hold at least one batch of calibration data, but are empty")
         keep = tuple((pattern, None) for pattern, changes in self.recipe.rules if changes is None)
         every = replace(self.recipe, weights=8, activations=None, embeddings=8, criterion="auto", rules=keep)
-        # Checks the model before it is copied. Of experts it is not known which run, nor with how many rows.
+        # Checks the model before it is copied. Experts are left out: which run, and with how many rows, is not known.
         layers = [plan.name for plan in plan_layers(model, every) if not is_experts(plan.module)]
         self.model = copy.deepcopy(model).eval()
         found = {name: self.model.get_submodule(name) for name in layers}
@@ -155,7 +154,7 @@ class Subject:
                 self.ties[first] = (*self.ties[first], name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the recorded inputs out of what is sent to a worker."""
+        """Drops the recorded inputs when the subject is sent to a worker."""
         return {key: value for key, value in self.__dict__.items() if key != "_record"}
 
     @cached_property
@@ -179,25 +178,25 @@ class Subject:
 
     @cached_property
     def signature(self) -> str:
-        """A hash of the structure, the weights and the calibration data: what a measurement depends on."""
+        """Hashes everything that measurements depend on: structure, weights and calibration data."""
         digest = hashlib.sha256(repr(self.model).encode())
         feed(digest, [self.model.state_dict(), self.batches])
         return digest.hexdigest()
 
     def layer_recipes(self, name: str, candidate: Candidate) -> dict[str, LayerRecipe | None]:
-        """How a layer and those tied to it are quantized by a candidate; None where they are kept."""
+        """Returns how a candidate quantizes a layer and the layers tied to it; None if it keeps them."""
         recipe = self.mixed({name: candidate})
         return {one: recipe.layer(one, one in self.embeddings) for one in (name, *self.ties[name])}
 
     def mixed(self, choices: Mapping[str, Candidate]) -> Recipe:
-        """The recipe that gives every layer, and those tied to it, its candidate."""
+        """Returns the recipe that gives every layer, and the layers tied to it, its candidate."""
         every = {one: candidate for name, candidate in choices.items() for one in (name, *self.ties[name])}
         return mixed_recipe(self.recipe, every, self.embeddings)
 
     def quantized(
         self, name: str, recipe: LayerRecipe, weights: Mapping[str, QuantizedTensor] | None = None
     ) -> Quantized:
-        """A quantized twin of a layer, which shares what is not quantized with it and has its hooks."""
+        """Makes a quantized twin of a layer, which shares the layer's other tensors and its hooks."""
         module = self.model.get_submodule(name)
         twin = module.__class__.__new__(module.__class__)
         twin.__dict__.update(_state(module))
@@ -209,7 +208,7 @@ class Subject:
 
     @contextmanager
     def replaced(self, twins: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-        """The model with some layers turned into their twins, in place; turned back afterwards."""
+        """Within the body, replaces layers of the model by their twins, in place."""
         before = []
         try:
             for name, twin in twins.items():
@@ -224,14 +223,14 @@ class Subject:
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
-        """Within it, torch's attention calls its ``out_proj``, which it otherwise multiplies by itself."""
+        """Within the body, torch's attention calls its ``out_proj`` instead of multiplying by its weight."""
         layers = [module for module in self.model.modules() if is_attention(module)]
         with replaced_forwards({layer: partial(attend, layer) for layer in layers}):
             yield
 
     @cached_property
     def _record(self) -> tuple[dict[str, LayerInput], list[tuple[str, ...]]]:
-        """The first input of every layer on the first batch, and the layers that were given one and the same tensor."""
+        """Records the first input of every layer on the first batch, and which layers got the same tensor."""
         inputs: dict[str, LayerInput] = {}
         shared: list[tuple[weakref.ref[Tensor], int, list[str]]] = []
 
@@ -259,21 +258,21 @@ class Subject:
 
     @property
     def inputs(self) -> dict[str, LayerInput]:
-        """The first call of every layer that the first batch reached."""
+        """The first call of every layer that runs on the first batch."""
         return self._record[0]
 
     def groups(self, patterns: Iterable[str] = (), shared_inputs: bool = True) -> list[tuple[str, ...]]:
-        r"""Layers that must take the same candidate, every layer in exactly one group.
+        r"""Returns groups of layers that must take the same candidate. Every layer is in exactly one group.
 
         Args:
-            patterns: Layers that match one pattern agree: a glob, or a regular expression after ``re:``, whose
-                captured parts must be equal too (``re:(.*)\.mlp\..*`` makes a group of every block).
-            shared_inputs: Whether layers that are given one and the same tensor agree, such as query, key and value.
+            patterns: Layers that match a pattern form a group: a glob, or a regular expression after ``re:``, with one
+                group per value of the captured parts (``re:(.*)\.mlp\..*`` makes a group of every block).
+            shared_inputs: Whether layers with the same input tensor form a group, such as query, key and value.
 
         Raises:
             DyBitError: A pattern matches no layer, or is no regular expression.
         """
-        # Torch's attention multiplies by its out_proj itself, and rounds the input of either only if it rounds both.
+        # Torch's attention multiplies by its out_proj itself, and rounds the inputs of both or of neither.
         attention = [(name, f"{name}.out_proj") for name, module in self.layers.items() if is_attention(module)]
         known: list[tuple[str, ...]] = [pair for pair in attention if pair[1] in self.layers]
         known += self._record[1] if shared_inputs else []
@@ -283,7 +282,7 @@ class Subject:
 def agree(
     names: Sequence[str], known: Iterable[Sequence[str]] = (), patterns: Iterable[str] = ()
 ) -> list[tuple[str, ...]]:
-    """Groups names: those known to belong together and those that match a pattern; see :meth:`Subject.groups`."""
+    """Groups names that are known to belong together or match a pattern; see :meth:`Subject.groups`."""
     group = {name: index for index, name in enumerate(names)}
     together = [list(part) for part in known]
     for pattern in patterns:
@@ -313,7 +312,7 @@ def _nbytes(model: nn.Module, names: Iterable[str]) -> int:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, its tables of parameters and buffers copied."""
+    """Returns the attributes of a module, with copied tables of parameters and buffers."""
     copied = {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
     return {**module.__dict__, **copied}
 

@@ -1,4 +1,4 @@
-"""The error of a recipe's weights in other formats, at the same widths and scales."""
+"""Compares the error of a recipe's weights with other formats of the same widths and scales."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dybit.models.plan import weight_spec
 from dybit.recipe import LayerRecipe
 from dybit.tensors.encoding import quantize
 
-# Formats that have one name for every width, shown where they have the widths of the recipe.
+# Formats with a name for every width; shown if they have the widths of the recipe.
 _RIVALS = {
     "full DyBit": "s{}",
     "INT": "int{}",
@@ -31,7 +31,7 @@ def compare(layers: Iterable[tuple[Tensor, LayerRecipe, int]]) -> list[dict[str,
     """Rounds weights to their own formats and to rival ones of the same widths.
 
     Args:
-        layers: A weight, its recipe and ``TensorSpec.transposed``; those that are kept in floating point are left out.
+        layers: Weights with their recipe and ``TensorSpec.transposed``. Weights in floating point are ignored.
 
     Returns:
         ``name``, ``sqnr`` of all weights together in dB, unweighted, and ``dybit``, whether it is the recipe itself;
@@ -49,7 +49,7 @@ def compare(layers: Iterable[tuple[Tensor, LayerRecipe, int]]) -> list[dict[str,
             try:
                 family = catalogue.family(pattern.format(spec.bits)) if pattern else spec.formats
                 own = replace(spec, family=family.name, scale=family.scale or spec.scale)
-            except DyBitError:  # no such width, or scales that do not go with these units
+            except DyBitError:  # no such width, or scales that do not fit these units
                 del formats[name]
                 continue
             rounded = quantize(weight, own, method=recipe.method, percentile=recipe.percentile)

@@ -16,14 +16,14 @@ from dybit.layers.patched_forward import replaced_forwards
 from dybit.mixed_precision.measured_model import Subject
 from dybit.models.running import output_tensor, run_batch
 
-_MOST_BYTES = 1 << 30  # of kept outputs; beyond, everything is computed again
+_MOST_BYTES = 1 << 30  # limit of kept outputs; above it, everything is computed again
 
 
 class Replay:
     """The outputs of a model's blocks on the calibration batches.
 
     Blocks are the outermost members of ``nn.ModuleList`` and ``nn.Sequential`` that run once per batch and return
-    tensors. That replaying them changes nothing is tried once, on the first batch; else none is replayed.
+    tensors. A test on the first batch checks that replaying them changes nothing; else none is replayed.
 
     Args:
         subject: The model with its batches.
@@ -81,15 +81,15 @@ class Replay:
         with torch.no_grad(), self.before([last]):
             try:
                 output = output_tensor(run_batch(self._subject.model, self._subject.batches[0])).float()
-            except ValueError:  # the model misses a side effect of its blocks
+            except ValueError:  # the model depends on a side effect of its blocks
                 return False
         return torch.equal(output, judge.outputs[0])
 
     @contextmanager
     def before(self, names: Iterable[str]) -> Iterator[None]:
-        """Within it, blocks that were left before any of some layers was entered give what they gave before.
+        """Within the body, blocks that finish before the given layers start return their recorded outputs.
 
-        Every run of the model within it must be of the next batch, beginning with the first.
+        Runs of the model within the body must go through the batches in order, from the first.
         """
         start = min(self._entry(name) for name in names)
         stubbed = [self._subject.model.get_submodule(name) for name in self._kept if self._left[name] < start]
@@ -98,14 +98,14 @@ class Replay:
             yield
 
     def _entry(self, name: str) -> int:
-        """When a layer, or the nearest module around it that is called, was first entered."""
+        """Returns when a layer, or its nearest parent that is called, was first entered."""
         while name and name not in self._entered:
             name = name.rpartition(".")[0]
         return self._entered.get(name, 0)
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """The outermost members of containers."""
+    """Returns the outermost members of containers."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(f"{name}.".startswith(f"{block}.") for block in found)
@@ -121,14 +121,14 @@ def _replaying(outputs: list[Any]) -> Callable[..., Any]:
 
 
 def _plain(value: Any) -> bool:  # noqa: ANN401
-    """Whether an output is made of tensors only."""
+    """Whether an output consists of tensors only."""
     if isinstance(value, tuple | list):
         return type(value) in (tuple, list) and all(_plain(item) for item in value)
     return value is None or isinstance(value, Tensor)
 
 
 def _copy(value: Any) -> Any:  # noqa: ANN401
-    """A copy, since what follows may write into it."""
+    """Returns a copy, since later layers may write to it."""
     if isinstance(value, tuple | list):
         return type(value)(_copy(item) for item in value)
     return value.clone() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""The directory that a search leaves: recipes, and ``search.json`` with all that a report about it needs.
+"""The directory of a search: recipes, and ``search.json`` with everything for a report.
 
 The schema is in docs/search.md.
 """
@@ -30,11 +30,11 @@ from dybit.safe_files import read_json, write_json
 SCHEMA_VERSION = 1
 DOCUMENT, RECIPE, FRONT = "search.json", "recipe.json", "pareto"
 _BINS = 96
-_REACH = 4.0  # of histograms, in root mean squares of a channel
+_REACH = 4.0  # range of histograms, in root mean squares of a channel
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
-    """Checks, before any work, that a directory may take a run: new, empty, or of an earlier search.
+    """Checks, before any work, that a directory is new, empty, or of an earlier search.
 
     Raises:
         DyBitError: It holds something else.
@@ -52,10 +52,10 @@ def write_run(
     """Writes ``recipe.json``, the front's recipes in ``pareto/``, and last ``search.json``.
 
     Args:
-        result: What the search found.
-        path: The directory; an earlier run in it is replaced.
-        model: What the model is called.
-        command: The words of the command line, if there was one.
+        result: The result of the search.
+        path: The directory. An earlier run in it is replaced.
+        model: The name of the model.
+        command: The words of the command line, if any.
 
     Returns:
         The directory.
@@ -141,7 +141,7 @@ def _layers(result: Result) -> list[dict[str, Any]]:
 
 
 def _coverage(result: Result) -> dict[str, Any] | None:
-    """How much of the model the recipe quantizes; None for shapes."""
+    """Returns how much of the model the recipe quantizes; None for shapes."""
     if result.subject is None:
         return None
     model, recipe = result.subject.model, result.recipe
@@ -149,7 +149,7 @@ def _coverage(result: Result) -> dict[str, Any] | None:
 
 
 def _rivals(result: Result) -> list[dict[str, Any]]:
-    """The error of the weights in other formats; empty for shapes."""
+    """Returns the error of the weights in other formats; empty for shapes."""
     subject = result.subject
     if subject is None:
         return []
@@ -167,7 +167,7 @@ def _finite(value: float) -> float | None:
 
 
 def _about(result: Result, subject: Subject, name: str) -> dict[str, Any]:
-    """Facts about a layer that need a model."""
+    """Returns facts about a layer that need a model."""
     module = subject.layers[name]
     chosen = result.problem.candidates[result.point.choice[name]]
     weights = [getattr(module, key) for key in weight_names(module)]
@@ -182,7 +182,7 @@ def _about(result: Result, subject: Subject, name: str) -> dict[str, Any]:
 
 
 def histogram(subject: Subject, name: str, recipe: LayerRecipe | None) -> dict[str, Any]:
-    """A histogram of a layer's weights, each over the root mean square of its output channel, and the levels chosen.
+    """Returns a histogram of a layer's weights, each over the root mean square of its channel, and the chosen levels.
 
     Args:
         subject: The model.
@@ -190,9 +190,9 @@ def histogram(subject: Subject, name: str, recipe: LayerRecipe | None) -> dict[s
         recipe: How it is quantized, or None.
 
     Returns:
-        ``low`` and ``high``, the ends of the bins; ``counts``; ``outside``, the share of weights beyond them; and
-        where weights are quantized ``format``, the codebook that most units took, the ``share`` that took it, its
-        ``levels`` at the median of those units' scales, and ``sqnr`` of all weights in dB.
+        ``low`` and ``high``, the ends of the bins; ``counts``; and ``outside``, the share of weights beyond them. For
+        quantized weights also ``format``, the codebook of most units; ``share``, their share; ``levels`` at the median
+        of their scales; and ``sqnr`` of all weights in dB.
     """
     module = subject.layers[name]
     key = weight_names(module)[0]
@@ -229,7 +229,7 @@ def read_run(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Reads the ``search.json`` of a run.
 
     Raises:
-        DyBitError: There is none, or it is of another version.
+        DyBitError: It is missing or of another version.
     """
     file = Path(path) / DOCUMENT
     try:

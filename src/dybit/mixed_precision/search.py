@@ -1,4 +1,4 @@
-"""The search: gives every layer of a model its formats, so that it is fast or small enough and loses least.
+"""The search: chooses the formats of every layer for the least loss within a budget, or the least cost within a loss.
 
 Costs come as tables (:mod:`dybit.mixed_precision.cost`).
 """
@@ -26,7 +26,7 @@ from dybit.ptq.quantize import quantize_
 from dybit.recipe import Recipe
 
 SHAPE_CANDIDATES = ("8/8", "6/6", "4/8", "4/4", "2/8", "2/4", "2/2")
-# Inputs as plain integers lose more than tapered ones and run faster: their significands have 8 bits, not 16.
+# Integer inputs are less accurate than tapered ones but faster: their significands have 8 bits instead of 16.
 CPU_CANDIDATES = ("fp32", "8/8", "8/int8", "4/8", "4/int8", "3/int8", "2/int8")
 
 
@@ -37,14 +37,14 @@ class Result:
     Attributes:
         recipe: The recipe, for :func:`dybit.quantize_`.
         point: Its figures.
-        problem: Layers, candidates, errors and costs that it was chosen from.
-        constraints: What was asked for.
+        problem: Layers, candidates, errors and costs of the choice.
+        constraints: The constraints.
         sensitivity: How errors were estimated.
-        error_unit: What measured errors count.
-        history: Every recipe that was tried on the way, in order.
-        uniform: One candidate for all layers, for each that can run.
-        pareto: The front of error against speedup, if asked for.
-        greedy: What the paper's greedy loop finds at the same cost, where the search minimised the error.
+        error_unit: The unit of measured errors.
+        history: Every recipe that was tried, in order.
+        uniform: Recipes of one candidate for all layers, for each that can run; if requested.
+        pareto: The front of error against speedup, if requested.
+        greedy: The result of the paper's greedy loop at the same cost, if requested and the search minimised the error.
         subject: The model that was searched for; None for mere shapes.
     """
 
@@ -84,38 +84,38 @@ def search(
 ) -> Result:
     """Finds a recipe of mixed precision.
 
-    Sensitivities of all layers and costs of all candidates make a multiple-choice knapsack, which is solved exactly.
-    The recipe is then tried on the real model: what a constraint limits is measured, and the problem is tightened or
-    relaxed until the constraint holds on the measured figure.
+    The sensitivities of all layers and the costs of all candidates form a multiple-choice knapsack, which is solved
+    exactly. The recipe is then tried on the model: the limited figures are measured, and the limits are tightened or
+    relaxed until the measured figures satisfy the constraint.
 
     Args:
-        model: The floating-point model, which is left as it is.
+        model: The floating-point model. It is not changed.
         batches: Calibration batches, each a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
         constraint: One or several of :class:`Speedup`, :class:`MaxSize`, :class:`MaxError` and :class:`MaxDrop`. With
             one of the last two the first cost is minimised, else the error.
         cost: One or several of :class:`SizeCost`, :class:`CpuCost` and :class:`AcceleratorCost`. None for the size.
-        candidates: What a layer may become: pairs, or words such as ``"4/8"``. None for those that suit the cost.
-        recipe: All that candidates do not say. A rule of None keeps a layer in floating point.
+        candidates: Choices for every layer: pairs, or words such as ``"4/8"``. None for defaults that suit the cost.
+        recipe: All fields but the formats. A rule of None keeps a layer in floating point.
         sensitivity: How errors are estimated: ``rmse``, ``fisher``, ``output`` or ``kl``
             (:func:`dybit.mixed_precision.sensitivity.measure`).
-        groups: Patterns of layers that must agree (:meth:`dybit.mixed_precision.measured_model.Subject.groups`).
-        shared_inputs: Whether layers with one input tensor must agree.
+        groups: Patterns of layers with one candidate (:meth:`dybit.mixed_precision.measured_model.Subject.groups`).
+        shared_inputs: Whether layers with the same input tensor get the same candidate.
         evaluation: Batches to measure errors on; None for ``batches``.
-        pareto: Also find so many recipes from slow to fast, and try each on the model.
-        baselines: Also try uniform recipes and the paper's greedy loop. A front has uniform ones anyway.
-        rounds: At most so many recipes are tried until the constraint holds.
+        pareto: Number of recipes from slow to fast to find and try on the model; 0 for none.
+        baselines: Whether to try uniform recipes and the paper's greedy loop. ``pareto`` includes uniform recipes.
+        rounds: Largest number of recipes to try until the constraint holds.
         executor: Where to measure sensitivities; None for ``workers`` processes.
-        workers: Processes; 1 works in this one.
+        workers: Processes; 1 for this process.
         cache: Directory of sensitivities; None for the user's cache directory.
-        quantize: How recipes are tried on a copy of the model, in place; it is given the copy, the recipe and the
-            calibration batches. ``functools.partial(quantize_, ...)`` for other arguments.
+        quantize: Quantizes a copy of the model, in place. It gets the copy, the recipe and the calibration batches.
+            Use ``functools.partial(quantize_, ...)`` to pass other arguments.
         progress: Called with (done, total, text).
 
     Returns:
         The recipe with all figures.
 
     Raises:
-        InfeasibleError: The constraint cannot be met; the message says what can.
+        InfeasibleError: The constraint cannot be met; the message gives the best possible figure.
         DyBitError: An argument is bad, the model cannot be quantized, or a measurement fails.
         MissingExtraError: scipy is not installed.
 
@@ -187,7 +187,7 @@ def _greedy(trial: Trial, found: Point) -> Point | None:
 
 
 def uniform_choices(problem: Problem) -> dict[str, Choice]:
-    """One candidate for all layers, for each that every layer can run."""
+    """Returns the choice of one candidate for all layers, for each candidate that every layer can run."""
     found = {candidate.name: problem.uniform(index) for index, candidate in enumerate(problem.candidates)}
     return {name: choice for name, choice in found.items() if problem.runs(choice)}
 
@@ -195,7 +195,7 @@ def uniform_choices(problem: Problem) -> dict[str, Choice]:
 def _costs(
     given: Cost | ShapeCost | Sequence[Cost | ShapeCost] | None, constraints: Sequence[Constraint]
 ) -> list[Cost | ShapeCost]:
-    """The costs, with the size where a constraint needs it."""
+    """Returns the costs, with the size if a constraint needs it."""
     costs: list[Cost | ShapeCost] = list(given) if isinstance(given, tuple | list) else []
     if given is not None and not isinstance(given, tuple | list):
         costs = [given]  # type: ignore[list-item]
@@ -224,7 +224,7 @@ def _default_candidates(costs: Sequence[Cost | ShapeCost], recipe: Recipe | None
 def _subject(
     model: nn.Module, batches: Iterable[Any], recipe: Recipe | None, costs: Sequence[Cost | ShapeCost]
 ) -> Subject:
-    """The measured model. A cost in time excludes embedding tables in no product: their width changes no time."""
+    """Makes the measured model. Costs in time leave out pure embedding tables, whose width changes no time."""
     subject = Subject(model, batches, recipe)
     if any(isinstance(one, SizeCost) for one in costs):
         return subject

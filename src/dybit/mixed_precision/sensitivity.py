@@ -1,8 +1,7 @@
-"""Sensitivity: how much a model suffers when one layer is quantized, for every layer and candidate.
+"""Sensitivity: the error of a model when one layer is quantized, for every layer and candidate.
 
-Measurements are cells (layer, candidate), each kept on disk
-as soon as it is there, so that what was interrupted goes on where it stopped; they run in this process or on any
-``concurrent.futures.Executor``.
+A cell (layer, candidate) is one measurement. Each is stored on disk at once, so that an interrupted search can resume.
+Cells run in this process or on any ``concurrent.futures.Executor``.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from dybit.safe_files import cache_directory, read_json, write_json
 
 Estimate = Literal["rmse", "fisher", "output", "kl"]
 ESTIMATES: tuple[str, ...] = get_args(Estimate)
-CACHE_VERSION = 2  # rises when a recipe comes to mean something else
+CACHE_VERSION = 2  # increase it if recipes change their meaning
 
 Cell = tuple[str, Candidate]
 
@@ -48,18 +47,18 @@ def measure(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, list[float]]:
-    """Measures or looks up every cell.
+    """Measures every cell, or reads it from the cache.
 
     Args:
         subject: The model with its data.
-        candidates: What a layer may become. One that keeps it in floating point has error 0.
+        candidates: The candidates. Floating point has error 0.
         estimate: ``rmse``: normalised root mean square errors of weights and inputs, added, as in the DyBit paper;
-            ``output``: energy of the error of the layer's output, as a share of the output's;
+            ``output``: energy of the error of the layer's output over the energy of the output;
             ``fisher``: squared errors of weights and inputs, weighted by squared gradients, an estimate of ``kl``;
             ``kl``: the error of the model's output (``Judge``) with this layer alone quantized.
         cache: Directory of finished cells; None for the user's cache directory.
-        executor: Where to work; its workers need dybit installed. None to work here, or in ``workers`` processes.
-        workers: Processes, each with one thread; 1 works in this process.
+        executor: Runs the measurements; its workers need dybit. None for ``workers`` processes.
+        workers: Processes, each with one thread; 1 for this process.
         progress: Called with (done, total, text).
 
     Returns:
@@ -119,7 +118,7 @@ def _check(name: str, candidate: Candidate, error: float) -> None:
 def _read(folder: Path, key: str) -> float | None:
     try:
         error = read_json(folder / key[:2] / f"{key}.json")["error"]
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: measured anew
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: measure again
         return None
     return float(error) if isinstance(error, int | float) and math.isfinite(error) else None
 
@@ -128,7 +127,7 @@ def _write(folder: Path, key: str, cell: Mapping[str, Any]) -> None:
     write_json(folder / key[:2] / f"{key}.json", cell)
 
 
-# ---- Where the work is done
+# ---- Running the measurements
 
 
 def _run(
@@ -141,7 +140,7 @@ def _run(
     elif executor is not None:
         yield from _distribute(subject, estimate, cells, executor, folder)
     else:
-        # Not forked: a child of a process whose threads hold locks may hang.
+        # Not forked: a child of a process whose threads hold locks can hang.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context, initializer=_obey_parent)
         try:
@@ -151,7 +150,7 @@ def _run(
 
 
 def _obey_parent() -> None:
-    """In a worker: Ctrl-C is for the process that started it, and where that was killed, nobody waits for results."""
+    """Prepares a worker: it ignores Ctrl-C, which its parent handles, and ends if the parent was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -164,7 +163,7 @@ def _obey_parent() -> None:
 
 
 def _evaluate(subject: Subject, estimate: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, float]]:
-    """Measures cells one by one; those of a layer should follow each other."""
+    """Measures cells one by one. Cells of one layer should be adjacent."""
     estimator, twins = ESTIMATORS[estimate](subject, cells), Twins(subject)
     for name, candidate in cells:
         yield (name, candidate), _one(estimator, twins, name, candidate)
@@ -181,11 +180,11 @@ def _one(estimator: Estimator, twins: Twins, name: str, candidate: Candidate) ->
 def _distribute(
     subject: Subject, estimate: str, cells: list[Cell], executor: Executor, folder: Path
 ) -> Iterator[tuple[Cell, float]]:
-    """Sends tasks to an executor: a few cells of one layer each.
+    """Sends tasks to an executor, each a few cells of one layer.
 
-    A worker that does not know the subject yet says so, and is sent it once, whatever kind of executor it belongs to.
-    Only about as many tasks are under way as workers have shown that they know it, or else the first worker would
-    turn all of them down before anything reaches it.
+    A worker that does not know the subject requests it and gets it once; this works with any executor. The number of
+    tasks in flight is about the number of workers known to have the subject. Otherwise the first worker would reject
+    all tasks before it gets the subject.
     """
     tasks: list[list[Cell]] = []
     for cell in cells:
@@ -194,7 +193,7 @@ def _distribute(
             tasks[-1].append(cell)
         else:
             tasks.append([cell])
-    _ = subject.statistics, subject.judge  # once, here, rather than in every worker
+    _ = subject.statistics, subject.judge  # once here instead of in every worker
     try:
         payload = pickle.dumps((subject, estimate, cells))
     except Exception as error:
@@ -232,7 +231,7 @@ def _distribute(
                     yield cell, value
     except DyBitError:
         raise
-    except Exception as error:  # of the executor: BrokenExecutor, or whatever another library raises
+    except Exception as error:  # an error of the executor: BrokenExecutor, or one of another library
         raise failed(error) from error
     finally:
         for future in waiting:
@@ -243,17 +242,17 @@ def _has_failed(future: Future[Any]) -> bool:
     return future.cancelled() or future.exception() is not None
 
 
-_worker = threading.local()  # of every thread: it changes its copy of the model
+_worker = threading.local()  # one per thread, since it changes its copy of the model
 
 
 def _work(token: str, cells: list[Cell], payload: bytes | None, parent: int) -> tuple[str, list[float] | None]:
-    """Runs in a worker: who it is, and the errors of some cells, or None if it needs the subject first."""
+    """Runs in a worker. Returns its identity, and the errors of some cells, or None to request the subject."""
     name = f"{platform.node()} {os.getpid()} {threading.get_ident()}"
     if getattr(_worker, "token", None) != token:
         if payload is None:
             return name, None
         if os.getpid() != parent:
-            torch.set_num_threads(1)  # as many workers as cores: more threads would get in each other's way
+            torch.set_num_threads(1)  # there are as many workers as cores: more threads would compete for them
         subject, estimate, every = pickle.loads(payload)
         _worker.token, _worker.estimator, _worker.twins = token, ESTIMATORS[estimate](subject, every), Twins(subject)
     return name, [_one(_worker.estimator, _worker.twins, layer, candidate) for layer, candidate in cells]

@@ -1,4 +1,4 @@
-"""Search by shapes alone: for networks without weights, with errors that stand in for measured ones."""
+"""Search by shapes alone, for networks without weights. Estimates replace measured errors."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def search_shapes(
 ) -> Result:
     """Finds a recipe for a network of which only the shapes are known.
 
-    **Its errors are no measurements**: a layer's is the noise-to-signal ratio of its weight format on a Gaussian, times
-    its share of all parameters, plus that of its activation format, times its share of all multiply-accumulates. They
-    say which layers carry much, not which are sensitive. Costs are as real as those of a search on a model.
+    **Errors are not measured.** The error of a layer is the noise-to-signal ratio of its weight format on Gaussian data
+    times its share of all parameters, plus the ratio of its activation format times its share of all
+    multiply-accumulates. It reflects the size of layers, not their sensitivity. Costs are computed as for a model.
 
     Args:
-        workload: The shapes; every layer is searched, attention products too, whose operands are both activations.
+        workload: The shapes. All layers are searched, including attention products of two activations.
         constraint: :class:`dybit.Speedup`, :class:`dybit.MaxSize`, or both.
         cost: The cost of shapes.
-        candidates: What a layer may become.
-        recipe: All that candidates do not say.
-        pareto: Also find so many recipes from slow to fast.
+        candidates: Choices for every layer.
+        recipe: All fields but the formats.
+        pareto: Number of recipes from slow to fast to find; 0 for none.
 
     Raises:
         InfeasibleError: The constraint cannot be met.
@@ -85,7 +85,7 @@ def search_shapes(
 
 
 def shape_errors(workload: Workload, candidates: Sequence[Candidate], recipe: Recipe) -> dict[str, list[float]]:
-    """The stand-in for errors of every layer in the order of the candidates; see :func:`search_shapes`."""
+    """Returns estimated errors of every layer in the order of the candidates; see :func:`search_shapes`."""
     parameters, macs = max(sum(layer.parameters for layer in workload), 1), workload.macs
     noises = [gaussian_noise(candidate, recipe) for candidate in candidates]
     return {
@@ -100,7 +100,7 @@ def shape_errors(workload: Workload, candidates: Sequence[Candidate], recipe: Re
 
 
 def gaussian_noise(candidate: Candidate, recipe: Recipe) -> tuple[float, float]:
-    """Energy of the rounding error of standard normal weights and inputs, as a share of theirs, at the best scale."""
+    """Returns the relative energy of the rounding error of standard normal weights and inputs, at the best scale."""
     layer = mixed_recipe(recipe, {"layer": candidate}).layer("layer")
     if layer is None:
         return 0.0, 0.0
@@ -122,7 +122,7 @@ def _noise(layer: LayerRecipe, weights: bool) -> float:
 
 
 def _sizes(workload: Workload, candidates: Sequence[Candidate]) -> CostTable:
-    """Bytes of the codes of all weights; scales are not counted."""
+    """Returns the bytes of the codes of all weights, without scales."""
     layers = {
         layer.name: tuple(layer.parameters * (32 if c.bits[0] is None else c.bits[0]) / 8 for c in candidates)
         for layer in workload

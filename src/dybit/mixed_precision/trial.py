@@ -1,4 +1,4 @@
-"""Trials: recipes tried on the real model, until what a constraint limits holds on the measured figure."""
+"""Trials: recipes are tried on the model until the measured figures satisfy the constraints."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from dybit.models.running import Progress, evaluating, run_batch
 from dybit.ptq.quantize import quantize_
 from dybit.recipe import Recipe
 
-_CLOSE = 0.9  # a measured loss within this share of its limit is not worth another round
+_CLOSE = 0.9  # a loss within this share of its limit needs no further round
 
 
 @dataclass(frozen=True)
 class Point:
-    """A recipe and what it costs.
+    """A recipe with its figures.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         recipe: The recipe.
         choice: The index of the candidate of every layer.
         estimated_error: The sum of the layers' sensitivities.
         costs: Costs by the tables, by name.
-        speedups: Base of every cost divided by it.
-        error: Measured on the quantized model, infinite where its outputs are no numbers; None where it was not.
-        measured: Costs measured on it, by name.
-        drop: Points lost, where a constraint asks for them.
+        speedups: The base of every cost divided by the cost.
+        error: Measured on the quantized model, infinite if its outputs are not finite; None if not measured.
+        measured: Costs measured on the quantized model, by name.
+        drop: Points lost, if a constraint limits them.
     """
 
     name: str
@@ -58,7 +58,7 @@ def check_possible(problem: Problem, constraints: Sequence[Constraint]) -> dict[
     """Checks that every limit of a cost can be met, and returns the limits by the name of the cost.
 
     Raises:
-        InfeasibleError: One cannot be; the message says what can.
+        InfeasibleError: A limit cannot be met; the message gives the best possible figure.
     """
     limits = {}
     for one in constraints:
@@ -89,19 +89,19 @@ def check_possible(problem: Problem, constraints: Sequence[Constraint]) -> dict[
 
 
 def speed_table(problem: Problem) -> CostTable:
-    """The first cost that is a time, else the size."""
+    """Returns the first cost that is a time, else the size."""
     return next((table for table in problem.tables if table.per_second is not None), problem.main)
 
 
 def point(problem: Problem, choice: Choice, name: str, recipe: Recipe, **measured: Any) -> Point:  # noqa: ANN401
-    """The figures of a choice."""
+    """Returns the figures of a choice."""
     costs = problem.costs(choice)
     speedups = {table.name: table.base / costs[table.name] for table in problem.tables}
     return Point(name, recipe, choice, problem.error(choice), costs, speedups, **measured)
 
 
 class Trial:
-    """Tries recipes on the real model, and refines the problem until a constraint holds on measured figures."""
+    """Tries recipes on the model, and refines the problem until the measured figures satisfy the constraints."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Trial:
         self._drop = self._evaluator()
 
     def _evaluator(self) -> Callable[[nn.Module], float] | None:
-        """The points that a model loses, if a constraint asks for them."""
+        """Returns a function for the points that a model loses, if a constraint limits them."""
         for one in self.constraints:
             if isinstance(one, MaxDrop):
                 if one.evaluate is not None:
@@ -139,8 +139,8 @@ class Trial:
 
         Args:
             choice: The choice.
-            name: What the point is called.
-            strict: Whether outputs that are no numbers are an error, or an infinite error of the point.
+            name: The name of the point.
+            strict: Whether outputs that are not finite raise an error; else the error of the point is infinite.
         """
         for known in self.history:
             if known.choice == choice:
@@ -171,7 +171,7 @@ class Trial:
             return self.judge.error(quantized)
         except DyBitError as error:
             if strict:
-                raise DyBitError(f"the recipe of {name} is of no use: {error}") from error
+                raise DyBitError(f"the recipe of {name} cannot be used: {error}") from error
             return math.inf
 
     def _measured(self, quantized: nn.Module, choice: Choice) -> dict[str, float]:
@@ -186,21 +186,21 @@ class Trial:
                 batch = self.subject.batches[0]
                 models = {"fp32": self.subject.model, "dybit": quantized}
                 times = compare({name: partial(run_batch, m, batch) for name, m in models.items()}, 3.0)
-                # In the unit of the table, whose base was measured at another time.
+                # relative to the base of the table, which was measured at another time
                 found["cpu"] = table.base / times["dybit"].ratio
             else:
                 found[table.name] = table.total(choice)
         return found
 
     def refine(self, rounds: int) -> Point:
-        """Tries recipes until the constraints hold on measured figures."""
+        """Tries recipes until the measured figures satisfy the constraints."""
         limits = check_possible(self.problem, self.constraints)
         if limits_loss(self.constraints):
             return self._within_loss(limits, rounds)
         return self._within_costs(limits, rounds)
 
     def _within_costs(self, limits: dict[str, float], rounds: int) -> Point:
-        """Tightens the limits by what measurements exceed them."""
+        """Tightens the limits by the amount by which measurements exceed them."""
         asked, tried = dict(limits), None
         for index in range(rounds):
             try:
@@ -212,17 +212,17 @@ class Trial:
                 return tried
             limits = {name: limit / over[name] * 0.995 if over[name] > 1 else limit for name, limit in limits.items()}
         words = ", ".join(f"{n} {tried.measured[n] if tried else 0:g}, not {limit:g}" for n, limit in asked.items())
-        raise InfeasibleError(f"the estimates promise what measurements do not keep; the last recipe has {words}")
+        raise InfeasibleError(f"measured costs exceed the estimates; the last recipe has {words}")
 
     def _within_loss(self, limits: dict[str, float], rounds: int) -> Point:
-        """Bisects the limit of the estimated error for the cheapest recipe that loses as little as is asked."""
+        """Bisects the limit of the estimated error to find the cheapest recipe within the limit of the loss."""
         asked = _loss(self.constraints)
         limit = asked.error if isinstance(asked, MaxError) else asked.points
         exact = self.problem.most_exact(limits)
         high = self.problem.error(self.problem.cheapest(self.problem.main.name))
         low = min(self.problem.error(exact), high)
         best: Point | None = None
-        # Points lost are in another unit than estimates: the cheapest recipe comes first, then bisection.
+        # Points have another unit than estimates: start with the cheapest recipe, then bisect.
         guess = min(max(limit, low), high) if isinstance(asked, MaxError) else high
         for index in range(rounds):
             try:
@@ -243,7 +243,7 @@ class Trial:
                 high = min(high, guess)
             if high <= low * 1.02:
                 break
-            # In proportion where that stays inside; errors add up about linearly while they are small.
+            # In proportion if that stays inside the interval: small errors add up about linearly.
             scaled = guess * limit / loss if loss > 0 and tried.drop is None else 0.0
             inside = low < scaled < high
             guess = scaled if inside and index < 3 else math.sqrt(max(low, high * 1e-6) * high)
@@ -272,7 +272,7 @@ def _score(evaluate: Callable[[Any], float], model: nn.Module) -> float:
 
 
 def limits_loss(constraints: Sequence[Constraint]) -> bool:
-    """Whether a loss is limited, so that the cost is minimised."""
+    """Whether a constraint limits the loss, so that the cost is minimised."""
     return any(isinstance(one, MaxError | MaxDrop) for one in constraints)
 
 

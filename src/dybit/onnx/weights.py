@@ -85,7 +85,7 @@ def flat(build: Builder, grouped: ir.Value, spec: TensorSpec) -> ir.Value:
 
 
 def integers(weight: QuantizedTensor) -> Integers | None:
-    """A weight as integers of at most 8 bits, or None where its values are none (or tiny beyond float32)."""
+    """A weight as integers of at most 8 bits; None if its values are not integers (or too small for float32)."""
     spec = weight.spec
     used, choice = _used(weight)
     steps = [step(book) for book in used]

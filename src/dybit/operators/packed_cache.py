@@ -81,7 +81,7 @@ class PackedCache(Generic[_T]):
         return len(self._entries)
 
     def get(self, weight: QuantizedTensor, key: tuple[object, ...], make: Callable[[], _T | None]) -> _T | None:
-        """Returns the cached result of ``make`` for a weight and a key, and calls ``make`` if there is none that holds.
+        """Returns the cached result of ``make`` for a weight and a key; calls ``make`` if it is missing or outdated.
 
         Args:
             weight: The weight.

@@ -148,7 +148,7 @@ def materialize(batches: Iterable[Any] | None) -> list[Any] | None:
     """The batches as a list, since an algorithm runs them more than once.
 
     Raises:
-        DyBitError: They are no batches, or there is none.
+        DyBitError: ``calibration`` is empty, or not an iterable of batches.
     """
     if batches is None:
         return None

@@ -64,7 +64,7 @@ class Prepared(Described, nn.Module):
 
     @property
     def static_input(self) -> InputQuantizer | None:
-        """What rounds static inputs, or None."""
+        """Returns the quantizer of static inputs, or None."""
         return cast("InputQuantizer | None", self._modules.get("input_quantizer"))
 
     @property
@@ -198,7 +198,7 @@ def prepare_layer_(
         weights: The quantizers of its weights, by name; empty to round only the inputs. Tied weights share one.
         refreshed: The names of the weights whose codebooks this layer updates.
         input_spec: How dynamic inputs are rounded, or None.
-        static_input: Returns the quantizer of static inputs, or None if there are none.
+        static_input: The quantizer of static inputs, or None.
     """
     before = type(module)
     module.__class__ = _prepared_class(type(module), tuple(weights))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ class Point:
         name: What it is called.
         gain: How much better its cost is than the baseline's, such as a speedup of 2.5.
         error: Its error.
-        recipe: Its recipe as JSON text; empty if there is none.
+        recipe: Its recipe as JSON text, or empty.
         weights: Bits of every layer's weights, 0 for floating point; empty if not known.
         activations: Bits of every layer's activations, 0 for floating point.
     """
@@ -50,7 +50,7 @@ class Row:
         activations: Bits of its activations, 0 for floating point.
         cost: Its cost in the unit of the report.
         bound: ``compute``, ``memory`` or empty.
-        errors: Error for every candidate, None where there is none.
+        errors: Error for every candidate, or None.
         edges: Edges of the histogram of its weights; empty without one.
         counts: Weights between the edges.
         levels: The values that its weights may have after quantization, in the unit of ``edges``.

@@ -76,7 +76,7 @@ class Program:
         self._check_fit()
 
     def _check_fit(self) -> None:
-        """The layer must fit the memories; larger ones are cut by whoever loads them."""
+        """The layer must fit the memories. Cut larger layers before loading them."""
         config = self.config
         needs = {
             "activation_sram": self.passes * self.k_folds * self.m * config.rows,

@@ -94,7 +94,7 @@ def find_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 class _Learner:
-    """One layer while its rounding is learned: it runs as a floating-point layer with a weight that is made anew."""
+    """One layer while its rounding is learned: it runs as a floating-point layer whose weight is recomputed."""
 
     def __init__(self, layer: Quantized, original: nn.Module) -> None:
         self.layer = layer

@@ -34,7 +34,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
     def repeat(self, module: nn.Module) -> Any:  # noqa: ANN401
-        """What a module's forward returns for the arguments, of which it may change none, such as a cache."""
+        """Calls a module's forward with copies of arguments that it may change, such as a cache."""
         return module.forward(*map(_own, self.args), **{name: _own(value) for name, value in self.kwargs.items()})
 
 

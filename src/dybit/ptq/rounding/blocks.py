@@ -130,7 +130,7 @@ def find(model: nn.Module, batch: Any, weights: Mapping[str, int]) -> list[Block
         weights: The number of weights of the layers that matter, by name.
 
     Returns:
-        The blocks in order; empty where there is no such sequence.
+        The blocks in order; empty without such a sequence.
     """
     watch = _Watch(model)
     with watch.watching(), torch.no_grad():

@@ -17,7 +17,7 @@ def scale_(model: nn.Module, link: Link, factor: Tensor) -> None:
 
     Args:
         model: The model the link was found in.
-        link: The link; :func:`move_limit_` sees to its limit.
+        link: The link. :func:`move_limit_` adjusts its limit.
         factor: Positive, of shape (channels,).
     """
     producer = model.get_submodule(link.producer)

@@ -15,7 +15,7 @@ from dybit.models.attachments import attachments, detach_
 from dybit.models.running import evaluating, run_batch, tensors_of, without_fast_path
 
 _TOLERANCE = 1e-3  # of the outputs' norm; moving factors about costs some 1e-6 in FP32
-_ROUNDINGS = 8  # in half precision, of which every weight moved is rounded anew
+_ROUNDINGS = 8  # tolerated roundings of half precision: every changed weight is rounded again
 
 
 @contextmanager
