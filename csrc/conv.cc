@@ -85,7 +85,7 @@ bool Conv::whole_rows() const {
          weights_[0]->weight().segment_count == 1;
 }
 
-// [groups][blocks · 16], with what an offset of the inputs adds.
+// [groups][blocks · 16], including the contribution of an offset of the inputs.
 std::vector<float> Conv::biases(const float* bias, const float* offset) const {
   const int rows = weights_[0]->weight().rows, padded = weights_[0]->weight().blocks * kBlockRows;
   std::vector<float> result(size_t(geometry_.groups) * padded, 0.0f);

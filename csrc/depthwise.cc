@@ -41,7 +41,7 @@ Depthwise::Depthwise(const float* significands, const float* scales, const ConvG
   }
 }
 
-// [padded channels], with what an offset of the inputs adds.
+// [padded channels], including the contribution of an offset of the inputs.
 std::vector<float> Depthwise::biases(const float* bias, const float* offset) const {
   std::vector<float> result(padded_channels_, 0.0f);
   for (int channel = 0; channel < geometry_.channels; ++channel) {
@@ -74,7 +74,7 @@ class Depthwise::Band {
     static thread_local Scratch ring_memory;
     const size_t count = line_ * lines_ * g_.kernel[0];
     ring_ = ring_memory.take<float>(count);
-    // What is not written below stays zero: borders, and channels that pad a place.
+    // Borders, and channels that pad a place, are not written below and stay zero.
     if (!image_ || image_->pitch != stride_) std::memset(ring_, 0, count * sizeof(float));
   }
 

@@ -23,8 +23,7 @@ struct Image {
   Extent padded(const Extent& size) const { return padded_by(before, size, after); }
 };
 
-// What follows the sums of a convolution: they are added to the addend, clamped, and given as FP32, as an image, or
-// both.
+// The end of a convolution: sums are added to the addend, clamped, and returned as FP32, as an image, or both.
 struct Finish {
   float* y = nullptr;             // [batch][places][channels], or null
   const float* addend = nullptr;  // [batch][places][channels], or null

@@ -291,7 +291,7 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   parallel_for((m + grain - 1) / grain, threads,
                [&](int i) { kernels_.encode(task, i * grain, std::min(m, (i + 1) * grain)); });
   // A piece of work is about 256 KB of weights, or a share of them, in whole units. It takes as many rows of inputs as
-  // the L2 cache holds beside the unpacked weights, which are unpacked again for the next rows.
+  // the L2 cache holds together with the unpacked weights, which are unpacked again for the next rows.
   const int unit = kernels_.unit_blocks;
   const int units = (weight_.blocks + unit - 1) / unit;
   const size_t unit_bytes = size_t(unit) * weight_.chunk_count * weight_.chunk_bytes;

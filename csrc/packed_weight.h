@@ -31,7 +31,7 @@ struct InputFormat {
   bool is_signed;
   int64_t group_size;  // all columns if a row is one group
 
-  // Significands in a value of 1 at scale 1.
+  // The significand of the value 1 at scale 1.
   float unit() const;
   // The largest value at scale 1.
   float top() const;

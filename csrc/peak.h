@@ -1,4 +1,4 @@
-// The most that a machine can do, which benchmarks compare with.
+// The limits of the machine, for comparison in benchmarks.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// How a packed weight lies in memory for the kernels, and what every kernel computes with it.
+// The layout of packed weights in memory, and the computation of every kernel.
 //
 // A weight of shape (rows, columns) is cut into blocks of 16 rows, and its columns into segments. A segment stays
 // within one group of the weight and one group of the input. It is short enough that its sum of products of
@@ -48,7 +48,7 @@ constexpr int stored_bits(Storage storage) { return storage == Storage::kRuns ? 
 // Whether a code is looked up in a table of 16 significands.
 constexpr bool is_code(Storage storage) { return storage <= Storage::kCodes4; }
 
-// Whether anything is looked up: in such a table or in Runs.
+// Whether significands are looked up: in such a table or in Runs.
 constexpr bool has_tables(Storage storage) { return is_code(storage) || storage == Storage::kRuns; }
 
 // Whether significands need 16 bits.
