@@ -490,8 +490,8 @@ def test_layers_that_a_model_keeps_in_float32(tmp_path, fields):
 
 def test_devices_that_are_not_there_are_refused():
     quantizer = dybit.integrations.transformers.DyBitQuantizer(dybit.DyBitConfig(weights=4))
-    for device in (4096, "cuda:4096", torch.device("cuda", 4096)):
-        with pytest.raises(dybit.DyBitError, match=r"device_map has the device '.*4096', which this machine does not"):
+    for device in (100, "cuda:100", torch.device("cuda", 100)):
+        with pytest.raises(dybit.DyBitError, match=r"device_map has the device '.*100', which this machine does not"):
             quantizer.validate_environment(device_map={"a": "cpu", "b": device})
     for devices in (None, "auto", {"": "cpu"}, {"": torch.device("cpu")}, {"a": "cpu", "b": "disk"}):
         quantizer.validate_environment(device_map=devices)
