@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import good, invoke
-from helpers import cuts, damaged, flips
+from helpers import cuts, damaged, flips, header_flips
 from safetensors.torch import save_file
 from torch import nn
 
@@ -353,7 +353,7 @@ def test_deep_json(tmp_path):
     assert not (tmp_path / "q").exists()
 
 
-def test_a_thousand_flipped_bits_of_a_streamed_directory(tmp_path):
+def test_flipped_bits_of_a_streamed_directory(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -378,11 +378,11 @@ def test_a_thousand_flipped_bits_of_a_streamed_directory(tmp_path):
     def load():
         return dybit.load(folder, transformers.LlamaForCausalLM(config)).state_dict()
 
-    assert damaged(folder / "model.safetensors", flips, read) > 900
+    assert damaged(folder / "model.safetensors", lambda data: header_flips(data, 240), read) > 200
     assert damaged(folder / "model.safetensors", lambda data: cuts(data, 20), read) >= 20
-    assert damaged(folder / "config.json", lambda data: flips(data, 200), read, Exception) > 180
-    assert damaged(folder / "model.safetensors", lambda data: flips(data, 200), load) == 200
-    assert damaged(folder / "dybit.json", lambda data: flips(data, 200), load) > 100
+    assert damaged(folder / "config.json", lambda data: flips(data, 120), read, Exception) > 105
+    assert damaged(folder / "model.safetensors", lambda data: header_flips(data, 100), load) == 100
+    assert damaged(folder / "dybit.json", lambda data: flips(data, 100), load) > 50
 
 
 @pytest.mark.parametrize("shards", ["5GB", "30KB"])

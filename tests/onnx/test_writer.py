@@ -1,5 +1,7 @@
 """Tests of the ONNX export: every kind of layer under every preset, checked by ONNX Runtime against the model."""
 
+import copy
+
 import pytest
 import torch
 from helpers import build, inputs
@@ -92,3 +94,21 @@ def test_bad_arguments(tmp_path, change, message):
     with pytest.raises(DyBitError, match=message):
         export(arguments.pop("model"), arguments.pop("path"), arguments.pop("batches"), **arguments)
     assert dybit.onnx.PRESETS == ("portable", "fast-cpu", "fp4")
+
+
+@pytest.mark.parametrize(
+    ("layer", "activations", "reason"),
+    [
+        (nn.EmbeddingBag(20, 8), None, "'0', a EmbeddingBag with quantized weights"),
+        (nn.LSTM(8, 8), 8, "'0', a LSTM with rounded inputs"),
+        (nn.GRUCell(8, 8), 8, "'0', a GRUCell with rounded inputs"),
+        (nn.LSTM(8, 16, proj_size=8), None, "'0', a LSTM with projections"),
+    ],
+    ids=["bag", "lstm", "cell", "projections"],
+)
+def test_what_onnx_has_nothing_for_is_refused_before_any_work(tmp_path, monkeypatch, layer, activations, reason):
+    recipe = Recipe(weights=4, activations=activations, activation_mode="dynamic")
+    model = quantize_(nn.Sequential(copy.deepcopy(layer)), recipe)
+    monkeypatch.setattr("dybit.onnx.capture.capture", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(DyBitError, match=rf"layer {reason}, cannot be exported to ONNX"):
+        export(model, tmp_path / "m.onnx", [torch.zeros(2, 8)])

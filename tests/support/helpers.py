@@ -289,13 +289,18 @@ def inputs(name, seed=1):
     return LAYERS[name][1]()
 
 
-def flips(data, count=1000, seed=0):
-    """Contents of a file with a single bit flipped, anywhere."""
+def flips(data, count=1000, seed=0, first=None):
+    """Contents of a file with a single bit flipped, anywhere; every second one within the first bytes, if given."""
     shuffle = random.Random(seed)
-    for _ in range(count):
+    for number in range(count):
         changed = bytearray(data)
-        changed[shuffle.randrange(len(data))] ^= 1 << shuffle.randrange(8)
+        changed[shuffle.randrange(first if first and number % 2 else len(data))] ^= 1 << shuffle.randrange(8)
         yield bytes(changed)
+
+
+def header_flips(data, count):
+    """The same for a safetensors file, every second one within its header."""
+    return flips(data, count, first=8 + int.from_bytes(data[:8], "little"))
 
 
 def cuts(data, count=100):

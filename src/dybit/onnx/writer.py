@@ -15,7 +15,8 @@ from torch import nn
 
 from dybit.errors import DyBitError
 from dybit.layers.forwards import QuantizedLinear
-from dybit.layers.quantized import Quantized, quantized_layers
+from dybit.layers.kinds import RECURRENT, is_experts
+from dybit.layers.quantized import Quantized, original_class, quantized_layers
 from dybit.onnx import PRESETS, capture, rounding, weights
 from dybit.onnx.graph import Builder, data_type
 from dybit.onnx.verify import Check, verify
@@ -131,10 +132,27 @@ def _check_arguments(
     if away is not None:
         raise DyBitError(f"model must be on the CPU to be exported, not on {away.device}")
     layers = quantized_layers(model)
+    for name, layer in layers.items():
+        if reason := _no_counterpart(layer):
+            kind = original_class(layer).__name__
+            raise DyBitError(f"layer {name!r}, a {kind} {reason}, cannot be exported to ONNX: a rule keeps it as it is")
     held = [layer.quantized_tensor(key) for layer in layers.values() for key in layer.weight_specs]
     if preset == "fp4" and not any(weights.is_e2m1(weight) for weight in held):
         raise DyBitError("preset 'fp4' needs a weight of E2M1 values, such as weights='s4r2' gives; the model has none")
     return layers
+
+
+def _no_counterpart(layer: Quantized) -> str:
+    """What ONNX has nothing for, or its runtime fails at; empty for a layer that can be exported."""
+    if isinstance(layer, nn.EmbeddingBag):
+        return "with quantized weights"
+    if is_experts(layer):
+        return "of experts with quantized weights"
+    if isinstance(layer, RECURRENT) and layer.input_spec is not None:
+        return "with rounded inputs"
+    if isinstance(layer, nn.LSTM) and layer.proj_size:
+        return "with projections"
+    return ""
 
 
 def _opset(layers: dict[str, Quantized], preset: str) -> tuple[int, int]:
