@@ -98,7 +98,7 @@ def test_bad_input(weights, words, message):
 def test_foreign_files_and_bad_weights(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     result = invoke("compare", str(tmp_path / "x.safetensors"))
-    assert result.exit_code == 2 and "is no safetensors file" in result.stderr
+    assert result.exit_code == 2 and "is not a safetensors file" in result.stderr
     save_file({"w": torch.tensor([[1.0, math.nan]])}, tmp_path / "n.safetensors")
     result = invoke("compare", str(tmp_path / "n.safetensors"))
     assert result.exit_code == 2 and "tensor 'w'" in result.stderr and "nan" in result.stderr

@@ -150,7 +150,7 @@ def test_chains_of_algorithms_are_rows(place):
     [
         (("--data", "yours:data", "--algorithm", "gptw"), "--algorithm 'gptw': .*unknown; did you mean 'gptq'"),
         (("--data", "yours:plain", "--algorithm", "gptq"), "--algorithm 'gptq': algorithm 'gptq' needs calibration"),
-        (("--data", "yours:data", "--algorithm", "smooth,rtn,gptq"), "2 ways of rounding"),
+        (("--data", "yours:data", "--algorithm", "smooth,rtn,gptq"), "2 rounding methods"),
         (("--data", "yours:data", "--algorithm", "rtn+"), "--algorithm '': it names no algorithm"),
     ],
 )

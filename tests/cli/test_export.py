@@ -123,7 +123,7 @@ def test_import_into_a_model(place):
     ("words", "message"),
     [
         (("none.onnx",), "'none.onnx' cannot be read"),
-        (("theirs.py",), "is no valid ONNX model"),
+        (("theirs.py",), "is not a valid ONNX model"),
         (("ok.onnx", "--model", "theirs:other"), "does not fit the model"),
         (("ok.onnx", "--model", "theirs:named"), "--model 'theirs:named' has no weight '0.weight'"),
     ],

@@ -95,7 +95,7 @@ def test_workers_give_the_same(tmp_path):
         (("--formats", ","), "--formats must name at least one format"),
         (("--algorithm", "gptw"), "--algorithm 'gptw'"),
         (("--method", "absmax"), "do not go with --data"),
-        (("--results", "theirs.py"), "--results 'theirs.py', line 1, is no result"),
+        (("--results", "theirs.py"), "--results 'theirs.py', line 1, is not a result"),
     ],
 )
 def test_bad_input(words, message):

@@ -442,7 +442,7 @@ def test_directories_of_transformers_that_do_not_fit(tmp_path):
         ("{", "cannot be built by transformers"),
         ('{"model_type": "nothing"}', "cannot be built by transformers"),
         ('{"model_type": "llama", "architectures": ["NoSuchModel"]}', "cannot be built by transformers.*NoSuchModel"),
-        ('{"model_type": "bert", "quantization_config": {"quant_method": "dybit"}}', "is quantized already"),
+        ('{"model_type": "bert", "quantization_config": {"quant_method": "dybit"}}', "is already quantized"),
     ):
         (tmp_path / "m" / "config.json").write_text(config)
         result = invoke("quantize", str(tmp_path / "m" / "m.safetensors"), "-o", str(tmp_path / "q"))

@@ -96,7 +96,7 @@ def test_embeddings_and_unquantized_models_are_refused(tmp_path):
     with pytest.raises(DyBitError, match="no quantized layer"):
         save_compressed(network(), tmp_path / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DyBitError, match="is no empty directory"):
+    with pytest.raises(DyBitError, match="is not an empty directory"):
         save_compressed(quantize_(network(), Recipe(**RECIPES["mxfp4"], rules={"2": None})), tmp_path / "file")
 
 
@@ -162,7 +162,7 @@ def test_equal_models_are_equal_files(tmp_path):
     [
         ({"quant_method": "gptq"}, "quant_method 'gptq'"),
         ({"format": "pack-quantized", "config_groups": {"g": {}}}, "has the format 'pack-quantized'"),
-        ({"config_groups": 3}, "is no configuration of compressed-tensors"),
+        ({"config_groups": 3}, "is not a configuration of compressed-tensors"),
     ],
 )
 def test_other_configurations(tmp_path, change, message):
@@ -179,7 +179,7 @@ def test_other_configurations(tmp_path, change, message):
     [
         (lambda t: t.pop("0.weight_scale"), "lacks '0.weight_scale'"),
         (lambda t: t.update({"0.weight_scale": t["0.weight_scale"][:, :1].contiguous()}), "do not fit each other"),
-        (lambda t: t.update({"0.weight_scale": t["0.weight_scale"].float()}), "no block format"),
+        (lambda t: t.update({"0.weight_scale": t["0.weight_scale"].float()}), "not a block format"),
         (
             lambda t: t.update({"0.weight_scale": torch.full_like(t["0.weight_scale"], 255)}),
             "scale that is not a number",

@@ -150,7 +150,7 @@ def test_layers_that_never_run():
         (mlp(), torch.zeros(2, 6), "iterable of batches"),
         (nn.ReLU(), [torch.zeros(1)], "no layer that can be quantized"),
         ("model", [torch.zeros(1)], "torch.nn.Module"),
-        (quantize_(mlp(), Recipe()), [torch.zeros(1)], "quantized already"),
+        (quantize_(mlp(), Recipe()), [torch.zeros(1)], "already quantized"),
     ],
 )
 def test_bad_input(model, data, message):

@@ -651,7 +651,7 @@ def test_tensors_of_another_kind(saved):
             rejected(path, mlp(), f"'{key}' is torch.float64 of shape .*expected")
     (path / TENSORS).write_bytes(b"not safetensors at all")
     edit(path, lambda data: data.update(sha256=dybit.models.manifest.checksum(path / TENSORS)))
-    rejected(path, mlp(), r"model\.safetensors is no safetensors file")
+    rejected(path, mlp(), r"model\.safetensors is not a safetensors file")
 
 
 def test_codes_beyond_the_family_are_rejected_or_harmless(saved, tmp_path):

@@ -80,7 +80,7 @@ def test_bad_chains(made_up, algorithm, message):
 
 def test_one_rounding_only(monkeypatch):
     monkeypatch.setitem(chain.ALGORITHMS, "other", chain.Algorithm(1, lambda *args, **more: None))
-    with pytest.raises(DyBitError, match="2 ways of rounding, rtn and other; give one"):
+    with pytest.raises(DyBitError, match="2 rounding methods, rtn and other; give one"):
         chain.resolve(["rtn", "other"], mlp(), calibrated=True)
 
 

@@ -398,7 +398,7 @@ def without_channels():
         (lambda: "model", "model must be a torch.nn.Module, not str"),
         (lambda: None, "model must be a torch.nn.Module, not NoneType"),
         (lambda: nn.Linear, "model must be a torch.nn.Module, not type"),
-        (lambda: quantize_(mlp(), Recipe()), "model is quantized already: layer '0' is"),
+        (lambda: quantize_(mlp(), Recipe()), "model is already quantized: layer '0' is"),
     ],
 )
 def test_bad_models(make, message):

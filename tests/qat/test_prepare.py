@@ -159,7 +159,7 @@ def test_bad_arguments():
         convert_(3)
     with pytest.raises(DyBitError, match=r"model must be a torch\.nn\.Module, not int"):
         prepare_qat_(3, recipe)
-    with pytest.raises(DyBitError, match="model is quantized already"):
+    with pytest.raises(DyBitError, match="model is already quantized"):
         prepare_qat_(quantize_(mlp(), Recipe()), recipe)
     for function in (prepare_qat_, quantize_):
         with pytest.raises(DyBitError, match="model is prepared for training"):

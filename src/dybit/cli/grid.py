@@ -165,7 +165,7 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
             if number == len(lines) and not line.endswith("\n"):
                 path.write_text("".join(lines[:-1]), encoding="utf-8")
                 continue
-            raise DyBitError(f"--results {str(path)!r}, line {number}, is no result") from None
+            raise DyBitError(f"--results {str(path)!r}, line {number}, is not a result") from None
     return known
 
 

@@ -69,7 +69,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per batch, for .npy 
 
 
 def alternatives(words: Sequence[str]) -> list[str]:
-    """Reads several chains of algorithms: separated by ``+``, or ways of rounding by commas, since no chain has two.
+    """Reads several chains of algorithms, separated by ``+``; or several rounding methods, separated by commas.
 
     Returns:
         The chains, not checked, each once.
@@ -90,7 +90,7 @@ def chain(word: str | None, calibrated: bool) -> str | tuple[str, ...] | None:
     """Reads a chain of algorithms, checked: names separated by commas, or ``"auto"``.
 
     Raises:
-        DyBitError: It is no chain, or needs calibration.
+        DyBitError: It is not a chain, or needs calibration.
     """
     if word is None or word == "auto":
         return word
@@ -110,7 +110,7 @@ def read_recipe(path: Path) -> Recipe:
     """Reads a recipe from a JSON file.
 
     Raises:
-        DyBitError: It cannot be read, or is no recipe.
+        DyBitError: It cannot be read, or is not a recipe.
     """
     try:
         return Recipe.from_json(check_regular(path).read_text(encoding="utf-8"))

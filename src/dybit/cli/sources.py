@@ -275,7 +275,7 @@ def read_safetensors(path: str | Path, argument: str, pattern: str = "*") -> dic
 
     if not check_regular(path).is_file():
         raise DyBitError(f"{argument} {str(path)!r} does not exist")
-    with _naming(f"{argument} {str(path)!r} is no safetensors file:"), safe_open(path, framework="pt") as file:
+    with _naming(f"{argument} {str(path)!r} is not a safetensors file:"), safe_open(path, framework="pt") as file:
         names = list(file.keys())
         tensors = {name: file.get_tensor(name) for name in names if fnmatchcase(name, pattern)}
     if not tensors:

@@ -79,7 +79,7 @@ def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
     """The model of a transformers directory without values.
 
     Raises:
-        CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
+        CheckpointError: ``config.json`` cannot be built by transformers, or is already quantized.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -91,7 +91,7 @@ def build_empty(folder: Path) -> Any:  # noqa: ANN401  # a PreTrainedModel
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{folder / 'config.json'} cannot be built by transformers: {reason:.300}") from None
     if text.get("quantization_config") is not None:
-        raise CheckpointError(f"{folder / 'config.json'} is quantized already")
+        raise CheckpointError(f"{folder / 'config.json'} is already quantized")
     return model
 
 
@@ -104,7 +104,7 @@ def plan_files(folder: Path, keys: Collection[str], recipe: Recipe) -> Directory
         recipe: The recipe; its activations are kept or dynamic.
 
     Raises:
-        CheckpointError: ``config.json`` is none that transformers can build, or is quantized already.
+        CheckpointError: ``config.json`` cannot be built by transformers, or is already quantized.
         DyBitError: As :func:`dybit.ptq.quantize.plan_layers`.
     """
     model = build_empty(folder)

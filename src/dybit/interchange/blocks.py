@@ -61,11 +61,11 @@ def to_blocks(weight: QuantizedTensor, name: str) -> Blocks:
     packed = weight.packed.reshape(spec.rows, spec.columns // 2)
     if kind == "mxfp4":
         if bool((weight.scale > 127).any()):
-            raise DyBitError(f"{name!r} has a negative scale, which MXFP4 has not")
+            raise DyBitError(f"{name!r} has a negative scale, which MXFP4 does not allow")
         exponent = weight.scale.to(torch.int16) - _POW2_BIAS + _E8M0_BIAS - (1 if unit == 0.5 else 0)
         return Blocks(packed, exponent.to(torch.uint8))
     if bool((weight.scale.float() < 0).any()):
-        raise DyBitError(f"{name!r} has a negative scale, which NVFP4 has not")
+        raise DyBitError(f"{name!r} has a negative scale, which NVFP4 does not allow")
     assert weight.tensor_scale is not None
     return Blocks(packed, weight.scale, _reciprocal(weight.tensor_scale * unit))
 
@@ -83,7 +83,7 @@ def from_blocks(blocks: Blocks, name: str) -> QuantizedTensor:
     packed, scale, divisor = blocks.packed, blocks.scale, blocks.divisor
     kind = torch.uint8 if divisor is None else torch.float8_e4m3fn
     if packed.dtype != torch.uint8 or packed.ndim != 2 or scale.dtype != kind or scale.ndim != 2:
-        raise DyBitError(f"{name!r} has codes {_said(packed)} and scales {_said(scale)}, which is no block format")
+        raise DyBitError(f"{name!r} has codes {_said(packed)} and scales {_said(scale)}, which is not a block format")
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     if scale.shape != (rows, columns // blocks.block) or columns % blocks.block or not packed.numel():
         raise DyBitError(f"{name!r} has codes {_said(packed)} and scales {_said(scale)}, which do not fit each other")
@@ -98,7 +98,7 @@ def from_blocks(blocks: Blocks, name: str) -> QuantizedTensor:
         exponent = scale.int() - _E8M0_BIAS  # beyond what dybit stores as a power of two
         return _made("fp32", blocks, packed, torch.ldexp(torch.ones_like(exponent).float(), exponent), family="e2m1")
     if divisor.numel() != 1 or not bool(torch.isfinite(divisor).all()) or float(divisor) <= 0:
-        raise DyBitError(f"{name!r} has a global scale that is no positive number")
+        raise DyBitError(f"{name!r} has a global scale that is not a positive number")
     exact = scale.float() / divisor.float() * 2
     if not bool(torch.isfinite(exact).all()) or bool((exact < 0).any()):
         raise DyBitError(f"{name!r} has a scale that is not a number, or is negative")

@@ -90,13 +90,13 @@ def read_compressed(path: str | os.PathLike[str]) -> Imported:
         for file in _files(folder):
             tensors |= _read(folder / file)
     except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: cannot read {error.filename or CONFIG}") from None
+        raise CheckpointError(f"{folder} is not a checkpoint: cannot read {error.filename or CONFIG}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{folder / CONFIG} is no configuration of compressed-tensors: {error}") from None
+        raise CheckpointError(f"{folder / CONFIG} is not a configuration of compressed-tensors: {error}") from None
     if not formats <= set(_FORMATS.values()):
         raise DyBitError(f"{folder} has the format {sorted(map(str, formats))[0]!r}; dybit reads MXFP4 and NVFP4")
     return _imported(tensors, folder)
@@ -184,7 +184,7 @@ def _weights(kind: str) -> dict[str, Any]:
 
 def _write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DyBitError(f"path {str(path)!r} exists and is no empty directory; nothing was written")
+        raise DyBitError(f"path {str(path)!r} exists and is not an empty directory; nothing was written")
     storages: dict[int, str] = {}
     contiguous = {}
     for key, value in tensors.items():  # tied tensors are written once each: the format has no ties

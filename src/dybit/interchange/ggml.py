@@ -104,7 +104,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Imported:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # the reader maps a file into memory and trusts it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is no valid GGUF file: {reason}") from None
+        raise CheckpointError(f"{path} is not a valid GGUF file: {reason}") from None
     if not found.weights:
         raise DyBitError(f"{path} has no MXFP4 tensor of two dimensions")
     return found

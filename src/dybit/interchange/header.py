@@ -35,13 +35,13 @@ def check_header(path: str | os.PathLike[str], sizes: Mapping[int, tuple[int, in
         sizes: Elements and bytes of a block, by the number of the tensors' type (``gguf.GGML_QUANT_SIZES``).
 
     Raises:
-        CheckpointError: It is no GGUF file, is truncated, or announces more than it holds.
+        CheckpointError: It is not a GGUF file, is truncated, or announces more than it holds.
         OSError: It cannot be read.
     """
     with check_regular(path, CheckpointError).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 24 or file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is no GGUF file")
+            raise CheckpointError(f"{path} is not a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Header(data, size, path).check(sizes)
 
@@ -70,7 +70,7 @@ class _Header:
             if name == _ALIGNMENT.encode() and kind == 4:
                 alignment = struct.unpack_from(f"{self.order}I", self.data, place)[0]
         if alignment < 1 or alignment & (alignment - 1):
-            raise CheckpointError(f"{self.path} has the {_ALIGNMENT} {alignment}, which is no power of two")
+            raise CheckpointError(f"{self.path} has the {_ALIGNMENT} {alignment}, which is not a power of two")
         found = [self.tensor() for _ in range(tensors)]
         start = -(-self.place // alignment) * alignment
         for tensor in found:

@@ -127,9 +127,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         DyBitError: The model is already quantized.
     """
     if not isinstance(model, nn.Module) or quantized_layers(model):
-        raise DyBitError(
-            f"model must be a floating-point torch.nn.Module, not {type(model).__name__}, quantized already"
-        )
+        quantized = "an already quantized " if isinstance(model, nn.Module) else ""
+        raise DyBitError(f"model must be a floating-point torch.nn.Module, not {quantized}{type(model).__name__}")
     with ordinary_tensors(model):
         manifest, tensors = read(path)
     with undone_on_failure(model), ordinary_tensors(model):
@@ -213,7 +212,7 @@ def read_tensors(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, 
     except OSError as error:
         raise CheckpointError(f"cannot read {file} ({error.strerror})") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is no safetensors file: {error}") from None
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from None
 
 
 def _unique_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -240,7 +239,7 @@ def _unique_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 def _check_storable(key: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise DyBitError(f"model has the extra state {key!r}, which is no tensor and cannot be stored")
+        raise DyBitError(f"model has the extra state {key!r}, which is not a tensor and cannot be stored")
     if value.is_meta:
         raise DyBitError(f"model has {key!r} on the meta device, without values: bring it back to a real device first")
     if value.layout != torch.strided or value.is_quantized or value.dtype in (torch.complex32, torch.complex128):

@@ -47,7 +47,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> lis
     if not isinstance(recipe, Recipe):
         raise DyBitError(f"recipe must be a dybit.Recipe, not {type(recipe).__name__}")
     if quantized_layers(model):
-        raise DyBitError(f"model is quantized already: layer {next(iter(quantized_layers(model)))!r} is")
+        raise DyBitError(f"model is already quantized: layer {next(iter(quantized_layers(model)))!r} is")
     for name, module in model.named_modules():
         if getattr(module, "prepared_weights", None) is not None:
             raise DyBitError(f"model is prepared for training: call convert_ in place of quantize_ (layer {name!r})")

@@ -44,7 +44,7 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
     """Finds the tensors of a ``.safetensors`` file, or of the files that a ``.safetensors.index.json`` names.
 
     Raises:
-        CheckpointError: A file is missing, damaged or no safetensors file, or the index names files elsewhere.
+        CheckpointError: A file is missing, damaged or not a safetensors file, or the index names files elsewhere.
     """
     path = Path(path)
     if not path.name.endswith(".json"):
@@ -55,13 +55,13 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Stored]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
+        raise CheckpointError(f"{path} is not an index of safetensors files: {error}") from None
     found: dict[str, Stored] = {}
     for name in names:
         # A malicious index must not make dybit read and copy other files.
         beside = name == Path(name).name and name.isprintable() and "\\" not in name and ":" not in name
         if not beside or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {name!r}, which is no .safetensors file beside it")
+            raise CheckpointError(f"{path} names {name!r}, which is not a .safetensors file beside it")
         for key, stored in _read_header(path.parent / name).items():
             if key in found:
                 raise CheckpointError(f"{path}: the tensor {key!r} is in two files")
@@ -81,7 +81,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
             size = int.from_bytes(stream.read(8), "little")
             header = parse_json(stream.read(size), str(file), CheckpointError)
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from None
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
     header.pop("__metadata__", None)

@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> Imported:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged file breaks wherever it likes: in protobuf, the checker or NumPy
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{str(path)!r} is no valid ONNX model: {reason}") from None
+        raise CheckpointError(f"{str(path)!r} is not a valid ONNX model: {reason}") from None
 
 
 def _read(graph: ir.Graph) -> Imported:
@@ -211,7 +211,7 @@ def _product(node: ir.Node) -> QuantizedTensor:
         zero = stored.reshape(rows, count).astype(np.float64)
         if not np.array_equal(zero, np.round(zero)):
             raise DyBitError(
-                f"node {node.name!r} has zero points that are no integers, which dybit cannot hold exactly"
+                f"node {node.name!r} has zero points that are not integers, which dybit cannot hold exactly"
             )
         zero = zero.astype(np.int64)
     scale = scale.reshape(rows, count)

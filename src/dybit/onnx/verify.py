@@ -42,7 +42,7 @@ def verify(data: bytes, model: nn.Module, batch: Any, *, runtime: bool = True) -
         runtime: Whether ONNX Runtime knows all types in use; else FLOAT4E2M1 is decoded for it.
 
     Raises:
-        DyBitError: The file is no valid ONNX, does not run, or has other outputs than the model.
+        DyBitError: The file is not a valid ONNX, does not run, or has other outputs than the model.
     """
     proto = onnx.load_from_string(data)
     try:

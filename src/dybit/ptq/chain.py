@@ -111,7 +111,7 @@ def resolve(
             raise DyBitError(f"algorithm {name!r} is given {names.count(name)} times in {','.join(names)}")
     roundings = [name for name in names if ALGORITHMS[name].stage == 1]
     if len(roundings) > 1:
-        raise DyBitError(f"algorithm has {len(roundings)} ways of rounding, {' and '.join(roundings)}; give one")
+        raise DyBitError(f"algorithm has {len(roundings)} rounding methods, {' and '.join(roundings)}; give one")
     for first, second in pairwise(names):
         stages = ALGORITHMS[first].stage, ALGORITHMS[second].stage
         if stages[0] > stages[1]:

@@ -56,7 +56,7 @@ def quantize_(
         The same model.
 
     Raises:
-        DyBitError: ``model`` is no module, is quantized already or has nothing to quantize; a weight is empty, not
+        DyBitError: ``model`` is not a module, is already quantized or has nothing to quantize; a weight is empty, not
             floating point or not finite; a rule matches nothing; the algorithms are no chain; calibration is missing,
             empty or does not fit; ``strict`` and something would be left.
 

@@ -106,14 +106,14 @@ def test_half_precision():
 
 def test_twice():
     model = rotated()
-    with pytest.raises(DyBitError, match=r"layer 'model\.layers\.0\.mlp\.down_proj' is transformed already"):
+    with pytest.raises(DyBitError, match=r"layer 'model\.layers\.0\.mlp\.down_proj' is already transformed"):
         rotate_(model, names(model), BATCHES)
 
 
 UNKNOWN = {
-    "GPT2LMHeadModel": "is no decoder with embed_tokens, layers and norm",
-    "BertModel": "is no decoder with embed_tokens, layers and norm",
-    "GemmaForCausalLM": "has input_layernorm, which is no RMSNorm",
+    "GPT2LMHeadModel": "is not a decoder with embed_tokens, layers and norm",
+    "BertModel": "is not a decoder with embed_tokens, layers and norm",
+    "GemmaForCausalLM": "has input_layernorm, which is not an RMSNorm",
     "Gemma2ForCausalLM": "consists of input_layernorm, mlp, post_attention_layernorm, post_feedforward_layernorm",
     "MixtralForCausalLM": "has mlp of experts, gate",
 }
@@ -137,7 +137,7 @@ def test_parameters_of_a_layers_own():
         rotate_(model, names(model), BATCHES)
     model = decoder()
     model.model.norm = torch.nn.LayerNorm(48)
-    with pytest.raises(DyBitError, match="its last norm is no RMSNorm"):
+    with pytest.raises(DyBitError, match="its last norm is not an RMSNorm"):
         rotate_(model, names(model), BATCHES)
 
 

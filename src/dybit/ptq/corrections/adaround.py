@@ -77,7 +77,7 @@ def round_layer_(
         raise DyBitError(f"layer {name!r}: {error}") from None
     if moments is None:
         warnings.warn(
-            f"layer {name!r} stays as it is: its forward is no product with its weight", DyBitWarning, stacklevel=2
+            f"layer {name!r} stays as it is: its forward is not a product with its weight", DyBitWarning, stacklevel=2
         )
         return
     weight = layer.quantized_tensor()

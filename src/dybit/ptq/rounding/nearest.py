@@ -93,7 +93,7 @@ def observe(
     missed = [name for name, seen in statistics.items() if not seen.seen]
     if missed:
         warnings.warn(
-            f"calibration never reached {len(missed)} layers, which go without (static inputs are kept): "
+            f"calibration never reached {len(missed)} layers, so their inputs are not quantized: "
             f"{', '.join(missed[:8])}",
             DyBitWarning,
             stacklevel=5,  # the caller of quantize_,
@@ -110,7 +110,7 @@ def quantize_layer(plan: Plan, seen: InputStatistics | None, ties: Ties, choose:
     Args:
         plan: The layer.
         seen: What calibration saw of its inputs.
-        ties: Weights that are quantized already.
+        ties: Weights that are already quantized.
         choose: Quantizes a weight, given its name and how to store it; where it returns None, or is None, the weight
             is rounded to the nearest.
     """

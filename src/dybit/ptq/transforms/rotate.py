@@ -155,10 +155,10 @@ def _decoder(model: nn.Module) -> _Decoder:
         if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens")
     ]
     if len(bodies) != 1 or not hasattr(model.get_submodule(bodies[0]), "norm"):
-        raise DyBitError(f"rotate does not support {kind}: it is no decoder with embed_tokens, layers and norm")
+        raise DyBitError(f"rotate does not support {kind}: it is not a decoder with embed_tokens, layers and norm")
     if attachments(model):
         raise DyBitError(
-            f"rotate cannot be used on {kind}: layer {next(iter(attachments(model)))!r} is transformed already"
+            f"rotate cannot be used on {kind}: layer {next(iter(attachments(model)))!r} is already transformed"
         )
     body: Any = model.get_submodule(bodies[0])
     prefix = f"{bodies[0]}." if bodies[0] else ""
@@ -168,7 +168,7 @@ def _decoder(model: nn.Module) -> _Decoder:
             raise DyBitError(f"rotate does not support {kind}: layer {prefix}layers.{index} {problem}")
     width = body.embed_tokens.embedding_dim
     if not _commutes(body.norm, width) or not isinstance(body.embed_tokens, nn.Embedding):
-        raise DyBitError(f"rotate does not support {kind}: its last norm is no RMSNorm")
+        raise DyBitError(f"rotate does not support {kind}: its last norm is not an RMSNorm")
     head = "lm_head" if is_plain(getattr(model, "lm_head", nn.Identity())) else None
     if head and model.get_submodule(head).weight is body.embed_tokens.weight:
         head = None
@@ -190,7 +190,7 @@ def _problem(layer: nn.Module) -> str | None:
     attention: Any = layer.get_submodule("self_attn")
     for name in _NORMS:
         if not _commutes(layer.get_submodule(name), attention.q_proj.weight.shape[1]):
-            return f"has {name}, which is no RMSNorm"
+            return f"has {name}, which is not an RMSNorm"
     head = getattr(attention, "head_dim", None)
     if not isinstance(head, int) or attention.v_proj.out_features % head or attention.o_proj.in_features % head:
         return "has attention without heads of equal size"
