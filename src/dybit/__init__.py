@@ -1,7 +1,7 @@
 """DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.
 
-Names are loaded when they are first touched: ``import dybit`` itself loads neither torch nor NumPy. It makes dybit
-known to transformers, where that is imported before or after.
+Names are loaded when they are first used: ``import dybit`` itself loads neither torch nor NumPy. It registers dybit
+with transformers, which can be imported before or after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors that dybit raises for bad input, its warning, and the check of names that users write."""
+"""Errors and the warning of dybit, and checks of names that users write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class DyBitError(ValueError):
 
 
 class CheckpointError(DyBitError):
-    """A checkpoint that is truncated, foreign, of another version, or made for another architecture."""
+    """A checkpoint that is truncated, not written by dybit, of another version, or for another architecture."""
 
 
 class MissingExtraError(DyBitError, ImportError):
@@ -19,7 +19,7 @@ class MissingExtraError(DyBitError, ImportError):
 
 
 class DyBitWarning(UserWarning):
-    """Something was left as it was, and the result is still correct."""
+    """Something was left unchanged; the result is still correct."""
 
 
 def check_keys(what: str, given: Iterable[str], known: Collection[str]) -> None:

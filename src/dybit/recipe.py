@@ -31,27 +31,27 @@ class LayerRecipe:
     """How one layer is quantized.
 
     Args:
-        weights: Width of DyBit codes (2 to 8), whose variants ``variants`` names; or the name of any format, such as
-            ``"s4r2"`` or ``"nf4"``; or None to keep the weights as they are.
-        activations: The same for the layer's inputs, None to keep them. A width or a format such as ``"int8"`` is
-            taken unsigned where calibration saw no negative input; ``max_run`` is chosen by calibration.
-        granularity: What shares a scale. None means ``"group"`` where ``group_size`` is given, else ``"channel"``.
+        weights: Width of DyBit codes (2 to 8), with the variants in ``variants``; or the name of any format, such as
+            ``"s4r2"`` or ``"nf4"``; or None to keep the weights in floating point.
+        activations: The same for the layer's inputs. A width, or a format such as ``"int8"``, becomes unsigned if
+            calibration finds no negative input. Calibration also chooses ``max_run``.
+        granularity: What shares a scale. None means ``"group"`` if ``group_size`` is given, else ``"channel"``.
         group_size: Consecutive weights of an output channel that share a scale.
         scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.tensors.scale_search`).
-        variants: Which variants a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain ones with one
-            more level, never worse than plain), ``midrise``, or ``all``. None means ``all`` at 2 bits, ``spare`` from 3
-            to 5, and ``plain`` above, where the spare level brings nothing.
-        variant_granularity: What shares a variant; None means what shares a scale.
+        variants: The variants that a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain variants
+            with one more level, never worse than plain), ``midrise``, or ``all``. None means ``all`` at 2 bits,
+            ``spare`` from 3 to 5, and ``plain`` above, where the spare level gains nothing.
+        variant_granularity: What shares a variant; None for the same as the scale.
         method: How weight scales are chosen: ``mse``, ``absmax`` or ``percentile``.
-        criterion: What ``mse`` weighs errors by: ``weight`` (equally), ``activation`` (by the second moment of the
-            layer's inputs, which needs calibration), or ``auto`` (activation with calibration data).
-        percentile: For ``percentile`` methods of weights and activations.
-        activation_mode: ``static`` scales from calibration, one a tensor; or ``dynamic``, from the largest magnitude
-            of every token (of every sample for convolutions) as the model runs.
+        criterion: How ``mse`` weights errors: ``weight`` (equally), ``activation`` (by the second moment of the layer's
+            inputs, which needs calibration), or ``auto`` (``activation`` if there is calibration data).
+        percentile: For the ``percentile`` methods of weights and activations.
+        activation_mode: ``static``: one scale per tensor, from calibration. ``dynamic``: a scale per token (per sample
+            in convolutions), from its largest magnitude as the model runs.
         activation_method: How static scales are chosen: ``mse``, ``absmax`` (min-max) or ``percentile``.
         activation_group_size: For dynamic activations of linear layers: consecutive inputs that share a scale.
-        activation_offset: Whether static activations may use an unsigned format and an offset where that has the
-            smaller error, as for the outputs of GELU and SiLU.
+        activation_offset: Whether static activations may use an unsigned format and an offset if that reduces the
+            error, as for outputs of GELU and SiLU.
 
     Raises:
         DyBitError: A field has a bad value or does not fit the others.
@@ -132,9 +132,9 @@ class LayerRecipe:
 
     @cached_property
     def activation_families(self) -> tuple[Family, Family | None] | None:
-        """The families of signed and of non-negative inputs; None for the latter if the format has no unsigned one.
+        """The families of signed and of non-negative inputs. The latter is None if the format has no unsigned family.
 
-        None where activations are kept.
+        None if activations stay in floating point.
         """
         if self.activations is None:
             return None
@@ -167,14 +167,14 @@ class Recipe(LayerRecipe):
     """How a model is quantized: defaults for all layers, and rules for some.
 
     Args:
-        embeddings: As ``weights``, for embedding tables and the output layers tied to them. 8 by default: a table takes
-            part in no product, so that fewer bits save memory only.
-        rules: From a pattern of qualified names to the fields that differ there, or None to keep those layers in
-            floating point; the first pattern that matches wins. A pattern is a glob (``"encoder.*.query"``) or, after
-            ``re:``, a regular expression that must match the whole name.
+        embeddings: As ``weights``, for embedding tables and the output layers tied to them. 8 by default: a table is
+            not multiplied, so fewer bits save only memory.
+        rules: Maps patterns of qualified names to the fields that differ, or to None to keep these layers in floating
+            point. The first pattern that matches wins. A pattern is a glob (``"encoder.*.query"``) or, after ``re:``,
+            a regular expression that must match the whole name.
 
     Raises:
-        DyBitError: A field has a bad value, also in a rule; unknown fields are named with their nearest known one.
+        DyBitError: A field, also in a rule, is unknown or has a bad value. The message suggests the nearest name.
 
     Example:
         >>> recipe = Recipe(weights=4, group_size=128, rules={"head": None, "re:.*conv1": {"weights": 8}})
@@ -233,7 +233,7 @@ class Recipe(LayerRecipe):
         return None if defaults.weights is None and defaults.activations is None else defaults
 
     def keeps(self, name: str) -> str | None:
-        """The pattern of the rule that keeps a layer in floating point, or None if no rule does."""
+        """Returns the pattern of the rule that keeps a layer in floating point, or None."""
         rule = next(((pattern, changes) for pattern, changes in self.rules if matches(pattern, name)), None)
         return rule[0] if rule is not None and rule[1] is None else None
 
@@ -242,7 +242,7 @@ class Recipe(LayerRecipe):
 
         Args:
             names: The layers that can be quantized.
-            others: Parts of the model that cannot; only rules that keep floating point may match them.
+            others: Parts of the model that cannot be quantized. Only rules that keep floating point may match them.
 
         Raises:
             DyBitError: A rule matches nothing; the message suggests the nearest name.
@@ -254,7 +254,7 @@ class Recipe(LayerRecipe):
                 raise DyBitError(f"rule {pattern!r} matches no layer{_nearest(pattern.removeprefix('re:'), known)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON values; fields with their default value are left out."""
+        """Returns the recipe as JSON values, without fields that have their default value."""
         data: dict[str, Any] = {"version": FORMAT_VERSION}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -265,15 +265,15 @@ class Recipe(LayerRecipe):
         return data
 
     def to_json(self) -> str:
-        """The recipe as JSON text."""
+        """Returns the recipe as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, data: object) -> Recipe:
-        """Reads what :meth:`to_dict` wrote, or a person did.
+        """Reads JSON values as :meth:`to_dict` writes them.
 
         Raises:
-            DyBitError: It is no mapping, of another version, or has unknown or bad fields.
+            DyBitError: ``data`` is not a mapping, is of another version, or has unknown or bad fields.
         """
         if not isinstance(data, Mapping):
             raise DyBitError(f"a recipe must be a JSON object, not {data!r:.100}")

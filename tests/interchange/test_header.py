@@ -35,8 +35,8 @@ def tensor(shape=(32,), kind=0, offset=0, dimensions=None, data=b"\0" * 256):
 
 NESTED = b"".join(struct.pack("<IQ", 9, 1) for _ in range(20_000)) + struct.pack("<IQ", 4, 0)
 HOSTILE = {
-    "nothing": (b"", "no GGUF file"),
-    "magic": (b"GGML" + bytes(100), "no GGUF file"),
+    "nothing": (b"", "not a GGUF file"),
+    "magic": (b"GGML" + bytes(100), "not a GGUF file"),
     "version": (header(version=9, rest=bytes(9)), "is GGUF of version 9"),
     "tensors": (header(MANY, 0, bytes(100)), f"announces {MANY} tensors and 0 fields"),
     "fields": (header(0, MANY, bytes(100)), f"announces 0 tensors and {MANY} fields"),

@@ -1,7 +1,6 @@
 """Makes dybit known to transformers.
 
-Where transformers is imported, before or
-after dybit, dybit is made known to it, so that ``from_pretrained`` loads checkpoints of dybit; where it is not, nothing
+After both are imported, in any order, ``from_pretrained`` loads checkpoints of dybit. Without transformers nothing
 happens.
 """
 
@@ -22,7 +21,7 @@ _REGISTRIES = "transformers.quantizers.auto"
 
 
 class _AfterImport(MetaPathFinder, Loader):
-    """Runs :func:`_register` once transformers' registries are imported, and leaves."""
+    """Runs :func:`_register` after transformers' registries are imported, and removes itself."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -48,7 +47,7 @@ class _AfterImport(MetaPathFinder, Loader):
 
 
 def watch() -> None:
-    """Makes dybit known to transformers, now or when transformers comes to load its first model."""
+    """Registers dybit with transformers, now or when transformers loads its first model."""
     if _REGISTRIES in sys.modules:
         _register()
     else:
@@ -56,10 +55,10 @@ def watch() -> None:
 
 
 def _register() -> None:
-    """Imports the module that registers; a transformers that dybit does not fit must still work without dybit."""
+    """Imports the module that registers dybit. An unsupported version of transformers must still work without dybit."""
     try:
         import_module("dybit.integrations.transformers")
     except MissingExtraError:
-        pass  # an older transformers, which dybit has nothing to do with
+        pass  # an older transformers, which dybit does not support
     except Exception as error:
         logging.getLogger("dybit").warning("transformers cannot load checkpoints of dybit: %s", error)

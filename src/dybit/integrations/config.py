@@ -36,23 +36,23 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
     """How transformers' ``from_pretrained`` quantizes a model; stored in ``config.json`` by ``save_pretrained``.
 
     Args:
-        recipe: What to do, as a :class:`dybit.Recipe` or its JSON values; instead of ``fields``.
+        recipe: A :class:`dybit.Recipe` or its JSON values, instead of ``fields``.
         layers: Of a saved model: groups of layers that are stored alike, each a mapping with ``modules`` (their names),
             ``weights`` (fields of :class:`dybit.tensors.quantized_tensor.TensorSpec`) and ``input``.
-        tied: Of a saved model: from names of weights to those of the weights that they are tied to.
-        checksums: Of a saved model, checked when it is loaded: from names of weights to the CRC-32 of their codes,
-            scales and choices, as eight hexadecimal digits; from names of other tensors to type, shape and
-            CRC-32, as in ``float32 64x48:89abcdef``, for those who load them as such; those of all these
-            arguments and of the model's own configuration. What has none is not checked.
+        tied: Of a saved model: maps names of weights to the names of the weights that they are tied to.
+        checksums: Of a saved model, checked when it is loaded. Maps names of weights to the CRC-32 of their codes,
+            scales and choices, as eight hexadecimal digits; and names of other tensors to type, shape and CRC-32, such
+            as ``float32 64x48:89abcdef``. Also has checksums of these arguments and of the model's configuration.
+            Tensors without a checksum are not checked.
         coverage: Of a saved model: how much of it is quantized, as :meth:`dybit.models.coverage.Coverage.to_dict`.
-        strict: Raise an error before a weight is read if weights would stay in floating point that the recipe does not
-            keep by a rule or by ``weights=None``. It is not stored.
-        format_version: Of ``layers`` and ``tied``.
+        strict: Raise an error, before a weight is read, if weights would stay in floating point that the recipe does
+            not keep by a rule or by ``weights=None``. It is not stored.
+        format_version: The version of ``layers`` and ``tied``.
         quant_method: Always ``"dybit"``.
         **fields: The fields of a recipe.
 
     Raises:
-        DyBitError: The recipe is bad, or has static activations, which only a calibrated model can have.
+        DyBitError: The recipe is bad, or has static activations, which need calibration.
         CheckpointError: ``format_version`` is not known.
 
     Example:
@@ -100,7 +100,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Reads what :meth:`to_dict` wrote; transformers calls it.
+        """Reads the result of :meth:`to_dict`; transformers calls it.
 
         Raises:
             CheckpointError: A field is malformed.
@@ -113,7 +113,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
             raise CheckpointError(f"quantization_config has a bad entry: {error!s:.400}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON values in ``config.json``."""
+        """Returns the JSON values for ``config.json``."""
         data = {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
@@ -135,7 +135,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
 
 
 def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | None]]) -> list[dict[str, Any]]:
-    """The layers in ``config.json``: groups of names, with how the weights and inputs of each are stored."""
+    """Describes layers for ``config.json``: groups of names, with the formats of weights and inputs of each."""
     groups: list[dict[str, Any]] = []
     for name, specs, input_spec in layers:
         fields = [spec.to_dict() for spec in specs.values()][:1]
@@ -149,13 +149,13 @@ def describe(layers: Iterable[tuple[str, Mapping[str, TensorSpec], InputSpec | N
 
 
 def _texts(name: str, values: object) -> dict[str, str]:
-    """An argument that maps names to texts; empty for None."""
+    """Returns an argument that maps names to texts; empty for None."""
     found = {} if values is None else checked(values, name, dict)
     return {key: checked(text, f"{name}[{key!r}]", str) for key, text in found.items()}
 
 
 def stored_layers(config: DyBitConfig) -> Iterator[tuple[str, dict[str, Any] | None, InputSpec | None]]:
-    """Name, weight fields and input of every layer that ``config.json`` names."""
+    """Yields name, weight fields and input of every layer in ``config.json``."""
     try:
         for group in config.layers or ():
             checked(group, "a group of layers", dict)
@@ -187,11 +187,11 @@ def stored_spec(weights: dict[str, Any] | None, shape: tuple[int, ...], module: 
 
 
 def own_checksum(recipe: object, layers: object, tied: object, checksums: object) -> str:
-    """CRC-32 of a configuration, as it is stored."""
+    """Returns the CRC-32 of a stored configuration."""
     return crc32([json.dumps([recipe, layers, tied, checksums], sort_keys=True, default=repr).encode()])
 
 
 def checksum_rest(config: Mapping[str, Any]) -> str:
-    """CRC-32 of what ``config.json`` says about the model itself."""
+    """Returns the CRC-32 of the model's part of ``config.json``."""
     rest = {name: value for name, value in config.items() if name not in _FREE}
     return crc32([json.dumps(rest, sort_keys=True).encode()])

@@ -1,7 +1,7 @@
-"""Hugging Face transformers (5.0 and later): ``from_pretrained`` quantizes while it loads, and loads what was saved.
+"""Hugging Face transformers (5.0 and later): ``from_pretrained`` quantizes or loads checkpoints.
 
-Only hooks that have been stable since 5.0 are used. While a model is loaded, a layer shows transformers, which
-initializes what a file lacks, a weight without values; it is swapped when all weights are there.
+It uses only hooks that have been stable since 5.0. Transformers initializes weights that a file lacks, so during
+loading a layer exposes a weight without values. The layer is swapped after all weights have arrived.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.ties: dict[str, str] = {}  # taken from the model's own table, which knows parameters only
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:  # noqa: ANN401
-        """Checks that the devices are there, before anything is read.
+        """Checks, before anything is read, that the devices exist.
 
         Raises:
-            DyBitError: One is not.
+            DyBitError: One does not.
         """
         accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
         there = {"cpu", "disk", "meta"} | {accelerator.type if accelerator else "cpu"}
@@ -352,9 +352,9 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def attach_(model: Any) -> Any:  # noqa: ANN401
-    """Makes ``save_pretrained`` work on a transformers model that :func:`dybit.quantize_` quantized, in place.
+    """Makes ``save_pretrained`` work on a transformers model after :func:`dybit.quantize_`, in place.
 
-    This is how a calibrated model (static activations, better weights) becomes a checkpoint for ``from_pretrained``.
+    Use it to save a calibrated model (static activations, better weights) for ``from_pretrained``.
 
     Args:
         model: A ``PreTrainedModel`` after :func:`dybit.quantize_`.
@@ -363,8 +363,8 @@ def attach_(model: Any) -> Any:  # noqa: ANN401
         The same model.
 
     Raises:
-        DyBitError: It has no quantized layer, is no model of transformers, or has batch norms that were folded into
-            convolutions, for which a checkpoint of transformers has no place.
+        DyBitError: It has no quantized layer, is not a model of transformers, or has batch norms that were folded into
+            convolutions, which a checkpoint of transformers cannot represent.
     """
     if not quantized_layers(model) or not hasattr(model, "save_pretrained"):
         raise DyBitError(f"model must be a transformers model after quantize_, not {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""Post-training algorithms as a chain: transforms of the model, one way of rounding, corrections of what it did.
+"""Post-training algorithms as a chain: transforms of the model, a rounding method, corrections of its errors.
 
 A chain has three stages, each optional but the second:
 
@@ -44,7 +44,7 @@ class Algorithm:
 
     Args:
         stage: 0 for a transform, 1 for a rounding, 2 for a correction.
-        run: What does it.
+        run: The function.
         calibrated: Whether it needs calibration.
     """
 
@@ -89,13 +89,13 @@ def resolve(
     *,
     calibrated: bool,
 ) -> tuple[str, ...]:
-    """Returns the names of a chain, checked, with the rounding that it needs.
+    """Checks a chain and returns its names, with a rounding method added if missing.
 
     Args:
         algorithm: A name, names, ``"auto"``, or None.
         model: The floating-point model; needed for ``"auto"`` only.
-        recipes: Those of its layers; likewise.
-        calibrated: Whether there is calibration.
+        recipes: The recipes of its layers; needed for ``"auto"`` only.
+        calibrated: Whether there is calibration data.
 
     Raises:
         DyBitError: A name is unknown or given twice, the order is wrong, there is more than one rounding, or an
@@ -128,7 +128,7 @@ def resolve(
 
 
 def choose(model: nn.Module | None, recipes: Iterable[LayerRecipe], *, calibrated: bool) -> tuple[str, ...]:
-    """The chain that ``"auto"`` means: what measured best for the kind of model and the widths (docs/accuracy.md)."""
+    """Returns the chain for ``"auto"``: the best measured for the kind of model and the widths (docs/accuracy.md)."""
     if not calibrated or model is None:
         return ("rtn",)
     recipes = list(recipes)
@@ -145,7 +145,7 @@ def _is_narrow(form: int | str | None) -> bool:
 
 
 def materialize(batches: Iterable[Any] | None) -> list[Any] | None:
-    """The batches as a list, since an algorithm runs them more than once.
+    """Returns the batches as a list, since an algorithm runs them more than once.
 
     Raises:
         DyBitError: ``calibration`` is empty, or not an iterable of batches.
@@ -159,10 +159,10 @@ def materialize(batches: Iterable[Any] | None) -> list[Any] | None:
 
 
 def check_workdir(workdir: str | os.PathLike[str], chain: Sequence[str]) -> None:
-    """Checks that a directory for finished layers is of use and can be made.
+    """Checks that the chain uses a directory for finished layers, and that it can be made.
 
     Raises:
-        DyBitError: It is not, or cannot.
+        DyBitError: Neither holds.
     """
     if "gptq" not in chain:
         raise DyBitError(f"workdir={os.fspath(workdir)!r} is for algorithm 'gptq', not for {','.join(chain)}")
@@ -188,7 +188,7 @@ def run_(
         plans: The layers to quantize.
         batches: Calibration batches, a list unless the chain is ``rtn`` alone; or None.
         chain: What :func:`resolve` returned.
-        workdir: Where ``gptq`` keeps finished layers.
+        workdir: The directory in which ``gptq`` stores finished layers.
         progress: Called with (done, total, text).
     """
     by_stage = [[name for name in chain if ALGORITHMS[name].stage == stage] for stage in range(3)]
@@ -204,5 +204,5 @@ def run_(
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:
-    """Progress calls that say whose they are."""
+    """Adds the name of an algorithm to its progress calls."""
     return progress and (lambda done, total, text: progress(done, total, f"{name}: {text}"))

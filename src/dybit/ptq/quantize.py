@@ -31,25 +31,25 @@ def quantize_(
 ) -> nn.Module:
     """Quantizes a model in place.
 
-    Linear layers, convolutions (transposed ones too), embeddings (``nn.EmbeddingBag`` too), recurrent layers and cells,
-    ``nn.MultiheadAttention``, transformers' ``Conv1D`` and its experts are quantized, subclasses included; everything
-    else stays as it is. Tied weights stay tied, a shared module is quantized once, weight and spectral norms are made
-    permanent, and a batch norm that follows a quantized convolution is folded into it (of a model in evaluation mode).
+    It quantizes linear layers, convolutions (also transposed), embeddings and embedding bags, recurrent layers and
+    cells, ``nn.MultiheadAttention``, transformers' ``Conv1D`` and experts, and subclasses of these. Everything else
+    stays unchanged. Tied weights stay tied, a shared module is quantized once, and weight and spectral norms are made
+    permanent. In a model in evaluation mode, a batch norm after a quantized convolution is folded into it.
 
-    The share of weights that is quantized is logged at level INFO; a warning names what stays in floating point if that
-    is over a tenth and the recipe does not ask for it.
+    The share of quantized weights is logged at level INFO. If more than a tenth stays in floating point without the
+    recipe asking for it, a warning names the parts.
 
     Args:
-        model: The model. If quantization fails, it stays as it was; transforms need a copy of the weights for that.
-        recipe: What to do.
-        calibration: Batches that represent the model's inputs, each a tensor, a tuple or list of positional arguments,
-            or a mapping of keyword arguments. Static activations need them; weights are better with them.
-        algorithm: How weights are rounded and errors made up for: a name, or several in the order of their stages (see
-            ``ALGORITHMS``), or ``"auto"`` for a good choice by architecture. None rounds to the nearest.
-        workdir: A directory where ``gptq`` keeps the layers that it has finished, so that the same call goes on there
-            after an interruption; made if it is not there. None keeps nothing.
-        strict: Raise an error, before anything is changed, if weights would stay in floating point that the recipe
-            does not keep by a rule or by ``weights=None``.
+        model: The model. If quantization fails, it stays unchanged; with transforms this takes a copy of the weights.
+        recipe: The formats of the layers.
+        calibration: Batches of typical inputs, each a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments. Static activations need them, and they improve weights.
+        algorithm: How weights are rounded and errors corrected: a name, several names in the order of their stages
+            (see ``ALGORITHMS``), or ``"auto"`` for a good choice by architecture. None rounds to nearest.
+        workdir: A directory in which ``gptq`` stores finished layers, so that the same call resumes after an
+            interruption. It is made if needed. None stores nothing.
+        strict: Raise an error, before any change, if weights would stay in floating point that the recipe does not
+            keep by a rule or by ``weights=None``.
         progress: Called with (done, total, text) before every layer and after the last.
 
     Returns:
@@ -57,8 +57,8 @@ def quantize_(
 
     Raises:
         DyBitError: ``model`` is not a module, is already quantized or has nothing to quantize; a weight is empty, not
-            floating point or not finite; a rule matches nothing; the algorithms are no chain; calibration is missing,
-            empty or does not fit; ``strict`` and something would be left.
+            floating point or not finite; a rule matches nothing; the algorithms do not form a chain; calibration is
+            missing, empty or does not fit; or ``strict`` is set and weights would stay in floating point.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
