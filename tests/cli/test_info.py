@@ -1,17 +1,15 @@
 import json
-import sys
 
 import pytest
 from command_line import MODULE, good, invoke
 
 
 def test_info_of_no_checkpoint(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "informed.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
     result = invoke("info", str(tmp_path / "no"))
     assert result.exit_code == 2 and "is not a dybit checkpoint" in result.stderr
-    good("quantize", "mine:net", "-o", str(tmp_path / "q"))
+    good("quantize", "informed:net", "-o", str(tmp_path / "q"))
     file = tmp_path / "q" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     result = invoke("info", str(tmp_path / "q"))
