@@ -179,7 +179,7 @@ class GgmlPool(ctypes.Structure):
 
 
 def ggml_interleaving(libraries: tuple[ctypes.CDLL, ctypes.CDLL]) -> ctypes.c_void_p | None:
-    """The kind of buffer whose weights ggml interleaves, as its model loader does where there is one."""
+    """The kind of buffer whose weights ggml interleaves, as its model loader chooses it; None without one."""
     (base, cpu), pointer = libraries, ctypes.c_void_p
     cpu.ggml_backend_cpu_reg.restype = base.ggml_backend_reg_get_proc_address.restype = pointer
     base.ggml_backend_reg_dev_get.restype = base.ggml_backend_buft_name.restype = pointer

@@ -105,7 +105,7 @@ def create_app(model: Any, tokenizer: Any, name: str) -> FastAPI:
                 try:
                     found.append(generate(request, ids, streamer=streamer))
                 finally:
-                    streamer.end()  # whoever waits for text must not wait for ever
+                    streamer.end()  # ends the wait of the reader
 
             thread = threading.Thread(target=work)
             thread.start()

@@ -1,4 +1,4 @@
-"""JSON documents that somebody has changed: any place, any other value, as a strategy of Hypothesis."""
+"""JSON documents with one changed value at any place, as a strategy of Hypothesis."""
 
 import copy
 

@@ -111,7 +111,7 @@ def evaluate(
     batch_size: options.BatchSize = 16,
     outputs: Annotated[str, typer.Option(help="Kind of outputs: logits, embeddings, values, or auto.")] = "auto",
 ) -> None:
-    """Compare quantized models with their FP32 original on real inputs.
+    """Compare quantized models with FP32 on real inputs.
 
     It prints SQNR of the outputs in dB (higher is better); agreement in %, of the largest logit or, for embeddings, of
     the nearest neighbour; KL divergence in nats per output (lower is better); Spearman's rank correlation (1 is best);

@@ -46,10 +46,10 @@ _Config = Annotated[
 ]
 _Recipe = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A recipe in JSON for everything but the bits, such as scales and rules."),
+    typer.Option(metavar="FILE", help="A recipe in JSON for everything but the formats, such as scales and rules."),
 ]
 _Candidates = Annotated[
-    str | None, typer.Option(help="Bits of weights/activations to choose from, such as 8/8,4/8,fp32. [depends on --on]")
+    str | None, typer.Option(help="Weights/activations to choose from, such as 8/8,4/8,fp32. [depends on --on]")
 ]
 _Group = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must get the same formats. May be repeated.")
@@ -98,7 +98,7 @@ def search(
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
 ) -> None:
-    """Find the best bits of every layer under a constraint.
+    """Find the best formats of every layer under a constraint.
 
     With --speedup or --max-size it minimises the error, with --max-error or --max-drop the cost. Sensitivities are kept
     in the user's cache directory, so run the same command again to resume. With --workload, errors are estimated from
