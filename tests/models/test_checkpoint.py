@@ -379,7 +379,7 @@ def test_only_quantized_models_are_saved(tmp_path):
         def set_extra_state(self, state):
             pass
 
-    with pytest.raises(DyBitError, match="model has the extra state '_extra_state', which is no tensor"):
+    with pytest.raises(DyBitError, match="model has the extra state '_extra_state', which is not a tensor"):
         save(quantize_(Extra(4, 4), Recipe()), tmp_path / "a")
     assert names(tmp_path) == []
 
