@@ -286,7 +286,7 @@ def _row(place: int, result: Result) -> list[str]:
         used = f"own groups of {result.family.group_size}, {result.setting.scale}"
     elif result.family.scale:
         used = f"{used} (own scale {result.setting.scale})".strip()
-    name = "Lloyd-Max" if result.kind == "bound" else result.family.name
+    name = "Lloyd-Max (bound)" if result.kind == "bound" else result.family.name
     return [
         "" if result.kind == "bound" else str(place),
         name,
@@ -345,7 +345,7 @@ def picture_rows(results: Sequence[Result]) -> list[FormatRow]:
     chosen += [result for result in results if result.kind == "bound"]
     rows = []
     for result in chosen:
-        name = "Lloyd-Max" if result.kind == "bound" else result.family.name
+        name = "Lloyd-Max (bound)" if result.kind == "bound" else result.family.name
         single = len(result.family.books) == 1
         unit = result.setting.granularity
         detail = "" if single else f"{result.most_used.name}, the choice of {result.share:.0%} of {unit}s"

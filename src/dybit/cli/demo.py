@@ -99,7 +99,7 @@ SUBJECTS = {
         ),
     ),
     "efficientnet_lite0": Subject(
-        "EfficientNet-Lite0 (ImageNet classifier)", "imagenet_batches", "crops", 20, 30,
+        "EfficientNet-Lite0 (ImageNet classifier)", "imagenet_batches", "crops", 8, 8,
         _trials(
             Recipe(
                 weights=4, activations="int8", group_size=16,
@@ -355,5 +355,5 @@ def _draw(path: Path, model: nn.Module, title: str) -> None:
     setting = Setting("channel", None, "fp32", "mse")
     results = measure(matrices, [catalogue.family(name) for name in _PICTURED], setting, bits=4)
     share = "all" if every == 1 else f"1 in {every}"
-    subtitle = f"{share} output channels of {len(matrices)} layers; one scale a channel; marks at its typical value"
+    subtitle = f"values at the scale of a typical channel; SQNR of {share} channels of {len(matrices)} layers"
     compare.draw(path, matrices, results, setting, f"4-bit levels on the weights of {title.split(' (')[0]}", subtitle)

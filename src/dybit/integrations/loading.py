@@ -42,7 +42,7 @@ class LoadingLayer:
         self.original = type(self.module)
 
 
-def hide_(layer: LoadingLayer, weight: str, parts: Mapping[str, Tensor]) -> None:
+def hide_weight_(layer: LoadingLayer, weight: str, parts: Mapping[str, Tensor]) -> None:
     """Puts codes in the place of a weight, behind one without values: transformers initializes what a file lacks."""
     module = layer.module
     shown = cast(Any, module._parameters.pop(weight)).detach()
@@ -55,17 +55,19 @@ def hide_(layer: LoadingLayer, weight: str, parts: Mapping[str, Tensor]) -> None
     module.__class__ = type(type(module).__name__, (type(module),), {weight: property(show)})
 
 
-def await_(layer: LoadingLayer, own: list[str]) -> None:
+def expect_codes_(layer: LoadingLayer, own: list[str]) -> None:
     """Prepares a layer for stored codes: as empty buffers for the loader."""
     for weight, spec in layer.specs.items():
         table = spec.buffers() if weight in own else {}
-        hide_(layer, weight, {key: torch.empty(shape, dtype=t, device="meta") for key, (shape, t) in table.items()})
+        hide_weight_(
+            layer, weight, {key: torch.empty(shape, dtype=t, device="meta") for key, (shape, t) in table.items()}
+        )
     if layer.input is not None and layer.input.mode == "static":
         for key in ("input_scale", *(["input_offset"] if layer.input.offset else [])):
             layer.module._buffers[key] = torch.empty(1, dtype=torch.float32, device="meta")
 
 
-def arrived_(name: str, layer: LoadingLayer, folder: str) -> dict[str, QuantizedTensor]:
+def check_codes_(name: str, layer: LoadingLayer, folder: str) -> dict[str, QuantizedTensor]:
     """Checks and returns the codes that the loader put into a layer (on meta if offloaded). Restores its class."""
     module = layer.module
     module.__class__ = layer.original

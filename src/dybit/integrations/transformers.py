@@ -29,12 +29,12 @@ from dybit.integrations.config import (
 )
 from dybit.integrations.loading import (
     LoadingLayer,
-    arrived_,
-    await_,
+    check_codes_,
     check_headers,
     check_plain,
     check_rest,
-    hide_,
+    expect_codes_,
+    hide_weight_,
     in_memory,
     offload_,
     plain_tensors,
@@ -182,7 +182,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
             if stored is None or (other == key and not same_codes(stored, codes)):
                 owner.codes[name], owner.dtype = codes, tensor.dtype
                 if name in owner.module._parameters:
-                    hide_(owner, name, {})
+                    hide_weight_(owner, name, {})
                 owner.module._buffers.update({name + suffix: part for suffix, part in codes.buffers().items()})
             if missing is not None:
                 missing.discard(other)
@@ -275,7 +275,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._take_over(model, {t: s for t, s in ties.items() if t and s})
         for name, layer in self.loading.items():
             own = [weight for weight in layer.specs if f"{name}.{weight}" not in self.ties]
-            await_(layer, own)
+            expect_codes_(layer, own)
 
     def _heads(self, model: Any) -> dict[str, str]:  # noqa: ANN401
         """Layers of this model that the saved one lacked, such as a head, tied to a weight that it had."""
@@ -309,7 +309,7 @@ class DyBitQuantizer(HfQuantizer):  # type: ignore[misc]
         }
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:  # noqa: ANN401
-        arrived = {name: arrived_(name, layer, self._folder) for name, layer in self.loading.items()}
+        arrived = {name: check_codes_(name, layer, self._folder) for name, layer in self.loading.items()}
         for target, source in self.ties.items():
             (owner, weight), (first, first_weight) = self._find(target), self._find(source)
             name, origin = target.rpartition(".")[0], source.rpartition(".")[0]

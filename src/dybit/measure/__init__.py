@@ -1,1 +1,1 @@
-"""Measures models: fidelity, time, workloads, and formats ranked on weights."""
+"""Measures models: fidelity, time, the layers and shapes that run, and formats ranked on weights."""

@@ -114,7 +114,7 @@ def _draw_rows(axes: Any, rows: Sequence[FormatRow], reach: float) -> None:  # n
             beyond = int(np.count_nonzero(side * row.levels > reach))
             if beyond:
                 axes.annotate(
-                    f"+{beyond}", (side * reach, y), xytext=(-side * 3, 3), textcoords="offset points", size=7,
+                    f"+{beyond} outside", (side * reach, y), xytext=(-side * 3, 3), textcoords="offset points", size=7,
                     ha="right" if side > 0 else "left", color=colour,
                 )  # fmt: skip
         weight = "bold" if row.kind == "dybit" else "normal"
