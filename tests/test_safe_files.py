@@ -171,7 +171,12 @@ def test_new_files_and_directories_follow_the_umask(tmp_path, umask, mask):
     safe_files.write_json(tmp_path / "a" / "value", 1)
     with safe_files.replacing(tmp_path / "folder", "mark") as folder:
         (folder / "mark").write_text("x")
-    for name, mode in (("text", 0o666), ("a", 0o777), ("a/value", 0o666), ("folder", 0o777), ("folder/mark", 0o666)):
+        (folder / "private").touch(mode=0o600)
+        (folder / "inner").mkdir()
+    for name, mode in (
+        ("text", 0o666), ("a", 0o777), ("a/value", 0o666), ("folder", 0o777), ("folder/mark", 0o666),
+        ("folder/private", 0o666), ("folder/inner", 0o777),
+    ):  # fmt: skip
         assert (tmp_path / name).stat().st_mode & 0o777 == mode & ~mask, name
     assert (tmp_path / "text").read_bytes() == "ü".encode()
 

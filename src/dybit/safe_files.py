@@ -253,7 +253,7 @@ def replacing(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     """A new directory whose files come to ``path`` when all went well, and is removed when not.
 
     The files of a directory that is at ``path`` already are replaced by those of the same name; the others stay. So do
-    the directory itself and symbolic links to it.
+    the directory itself and symbolic links to it. New files get the permissions of any new file.
 
     Args:
         path: The directory.
@@ -273,6 +273,9 @@ def replacing(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
         raise unwritable(path, error) from None
     try:
         yield folder
+        for file in folder.iterdir():
+            if file.is_file():  # safetensors writes files that only their owner can read
+                file.chmod(folder.stat().st_mode & 0o666)
         put_in_place(folder, target)
     except OSError as error:
         raise unwritable(path, error) from None

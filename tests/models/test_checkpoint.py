@@ -270,6 +270,7 @@ def test_paths(saved, tmp_path, monkeypatch):
     deep = tmp_path / "a b" / "ü" / "c"
     assert save(model, str(deep)) == deep and (deep / MANIFEST).exists()
     assert (deep.stat().st_mode & 0o777) == 0o755
+    assert {file.stat().st_mode & 0o777 for file in deep.iterdir()} == {0o644}
     monkeypatch.chdir(tmp_path)
     assert save(model, "relative/") == Path("relative")
     load("relative", mlp())
