@@ -4,6 +4,8 @@ import sys
 import pytest
 from command_line import invoke
 
+from dybit.cli import sources
+
 PIPES = {
     "info": ("info", "DIR", "dybit.json"),
     "info_tensors": ("info", "DIR", "model.safetensors"),
@@ -43,3 +45,12 @@ def test_pipes_are_not_waited_for(tmp_path, monkeypatch, name):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, (result.stderr, result.exception)
     assert str(folder) in result.stderr and ("is a pipe, not a file" in result.stderr or "is no file" in result.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_models_come_in_evaluation_mode(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "trained.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(4, 4)).train()\n"
+    )
+    model = sources.load_model("trained:net")
+    assert not any(module.training for module in model.modules())

@@ -468,9 +468,22 @@ def test_embeddings_that_change_their_weights_are_kept():
 
 def test_training_mode_is_kept():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
-    quantize_(model, W4A8, [torch.randn(2, 3, 5, 5)])
+    with pytest.warns(DyBitWarning, match=r"training mode, so 1 batch norm is not merged .* call model.eval\(\) first"):
+        quantize_(model, W4A8, [torch.randn(2, 3, 5, 5)])
     assert model.training and isinstance(model[1], nn.BatchNorm2d)
     assert not folded_pairs(model)
+
+
+def test_training_mode_warns_of_norms_that_are_not_merged():
+    def model():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    with pytest.warns(DyBitWarning, match="2 batch norms are not merged"):
+        quantize_(model(), Recipe())
+    quantize_(model().eval(), Recipe())  # warnings are errors in tests
+    quantize_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), Recipe())
+    with pytest.warns(DyBitWarning, match="1 batch norm is not merged"):
+        quantize_(model(), Recipe(rules={"0": None}))
 
 
 def test_nothing_is_random():

@@ -1,13 +1,16 @@
 """Fused models: the bits of the model that they were made from, and where they hand over to it."""
 
+import pickle
+
 import pytest
 import torch
 from fused_networks import RECIPES, network
 from torch import nn
 from torch.nn import functional
 
-from dybit import fuse, quantize_
+from dybit import Recipe, fuse, quantize_, save
 from dybit.errors import DyBitError, DyBitWarning
+from dybit.interchange import save_compressed
 from dybit.kernels import extension
 
 ISAS = extension.available()[1:]
@@ -137,6 +140,41 @@ def test_nothing_to_fuse_is_said():
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     with pytest.warns(DyBitWarning, match="no convolution has a static input scale"):
         assert fuse(plain) is plain
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.warns(DyBitWarning, match="training mode"):
+        quantize_(model, RECIPES["int8"], [torch.randn(2, 3, 4, 4)])
+    with pytest.warns(DyBitWarning, match=r"convolution '0' is followed by a batch norm .* call model.eval\(\)"):
+        assert fuse(model.eval()) is model
+
+
+FUSABLE = {
+    "convolutions": network,
+    "activation": lambda: quantize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(), nn.Sigmoid()), Recipe()),
+    "feed_forward": lambda: quantize_(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval(), Recipe()),
+}
+
+
+@pytest.mark.parametrize("name", FUSABLE)
+def test_a_fused_model_is_neither_fused_nor_saved(tmp_path, name):
+    model = FUSABLE[name]()
+    fused = fuse(model)
+    for outer in (fused, nn.Sequential(fused)):
+        with pytest.raises(DyBitError, match="model is already fused"):
+            fuse(outer)
+        for write in (save, save_compressed):
+            with pytest.raises(DyBitError, match="model is fused; save the model that was passed to fuse"):
+                write(outer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert fused.state_dict()
+    save(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["convolutions", "feed_forward"])
+def test_a_fused_model_can_be_pickled(name):
+    fused = fuse(FUSABLE[name]())
+    x = torch.randn(*((2, 3, 19, 17) if name == "convolutions" else (2, 8)))
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(fused))(x), fused(x))
 
 
 def test_a_model_that_cannot_be_traced_is_named():

@@ -103,7 +103,7 @@ def _naming(prefix: str, *keep: type[Exception]) -> Iterator[None]:
 
 
 def load_model(spec: str, argument: str = "MODEL") -> nn.Module:
-    """Builds a floating-point model.
+    """Builds a floating-point model, in evaluation mode.
 
     Args:
         spec: A transformers directory (``config.json`` and weights), or ``module:function`` returning an ``nn.Module``.
@@ -116,7 +116,7 @@ def load_model(spec: str, argument: str = "MODEL") -> nn.Module:
         model = call(spec, argument)
         if not _is_module(model):
             raise DyBitError(f"{argument} {spec!r} must return a torch.nn.Module, not {type(model).__name__}")
-        return model  # type: ignore[no-any-return]
+        return model.eval()  # type: ignore[no-any-return]
     if (Path(spec) / "config.json").is_file():
         return _from_transformers(Path(spec), argument)
     if (Path(spec) / "dybit.json").is_file():

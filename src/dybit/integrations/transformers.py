@@ -45,7 +45,7 @@ from dybit.integrations.parameters import count_codes_
 from dybit.layers.description import without_descriptions
 from dybit.layers.kinds import is_experts, layout, weight_names
 from dybit.layers.offloading import held_tensor
-from dybit.layers.quantized import quantized_layers
+from dybit.layers.quantized import is_fused, quantized_layers
 from dybit.layers.swap import swap_
 from dybit.models.coverage import measure
 from dybit.models.plan import Plan, Ties, plan_layers, weight_spec
@@ -363,11 +363,13 @@ def attach_(model: Any) -> Any:  # noqa: ANN401
         The same model.
 
     Raises:
-        DyBitError: It has no quantized layer, is not a model of transformers, or has batch norms that were folded into
-            convolutions, which a checkpoint of transformers cannot represent.
+        DyBitError: It has no quantized layer, is not a model of transformers, is fused, or has batch norms that were
+            folded into convolutions, which a checkpoint of transformers cannot represent.
     """
     if not quantized_layers(model) or not hasattr(model, "save_pretrained"):
         raise DyBitError(f"model must be a transformers model after quantize_, not {type(model).__name__}")
+    if is_fused(model):
+        raise DyBitError("model is fused; save the model that was passed to fuse")
     if folded_pairs(model):
         raise DyBitError(f"model has a folded batch norm, {folded_pairs(model)[0][1]!r}: save it with dybit.save")
     recipe = getattr(model, "_dybit_recipe", None) or Recipe()

@@ -19,7 +19,7 @@ from dybit.errors import CheckpointError, DyBitError
 from dybit.interchange.blocks import Blocks, from_blocks, to_blocks
 from dybit.interchange.imported import Imported
 from dybit.layers.description import without_descriptions
-from dybit.layers.quantized import quantized_layers
+from dybit.layers.quantized import is_fused, quantized_layers
 from dybit.safe_files import SHA256, check_digest, check_regular, digest, read_json, replacing
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -42,8 +42,10 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The directory.
 
     Raises:
-        DyBitError: A layer is quantized in another way, or the directory cannot be written.
+        DyBitError: The model is fused, a layer is quantized in another way, or the directory cannot be written.
     """
+    if is_fused(model):
+        raise DyBitError("model is fused; save the model that was passed to fuse")
     layers = quantized_layers(model)
     if not layers:
         raise DyBitError("model has no quantized layer; call quantize_ first")

@@ -182,6 +182,15 @@ class Quantized(Described, nn.Module):
         return self
 
 
+class FusedModule(nn.Module):
+    """A module of a fused model: it holds layers of the model that was fused, under other names."""
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, is the result of :func:`dybit.fuse`."""
+    return any(isinstance(module, FusedModule) for module in model.modules())
+
+
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors, or None, have the same values."""
     return one is other or (one is not None and other is not None and torch.equal(one.cpu(), other.cpu()))

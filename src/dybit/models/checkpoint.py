@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from dybit.errors import CheckpointError, DyBitError
 from dybit.layers.description import Description, without_descriptions
 from dybit.layers.kinds import weight_names
-from dybit.layers.quantized import Quantized, quantized_layers
+from dybit.layers.quantized import Quantized, is_fused, quantized_layers
 from dybit.layers.swap import set_bias_, swap_
 from dybit.models.attachments import attachments, expect_attached_, is_attached
 from dybit.models.batch_norm import expect_folded_, is_pair
@@ -44,9 +44,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], recipe: Recipe | None =
         The directory.
 
     Raises:
-        DyBitError: The model has no quantized layer or holds tensors that cannot be stored, or ``path`` is not a
-            checkpoint or cannot be written.
+        DyBitError: The model has no quantized layer, is fused or holds tensors that cannot be stored, or ``path`` is
+            not a checkpoint or cannot be written.
     """
+    if is_fused(model):
+        raise DyBitError("model is fused; save the model that was passed to fuse")
     layers = quantized_layers(model)
     if not layers:
         raise DyBitError("model has no quantized layer; call quantize_ first")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
+from dybit.errors import DyBitWarning
 from dybit.models.batch_norm import find_pairs, fold_
 from dybit.models.coverage import measure
 from dybit.models.plan import plan_layers, quantized_names
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
 from dybit.models.rollback import undone_on_failure
-from dybit.models.running import Progress, ordinary_tensors
+from dybit.models.running import Progress, evaluating, ordinary_tensors
 from dybit.ptq import chain
 from dybit.ptq.rounding.nearest import check_without_calibration
 from dybit.recipe import Recipe
@@ -34,7 +36,8 @@ def quantize_(
     It quantizes linear layers, convolutions (also transposed), embeddings and embedding bags, recurrent layers and
     cells, ``nn.MultiheadAttention``, transformers' ``Conv1D`` and experts, and subclasses of these. Everything else
     stays unchanged. Tied weights stay tied, a shared module is quantized once, and weight and spectral norms are made
-    permanent. In a model in evaluation mode, a batch norm after a quantized convolution is folded into it.
+    permanent. In a model in evaluation mode, a batch norm after a quantized convolution is folded into it; in training
+    mode it stays, with a warning.
 
     The share of quantized weights is logged at level INFO. If more than a tenth stays in floating point without the
     recipe asking for it, a warning names the parts.
@@ -79,7 +82,9 @@ def quantize_(
     with undone_on_failure(model, written=writes), ordinary_tensors(model):
         for plan in plans:
             make_plain_(plan.module)
-        if not model.training:
+        if model.training:
+            _warn_of_norms(model, quantized_names(plans))
+        else:
             names = quantized_names(plans)
             pairs = [pair for pair in find_pairs(model) if pair[0] in names]
             fold_(model, pairs)
@@ -92,3 +97,17 @@ def quantize_(
     if progress:
         progress(len(plans), len(plans), "done")
     return model
+
+
+def _warn_of_norms(model: nn.Module, names: Collection[str]) -> None:
+    """Warns of the batch norms that would be folded in evaluation mode."""
+    with evaluating(model):
+        count = sum(conv in names for conv, _ in find_pairs(model))
+    if count:
+        norms = "1 batch norm is" if count == 1 else f"{count} batch norms are"
+        warnings.warn(
+            f"the model is in training mode, so {norms} not merged into convolutions and fuse cannot speed it up; "
+            "call model.eval() first",
+            DyBitWarning,
+            stacklevel=3,
+        )

@@ -95,7 +95,8 @@ def prepare_qat_(
     modes = {module: module.training for module in modules.values()}
     try:
         for module in modules.values():
-            module.training = batch_norm == "keep"  # quantize_ folds in evaluation mode
+            # quantize_ folds in evaluation mode, but no norm that is in training mode.
+            module.training = batch_norm == "keep" and module is not model
         start = recipe if calibration is not None else _without_calibration(recipe)
         quantize_(model, start, calibration, strict=strict, progress=remember)
     finally:

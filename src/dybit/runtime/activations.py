@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dybit.layers.forwards import QuantizedLinear
-from dybit.layers.quantized import Quantized, is_linear
+from dybit.layers.quantized import FusedModule, Quantized, is_linear
 from dybit.operators.activations import activate
 
 # Names of dybit.operators.activations by transformers' class names, since importing transformers is slow.
@@ -50,7 +50,7 @@ def is_bare(layer: nn.Module) -> bool:
     )
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(FusedModule):
     """A quantized linear layer and the activation after it.
 
     The two run one after the other if gradients are recorded, under ``torch.compile`` and ``torch.export``, and for

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dybit.layers.forwards import QuantizedLinear
-from dybit.layers.quantized import Quantized, is_linear
+from dybit.layers.quantized import FusedModule, Quantized, is_linear
 from dybit.operators.prepared_linear import feed_forward
 from dybit.runtime.activations import FusedLinear, is_bare
 
@@ -25,7 +25,7 @@ _PRODUCTS = (operator.mul, torch.mul, "mul")
 _LEAVES = (Quantized, FusedLinear)
 
 
-class FeedForward(nn.Module):
+class FeedForward(FusedModule):
     """``down(first(x))``, or ``down(first(x) · second(x))``, a few hundred rows at a time.
 
     The layers run one after the other if gradients are recorded, under ``torch.compile`` and ``torch.export``, and for

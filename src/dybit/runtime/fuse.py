@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.forwards import is_convolution
-from dybit.layers.quantized import Quantized
+from dybit.layers.quantized import FusedModule, Quantized, is_fused
 from dybit.operators.images import ImageFormat, UnknownError
 from dybit.operators.input_rounding import input_format
 from dybit.runtime.activations import FusedLinear, fuse_activations
@@ -35,7 +35,7 @@ _CLAMPS = (torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip")
 _IN_PLACE = (operator.iadd, torch.relu_, functional.relu_, torch.clamp_)
 
 
-class Fused(nn.Module):
+class Fused(FusedModule):
     """A fused model; :func:`fuse` makes it.
 
     The model runs layer by layer if an activation is NaN, if inputs are not float32, and if gradients are recorded.
@@ -122,10 +122,16 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         A model with the signature of ``model``, for batches of any size: a :class:`Fused` one if it has convolutions
         with static input scales, else one of its own class. If nothing can be fused, ``model`` itself, with a warning.
+        It cannot be saved with :func:`dybit.save`; save ``model``.
+
+    Raises:
+        DyBitError: ``model`` is already fused, or ``torch.fx`` cannot trace it.
 
     Example:
         >>> fused = dybit.fuse(dybit.quantize_(model, recipe, calibration=batches))  # doctest: +SKIP
     """
+    if is_fused(model):
+        raise DyBitError("model is already fused")
     linear, activations = fuse_activations(model)
     if activations:
         linear = fuse_feed_forward(linear)
@@ -143,7 +149,7 @@ def fuse(model: nn.Module) -> nn.Module:
     _drop_identities(module)
     stages = _stages(module)
     if not any(stage.result is not stage.conv for stage in stages) and not _links(stages):
-        return linear if activations else _unchanged(model, "no convolution is followed by a node that it could absorb")
+        return linear if activations else _unchanged(model, _obstacle(stages, module))
     fused = _rewrite(module, stages)
     return Fused(module, model, fused).train(model.training)
 
@@ -151,6 +157,19 @@ def fuse(model: nn.Module) -> nn.Module:
 def _unchanged(model: nn.Module, why: str) -> nn.Module:
     warnings.warn(f"fuse found nothing to do: {why}", DyBitWarning, stacklevel=3)
     return model
+
+
+def _obstacle(stages: list[_Stage], module: fx.GraphModule) -> str:
+    """Why none of the convolutions can be fused."""
+    for stage in stages:
+        if any(isinstance(_called(user, module), nn.modules.batchnorm._BatchNorm) for user in stage.result.users):
+            return (
+                f"convolution {stage.conv.target!r} is followed by a batch norm that is not merged into it; "
+                "call model.eval() before quantize_, which then merges it"
+            )
+    return (
+        "no convolution is followed by a ReLU, clamp or addition, or by another convolution with a static input scale"
+    )
 
 
 def _drop_identities(module: fx.GraphModule) -> None:
