@@ -145,6 +145,46 @@ def test_left_alone(name):
     assert (model(x) - expected).norm() < 0.05 * expected.norm()
 
 
+def replaced(module, forward):
+    inner = module.forward
+    module.forward = lambda x: forward(inner, x)
+
+
+BETWEEN = {
+    "hook_of_conv": lambda m: m[0].register_forward_hook(lambda module, x, y: y.abs()),
+    "forward_of_conv": lambda m: replaced(m[0], lambda inner, x: inner(x).abs()),
+    "kept_forward_of_conv": lambda m: (
+        setattr(m[0], "inner", m[0].forward),
+        setattr(m[0], "forward", lambda x: m[0].inner(x).abs()),
+    ),
+    "pre_hook_of_norm": lambda m: m[1].register_forward_pre_hook(lambda module, x: (x[0].abs(),)),
+    "hook_of_norm": lambda m: m[1].register_forward_hook(lambda module, x, y: y + 1),
+    "forward_of_norm": lambda m: replaced(m[1], lambda inner, x: inner(x.abs())),
+    "forward_of_both": lambda m: setattr(m, "forward", lambda x: m[1](m[0](x).abs())),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
+@pytest.mark.parametrize("nested", [False, True])
+@torch.no_grad()
+def test_hooks_and_replaced_forwards_prevent_folding(change, nested):
+    block = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    change(block)
+    model = nn.Sequential(block, nn.ReLU()).eval() if nested else block
+    x = torch.randn(IMAGE)
+    expected = model(x)
+    quantize_(model, Recipe(weights=8, group_size=3))
+    assert isinstance(block[1], nn.BatchNorm2d)
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_hooks_that_see_the_input_or_the_result_of_both_do_not_prevent_folding():
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    model[0].register_forward_pre_hook(lambda module, x: (x[0] + 1,))
+    model[2].register_forward_hook(lambda module, x, y: y + 1)
+    assert find_pairs(model) == [("0", "1")]
+
+
 def test_shared_modules_are_left_alone():
     conv, norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
     assert find_pairs(settled(nn.Sequential(conv, norm, conv))) == []

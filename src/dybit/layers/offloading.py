@@ -37,6 +37,13 @@ def offloading_hooks(module: nn.Module) -> Iterator[Any]:
             yield one
 
 
+def moves_only(module: nn.Module) -> bool:
+    """Whether the forward that is set on a module is accelerate's, which moves tensors and computes nothing."""
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))
+    return hook is not None and all(type(one).__module__.partition(".")[0] == "accelerate" for one in hooks)
+
+
 def held_tensor(module: nn.Module, name: str) -> Tensor:
     """Returns a buffer of a module; where it is offloaded, as it is kept between calls."""
     tensor = module._buffers[name]

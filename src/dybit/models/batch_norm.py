@@ -11,10 +11,12 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
+from dybit.layers.offloading import moves_only
 from dybit.models.preparation import make_plain_
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class _Tracer(fx.Tracer):
@@ -25,9 +27,10 @@ class _Tracer(fx.Tracer):
 
 
 def find_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Finds the convolutions whose output is used only by a batch norm.
+    """Finds the convolutions whose output is used only by a batch norm, and by no hook.
 
-    The structure comes from symbolic tracing. If the whole model cannot be traced, its submodules are.
+    The structure comes from symbolic tracing. If the whole model cannot be traced, its submodules are. A forward that
+    was set on an instance, and hooks that see the output of the convolution or the input of the norm, prevent folding.
 
     Args:
         model: A model in evaluation mode.
@@ -50,6 +53,8 @@ def _pairs_below(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
     if not any(isinstance(part, _NORMS) for part in module.modules()) or isinstance(module, _NORMS):
         return []
     try:
+        if _has_own_forward(module):
+            raise NotImplementedError("torch traces the forward of the class")
         graph = _Tracer().trace(module)
     except Exception:  # tracing runs the model's own code on proxies, which can raise any exception
         return [pair for name, part in module.named_children() for pair in _pairs_below(part, f"{prefix}{name}.")]
@@ -71,6 +76,8 @@ def _folds(conv: nn.Module, norm: nn.Module) -> bool:
     assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
     if norm.training or norm.running_mean is None or type(norm).forward is not nn.BatchNorm2d.forward:
         return False  # a norm that uses batch statistics or includes an activation
+    if _has_own_forward(conv) or _has_own_forward(norm) or conv._forward_hooks or any(getattr(norm, h) for h in _HOOKS):
+        return False  # what lies between them would see other values, and what is on the norm would vanish with it
     if any(type(conv).forward is cls.forward for cls in _CONVOLUTIONS):
         return True
     parts = nn.Sequential(copy.deepcopy(conv), copy.deepcopy(norm)).double().eval()
@@ -85,6 +92,11 @@ def _folds(conv: nn.Module, norm: nn.Module) -> bool:
             return torch.allclose(parts(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     except Exception:  # the model's own code, on an input that it may not expect
         return False
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward that may compute something else was set on a module."""
+    return "forward" in vars(module) and not moves_only(module)
 
 
 def fold_(model: nn.Module, pairs: Collection[tuple[str, str]]) -> None:
