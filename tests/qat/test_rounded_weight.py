@@ -2,12 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from dybit import Recipe, convert_, prepare_qat_
+from dybit import DyBitError, Recipe, convert_, prepare_qat_
 
 WRITES = {
     "copy": lambda weight, x: weight.data.copy_(x),
@@ -22,6 +23,24 @@ WRITES = {
     "detached": lambda weight, x: weight.detach().copy_(x),
     "added": lambda weight, x: weight.__iadd__(x),
     "out": lambda weight, x: torch.add(x, x, out=weight),
+    "chunk": lambda weight, x: [nn.init.zeros_(gate) for gate in weight.chunk(3)],
+    "split": lambda weight, x: torch.split(weight, [2, 4])[1].copy_(x[2:]),
+    "unbind": lambda weight, x: weight.unbind(1)[2].fill_(3),
+    "hsplit": lambda weight, x: torch.hsplit(weight, 2)[0].mul_(2),
+    "tensor_split": lambda weight, x: weight.tensor_split(3)[1].zero_(),
+    "rows": lambda weight, x: [row.zero_() for row in weight],
+    "named": lambda weight, x: torch.chunk(input=weight, chunks=2)[1].zero_(),
+    "beside": lambda weight, x: torch.broadcast_tensors(x, weight)[1].zero_(),
+    "nested": lambda weight, x: weight.T.chunk(2)[0].unbind(0)[1].zero_(),
+    "foreach_zero": lambda weight, x: torch._foreach_zero_([x, weight]),
+    "foreach_mul": lambda weight, x: torch._foreach_mul_([weight], 3.0),
+    "foreach_copy": lambda weight, x: torch._foreach_copy_([weight], [x]),
+    "foreach_view": lambda weight, x: torch._foreach_zero_(weight.chunk(2)),
+    "relu": lambda weight, x: functional.relu(weight, inplace=True),
+    "relu_by_place": lambda weight, x: functional.relu(weight, True),
+    "dropout": lambda weight, x: torch.feature_dropout_(input=weight, p=1.0, train=True),
+    "apply": lambda weight, x: weight.data.apply_(lambda value: 1.0),
+    "storage": lambda weight, x: weight.untyped_storage().fill_(0),
 }
 
 
@@ -44,6 +63,33 @@ def test_writes_reach_the_parameter(write, kind):
             write(weight, values)
     assert made._parameters["weight"] is given
     assert torch.equal(given, plain) and not torch.equal(given, layer(kind)._parameters["weight"])
+
+
+REFUSED = {
+    "set": (lambda weight, x: weight.set_(x), DyBitError, "cannot be changed by set_"),
+    "resize": (lambda weight, x: weight.resize_(3, 3), DyBitError, "cannot be changed by resize_"),
+    "norm": (lambda weight, x: functional.embedding(torch.tensor([0]), weight, max_norm=0.1), DyBitError, "embedding"),
+    "numpy": (lambda weight, x: weight.detach().numpy().fill(0), ValueError, "read-only"),
+    "array": (lambda weight, x: np.asarray(weight.detach()).fill(0), ValueError, "read-only"),
+    "swap": (lambda weight, x: torch.utils.swap_tensors(weight, nn.Parameter(x)), RuntimeError, "slots"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_writes_that_cannot_reach_the_parameter_are_refused(name):
+    write, error, message = REFUSED[name]
+    made = layer()
+    before = made._parameters["weight"].clone()
+    with torch.no_grad(), pytest.raises(error, match=message):
+        write(made.weight, torch.rand(6, 8))
+    assert torch.equal(made._parameters["weight"], before)
+
+
+def test_views_of_the_weight_have_its_gradients():
+    made = layer()
+    first, second = made.weight.chunk(2)
+    (first.sum() + 2 * second.sum()).backward()
+    assert made._parameters["weight"].grad.abs().sum() > 0
 
 
 def test_freezing_and_gradients_are_those_of_the_parameter():
