@@ -73,9 +73,12 @@ def test_several_recipes(tmp_path):
 
 def test_a_checkpoint(tmp_path):
     path = str(tmp_path / "q")
-    good("quantize", "yours:net", "-o", path)
+    made = good("quantize", "yours:net", "-o", path)
     text = good("evaluate", path, "--model", "yours:net", "--data", "yours:data")
+    assert re.search(r"size on disk (\S+ \S+), ratio", made)[1] == re.search(r"^q +(\S+ \S+)", text, re.MULTILINE)[1]
+    assert "seconds to quantize" not in text and "size: on disk" in text
     direct = good("evaluate", "yours:net", "--data", "yours:data")
+    assert "seconds to quantize" in direct
     figures = [re.search(r"^(?:q|W4) .*", part, re.MULTILINE)[0].split()[3:7] for part in (text, direct)]
     assert figures[0] == figures[1]
     result = invoke("evaluate", path, "--model", "yours:other", "--data", "yours:data")

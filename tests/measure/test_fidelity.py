@@ -119,6 +119,17 @@ def test_perplexity_matches_a_loop():
     assert fidelity.perplexity(model, [{"input_ids": tokens, "attention_mask": mask}]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_perplexity_of_plain_token_ids(dtype):
+    model, tokens = _Language(), torch.tensor([[1, 4, 2, 8], [3, 3, 0, 5]])
+    expected = fidelity.perplexity(model, [{"input_ids": tokens}])
+    for batch in (tokens.to(dtype), (tokens.to(dtype),), {"input_ids": tokens.to(dtype)}):
+        assert fidelity.perplexity(model, [batch]) == expected
+        assert fidelity.compare_models(model, model, [batch]).perplexity == expected
+    with pytest.raises(DyBitError, match="token ids"):
+        fidelity.perplexity(nn.Unflatten(1, (1, 4)), [torch.ones(2, 4)])
+
+
 def test_perplexity_needs_a_language_model():
     with pytest.raises(DyBitError, match="input_ids"):
         fidelity.perplexity(nn.Linear(3, 3), [torch.ones(2, 3)])

@@ -16,6 +16,7 @@ import typer
 from dybit.cli import compare, sources
 from dybit.cli.console import Bar, grid, guarded, note, out, progress, size
 from dybit.cli.evaluate import AGREEMENT, LEGEND, measures, quantized_copy
+from dybit.cli.layer_table import disk_bytes
 from dybit.cli.quantize import float_bytes
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
@@ -215,7 +216,7 @@ def _run(
         model, trial.recipe, data, bar, f"{name} {trial.name}, {', '.join(algorithms)}", algorithms
     )
     path = dybit.save(quantized, folder / f"{name}-{trial.name.lower().replace(', ', '-')}")
-    stored = sum(file.stat().st_size for file in path.iterdir())
+    stored = disk_bytes(path)
     loaded = dybit.load(path, copy.deepcopy(model))
     same = _same(quantized, loaded, reference.batches[0])
     if not keep:
@@ -294,7 +295,7 @@ def _print(
         console.print(f"{', '.join(names)}: {words}", style="dim", soft_wrap=True)
     parts = " and ".join(f"{part} at a time" for part in times)
     console.print(
-        f"{LEGEND[kind]}; size: on disk; ms and speed: {parts}, fused, medians in turns with FP32 on {machine()}; "
+        f"{LEGEND[kind]}; s: seconds to quantize; size: on disk; ms and speed: {parts}, fused, medians in turns with FP32 on {machine()}; "
         "reloaded: bit for bit\n",
         style="dim",
         soft_wrap=True,

@@ -14,7 +14,7 @@ import typer
 
 from dybit.cli import options, sources
 from dybit.cli.console import Bar, grid, guarded, note, out, progress, size
-from dybit.cli.layer_table import Watch
+from dybit.cli.layer_table import Watch, disk_bytes
 from dybit.cli.quantize import float_bytes
 from dybit.errors import DyBitError
 from dybit.recipe import Recipe
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 AGREEMENT = {"logits": ">top-1", "embeddings": ">neighbours"}
 _MEASURES = "SQNR of outputs against FP32; Spearman: rank correlation"
 LEGEND = {
-    "logits": f"{_MEASURES} of the logits; top-1: same largest logit; KL of predictions; s: seconds to quantize",
-    "embeddings": f"{_MEASURES} of all similarities; neighbours: same nearest neighbour; s: seconds to quantize",
-    "values": f"{_MEASURES} of each output; s: seconds to quantize",
+    "logits": f"{_MEASURES} of the logits; top-1: same largest logit; KL of predictions",
+    "embeddings": f"{_MEASURES} of all similarities; neighbours: same nearest neighbour",
+    "values": f"{_MEASURES} of each output",
 }
 
 
@@ -41,14 +41,14 @@ class Line:
     Attributes:
         name: The format, the recipe or the checkpoint.
         fidelity: How close it is.
-        stored: Bytes of its tensors.
-        seconds: Time to quantize or load it.
+        stored: Bytes of its tensors; of a checkpoint, of its files.
+        seconds: Time to quantize it; None for a checkpoint.
     """
 
     name: str
     fidelity: Fidelity
     stored: int
-    seconds: float
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,15 +224,13 @@ def _judge_checkpoint(path: str, original: nn.Module, inputs: list[Any], kind: K
     import dybit
     from dybit.measure.fidelity import Reference
 
-    start = time.perf_counter()
     quantized = dybit.load(path, copy.deepcopy(original))
-    seconds = time.perf_counter() - start
     with progress("running the original", len(inputs)) as bar, Reference(original, inputs, kind, bar.update) as kept:
         bar.start("running the checkpoint", len(inputs))
         fidelity = kept.judge(quantized, bar.update)
         lines = [
-            Line("fp32", kept.fidelity, float_bytes(original.state_dict()), 0.0),
-            Line(Path(path).name, fidelity, stored_bytes(quantized), seconds),
+            Line("fp32", kept.fidelity, float_bytes(original.state_dict())),
+            Line(Path(path).name, fidelity, disk_bytes(Path(path))),
         ]
         return lines, kept.kind
 
@@ -307,17 +305,21 @@ def _print(lines: Sequence[Line], kind: Kind, fp32: int, title: str) -> None:
     if kind == "logits":
         columns.append(">KL nats")
     columns.append(">Spearman")
+    timed = lines[-1].seconds is not None
     language = any(line.fidelity.perplexity is not None for line in lines)
-    table = grid(*columns, *([">PPL"] if language else []), ">s")
+    table = grid(*columns, *([">PPL"] if language else []), *([">s"] if timed else []))
     for line in lines:
         cells = [line.name, size(line.stored), f"{fp32 / line.stored:.2f}", *measures(line.fidelity, kind)]
         if language:
             cells.append(_number(line.fidelity.perplexity, ".2f"))
-        table.add_row(*cells, f"{line.seconds:.1f}", style="bold yellow" if "dybit" in line.name else "")
+        if line.seconds is not None:
+            cells.append(f"{line.seconds:.1f}")
+        table.add_row(*cells, style="bold yellow" if "dybit" in line.name else "")
     console = out()
     console.print(f"{title}, {lines[0].fidelity.outputs:,} outputs", style="bold", soft_wrap=True)
     console.print(table)
-    console.print(LEGEND[kind], style="dim", soft_wrap=True)
+    words = "size: of the tensors; s: seconds to quantize" if timed else "size: on disk, of FP32 of the tensors"
+    console.print(f"{LEGEND[kind]}; {words}", style="dim", soft_wrap=True)
 
 
 def measures(fidelity: Fidelity, kind: Kind) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dybit.cli.console import guarded, out, size
-from dybit.cli.layer_table import LayerRow, print_layers, print_totals
+from dybit.cli.layer_table import LayerRow, disk_bytes, print_layers, print_totals
 from dybit.errors import CheckpointError
 
 _SHOWN_LAYERS = 40
@@ -66,7 +66,7 @@ def info(
     )
     if manifest.coverage is not None:
         console.print(str(manifest.coverage), soft_wrap=True)
-    print_totals(fp32 + plain, sum(file.stat().st_size for file in path.iterdir()))
+    print_totals(fp32 + plain, disk_bytes(path))
 
 
 def _info_of_transformers(path: Path) -> None:
@@ -97,4 +97,4 @@ def _info_of_transformers(path: Path) -> None:
         console.print(f"{len(names)} layers such as {names[0]}: {text}", soft_wrap=True)
     if config.coverage is not None:
         console.print(str(config.coverage), soft_wrap=True)
-    console.print(f"size on disk {size(sum(file.stat().st_size for file in path.iterdir()))}", soft_wrap=True)
+    console.print(f"size on disk {size(disk_bytes(path))}", soft_wrap=True)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dybit.cli.console import Bar, grid, note, out, size
@@ -180,6 +181,11 @@ def _cells(item: LayerRow, narrow: bool) -> list[str]:
     ratio = f"{4 * math.prod(spec.shape) / spec.nbytes:.2f}"
     sizes = ["tied", ""] if item.tied else [size(spec.nbytes), ratio]
     return [name, str(spec.bits), spec.family, scales, variants, sqnr, inputs, *sizes]
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of the files in a checkpoint."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def print_totals(fp32: float, stored: float, what: str = "size on disk") -> None:

@@ -11,7 +11,7 @@ import typer
 
 from dybit.cli import options, sources
 from dybit.cli.console import guarded, note, out, progress
-from dybit.cli.layer_table import LayerRow, Watch, print_layers, print_totals
+from dybit.cli.layer_table import LayerRow, Watch, disk_bytes, print_layers, print_totals
 from dybit.errors import CheckpointError, DyBitError, MissingExtraError
 from dybit.recipe import Recipe
 from dybit.safe_files import check_regular
@@ -106,7 +106,7 @@ def _print(rows: list[LayerRow], fp32: int, output: Path, limit: int | None) -> 
     from dybit.models.manifest import read_manifest
 
     print_layers(rows, limit)
-    print_totals(fp32, sum(file.stat().st_size for file in output.iterdir()))
+    print_totals(fp32, disk_bytes(output))
     out().print(str(read_manifest(output).coverage), soft_wrap=True)
     out().print(f"saved to {output}; SQNR compares each weight with its original", soft_wrap=True)
 

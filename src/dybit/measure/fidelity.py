@@ -33,7 +33,8 @@ class Fidelity:
             same (embeddings), 0 to 1.
         kl: Mean Kullback-Leibler divergence of the predicted distributions, nats.
         spearman: Rank correlation: of the entries of each output, averaged; of all pair similarities for embeddings.
-        perplexity: Of the second model on the batches' own tokens, for language models.
+        perplexity: Of the second model on the batches' own tokens, for language models: batches are token ids or
+            mappings with ``input_ids``, and outputs have shape (batch, length, vocabulary).
         outputs: The number of compared output vectors.
     """
 
@@ -172,7 +173,8 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
 
     Args:
         model: Takes the batches; its output, or the output's ``logits``, has shape (batch, length, vocabulary).
-        batches: Mappings with ``input_ids`` of shape (batch, length) and, optionally, ``attention_mask``.
+        batches: Token ids, integers of shape (batch, length); or mappings with ``input_ids`` and, optionally,
+            ``attention_mask`` of this shape.
 
     Raises:
         DyBitError: There is no batch or no second token, or a batch or an output is not that of a language model.
@@ -182,7 +184,7 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
         surprise = _surprise(batch, output)
         if surprise is None:
             raise DyBitError(
-                f"perplexity needs batches with input_ids and logits of shape (batch, length, vocabulary), "
+                f"perplexity needs batches of token ids (or input_ids) and logits of shape (batch, length, vocabulary), "
                 f"not an output of shape {tuple(output.shape)}"
             )
         total, count = total + surprise[0], count + surprise[1]
@@ -383,14 +385,16 @@ class _Kept:
 
 def _surprise(batch: Any, logits: Tensor) -> tuple[float, int] | None:  # noqa: ANN401
     """Returns the sum of -log p of every next token, in nats, and their number; None for other models."""
-    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(tokens, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+    if isinstance(batch, Mapping):
+        tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
+    else:
+        tokens, mask = batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch, None
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         return None
-    if int(tokens.max()) >= logits.shape[-1]:
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape or int(tokens.max()) >= logits.shape[-1]:
         return None
-    mask = batch.get("attention_mask")
     real = torch.ones_like(tokens) if mask is None else mask
-    wanted = torch.where(real[:, 1:] != 0, tokens[:, 1:], -100)
+    wanted = torch.where(real[:, 1:] != 0, tokens[:, 1:], -100).long()
     total = 0.0
     parts = (_rows(logits[:, :-1]).split(_ROWS_AT_ONCE), wanted.flatten().split(_ROWS_AT_ONCE))
     for rows, labels in zip(*parts, strict=True):
