@@ -32,6 +32,7 @@ def test_every_command_has_help_with_an_example(command):
 def test_no_arguments_show_the_help():
     result = invoke()
     assert result.exit_code == 0 and all(command in result.stdout for command in COMMANDS)
+    assert "Quantize PyTorch models to 2 to 8 bits per weight, and run them." in result.stdout
 
 
 @pytest.mark.parametrize("words", [("--help",), ("--version",), ("table", "4"), ("table", "nf4")], ids=" ".join)

@@ -29,6 +29,14 @@ def test_table_of_every_width(bits, sign):
     assert result.exit_code == 0 and max(map(len, result.stdout.splitlines())) <= 160
 
 
+def test_table_without_an_argument_lists_the_formats():
+    lines = invoke("table").stdout.splitlines()
+    assert [line.split()[0] for line in lines[:7]] == list("2345678")
+    for name in lines[2].split()[2:]:
+        assert invoke("table", name).exit_code == 0, name
+    assert "nf4" in lines[2] and "uint4" in invoke("table", "--unsigned").stdout
+
+
 def test_table_options_go_with_widths():
     result = invoke("table", "nf4", "--spare")
     assert result.exit_code == 2 and "not with the name 'nf4'" in result.stderr

@@ -15,8 +15,14 @@ from dybit.errors import DyBitError
     ("words", "pattern"),
     [
         (("tabel",), "'?tabel'?"),
-        (("table",), "(?i)missing argument"),
-        (("table", "4", "--bogus"), "--bogus"),
+        (("tabel",), "(?i)did you mean 'table'.*Try: dybit --help"),
+        (("info",), "(?i)missing argument.*Try: dybit info --help"),
+        (("table", "4", "--bogus"), "--bogus.*Try: dybit table --help"),
+        (("table", "4", "--max-run"), "--max-run.*requires an argument.*Try: dybit table --help"),
+        (
+            ("quantize", "m", "--weight", "4"),
+            r"No such option: --weight\. Did you mean --weights\? Try: dybit quantize",
+        ),
         (("table", "4", "--max-run", "x"), "--max-run.*integer"),
         (("table", "q4"), "BITS|NAME 'q4'.*u4"),
         (("table", "9"), "bits.*not 9"),
@@ -55,6 +61,31 @@ def test_control_c_is_one_line_and_code_130():
 def test_messages_of_several_lines_become_one(capsys):
     fail("a\n  b")
     assert capsys.readouterr().err == "dybit: a b\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("group_size=8 does not fit granularity='channel'", "--group-size 8 does not fit --granularity channel"),
+        ("algorithm 'gptq' needs calibration; pass calibration=batches",
+         "algorithm 'gptq' needs calibration; pass --calibration"),
+        ("scale must be one of null, fp32, bf16, not 'x'", "--scale must be one of fp32, bf16, not 'x'"),
+        ("group_size must be a positive integer or None, not 8", "--group-size must be a positive integer, not 8"),
+        ("scale must be one of null, fp32, not 'y'", "scale must be one of null, fp32, not 'y'"),
+        ("other=8 and 'scale=1' stay", "other=8 and 'scale=1' stay"),
+        ("--recipe 'r.json': group_size=8 is bad", "--recipe 'r.json': group_size=8 is bad"),
+    ],
+)  # fmt: skip
+def test_errors_name_options(message, said):
+    command = typer.Typer()
+
+    @command.command()
+    @guarded
+    def failing(group_size: int = 8, granularity: str = "", scale: str = "x", calibration: str = "") -> None:
+        raise DyBitError(message)
+
+    result = CliRunner().invoke(command, [])
+    assert result.exit_code == 2 and result.stderr == f"dybit: {said}\n"
 
 
 def test_errors_of_files_name_the_file():

@@ -79,7 +79,7 @@ def test_a_checkpoint(tmp_path):
     assert "seconds to quantize" not in text and "size: on disk" in text
     direct = good("evaluate", "yours:net", "--data", "yours:data")
     assert "seconds to quantize" in direct
-    figures = [re.search(r"^(?:q|W4) .*", part, re.MULTILINE)[0].split()[3:7] for part in (text, direct)]
+    figures = [re.search(r"^(?:q|W4) .*", part, re.MULTILINE)[0].split()[4:9] for part in (text, direct)]
     assert figures[0] == figures[1]
     result = invoke("evaluate", path, "--model", "yours:other", "--data", "yours:data")
     assert result.exit_code == 2 and "does not fit the model" in result.stderr

@@ -102,7 +102,10 @@ def mine():
 
 def test_a_module_becomes_a_checkpoint(tmp_path):
     out = tmp_path / "q"
-    text = good("quantize", "mine:net", "-o", str(out), "--activations", "8", "--calibration", "mine:data")
+    result = invoke("quantize", "mine:net", "-o", str(out), "--activations", "8", "--calibration", "mine:data")
+    assert result.exit_code == 0, result.stderr
+    assert f"next: dybit evaluate {out} --model mine:net --data mine:data\n" in result.stderr
+    text = result.stdout
     assert re.search(r"0 +4 +dybit4spare +channel .* +\d\d\.\d +s8r\d", text)
     assert "FP32 size 4.5 kB" in text
     loaded, batch = dybit.load(out, mine().net()), torch.randn(5, 24)
@@ -120,6 +123,7 @@ def test_sqnr_is_that_of_the_folded_weight(tmp_path):
 def test_tied_weights_count_once_and_warnings_are_notes(tmp_path):
     result = invoke("quantize", "mine:tied", "-o", str(tmp_path / "q"), "--calibration", "mine:ids")
     assert result.exit_code == 0, result.stderr
+    assert "--model mine:tied --data module:function\n" in result.stderr  # mine:ids has one split
     assert re.search(r"head .* tied", result.stdout)
     assert "note: layer 'limited' keeps floating point" in result.stderr
     assert re.search(r"head .* tied", good("info", str(tmp_path / "q")))
@@ -145,6 +149,12 @@ def test_options_reach_the_recipe(tmp_path):
 def test_formats_bring_their_group_size(tmp_path):
     good("quantize", "mine:net", "-o", str(tmp_path / "q"), "--weights", "mxfp4")
     assert "group 32 pow2" in good("info", str(tmp_path / "q"))
+
+
+def test_groups_need_their_size(tmp_path):
+    result = invoke("quantize", "mine:net", "-o", str(tmp_path / "q"), "--granularity", "group")
+    assert result.exit_code == 2 and result.stderr == "dybit: --granularity group needs --group-size\n"
+    good("quantize", "mine:net", "-o", str(tmp_path / "q"), "--granularity", "group", "--weights", "mxfp4")
 
 
 def test_a_recipe_from_a_file(tmp_path):
@@ -206,7 +216,7 @@ def test_what_is_left_is_said_and_refused_by_strict(tmp_path):
     ):
         words = (str(source), "-o", str(tmp_path / "q"))
         result = invoke("quantize", *words, "--strict")
-        assert result.exit_code == 2 and "strict=True, but 50 % of the weights would stay" in result.stderr
+        assert result.exit_code == 2 and "--strict, but 50 % of the weights would stay" in result.stderr
         assert not (tmp_path / "q").exists()
         line = "50 % of 128 weights are quantized; in floating point: "
         for text in (good("quantize", *words), good("info", str(tmp_path / "q"))):
@@ -498,7 +508,7 @@ def test_algorithms_and_their_directory(place, tmp_path):
     [
         (("mine:net", "--algorithm", "gptq"), "--algorithm 'gptq': algorithm 'gptq' needs calibration"),
         (("mine:net", "--algorithm", "obq"), "--algorithm 'obq': algorithm 'obq' is unknown"),
-        (("mine:net", "--workdir", "w"), "workdir='w' is for algorithm 'gptq', not for rtn"),
+        (("mine:net", "--workdir", "w"), "--workdir w is for algorithm 'gptq', not for rtn"),
     ],
 )
 def test_bad_algorithms(place, tmp_path, words, message):

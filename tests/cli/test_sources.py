@@ -54,3 +54,31 @@ def test_models_come_in_evaluation_mode(tmp_path, monkeypatch):
     )
     model = sources.load_model("trained:net")
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("nearly.net", "'nearly.net' does not exist; did you mean 'nearly:net'?"),
+        ("nearly.py", "'nearly.py' is a Python file; name a function in it, as in nearly:FUNCTION"),
+        ("pack/inner.py", "'pack/inner.py' is a Python file; name a function in it, as in pack.inner:FUNCTION"),
+        ("pack.inner.net", "'pack.inner.net' does not exist; did you mean 'pack.inner:net'?"),
+        ("broken.inner.net", "'broken.inner.net' does not exist"),
+        ("nothing.net", "'nothing.net' does not exist"),
+    ],
+)
+def test_words_that_nearly_name_a_function(tmp_path, monkeypatch, word, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    for folder in ("pack", "broken"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("" if folder == "pack" else "raise RuntimeError")
+        (tmp_path / folder / "inner.py").write_text("")
+    (tmp_path / "nearly.py").write_text("def net(): pass\n")
+    result = invoke("quantize", word, "-o", "out")
+    assert result.exit_code == 2 and result.stderr.rstrip().endswith(f"but {said}")
+    if not word.endswith(".py"):
+        result = invoke("quantize", "torch.nn:Identity", "-o", "out", "--calibration", word)
+        assert result.exit_code == 2 and result.stderr.rstrip().endswith(f"but {said}")
+    for name in ("nearly", "pack", "pack.inner"):
+        sys.modules.pop(name, None)

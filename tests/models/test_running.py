@@ -34,6 +34,17 @@ def test_dropout_is_off():
     assert torch.equal(seen.second_moment(), torch.ones(64))
 
 
+def test_labels_in_a_batch_are_named():
+    batch = [torch.ones(2, 4), torch.zeros(2)]
+    with pytest.raises(
+        DyBitError, match=r"3 were given; a list is passed .*; drop labels, as in \[x for x, _ in loader"
+    ):
+        run_batch(nn.Sequential(nn.Linear(4, 4)), batch)
+    with pytest.raises(DyBitError) as other:
+        run_batch(nn.Sequential(nn.Linear(4, 4)), (torch.ones(2, 5),))
+    assert "labels" not in str(other.value)
+
+
 def test_batches_of_every_kind():
     class Two(nn.Module):
         def __init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +27,7 @@ from dybit.cli.search import search
 
 app = typer.Typer(
     name="dybit",
-    help="DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.",
+    help="Quantize PyTorch models to 2 to 8 bits per weight, and run them.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -69,7 +70,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """DyBit: variable-length codes of 2 to 8 bits for the weights and activations of PyTorch models.
+    """Quantize PyTorch models to 2 to 8 bits per weight, and run them.
 
     Results go to stdout, progress and notes to stderr. Errors are one sentence (exit code 2); DYBIT_DEBUG=1 shows
     where they come from. Start with: dybit demo
@@ -98,5 +99,16 @@ def main() -> int:
                 traceback.print_exc()
             fail(f"{type(error).__name__}: {error} (a defect of dybit; DYBIT_DEBUG=1 shows where)")
             return 1
-        fail(f"{message()} Try: dybit --help")
+        fail(_usage(message()))
         return USAGE_ERROR
+
+
+def _usage(message: str) -> str:
+    """An error of usage, with the help to look at."""
+    near = re.fullmatch(r"(.+?) \(Possible options?: (.+)\)\.?", message)
+    if near is not None:
+        message = f"{near[1]}. Did you mean {near[2].replace(', ', ' or ')}?"
+    if not message.endswith((".", "?", "!")):
+        message += "."
+    command = next((word for word in sys.argv[1:2] if word in (known.name for known in app.registered_commands)), "")
+    return f"{message} Try: {f'dybit {command}'.strip()} --help"

@@ -12,7 +12,7 @@ from dybit.cli.console import grid, guarded, out
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.formats.codebook import Codebook
-from dybit.formats.format import MIN_BITS, Format, variants
+from dybit.formats.format import MAX_BITS, MIN_BITS, Format, variants
 
 _STYLES = {"sign": "bold red", "run": "bold yellow", "stop": "bold magenta", "fraction": "bold cyan"}
 _SIDE_BY_SIDE = 5  # up to this width a plain overview fits a screen
@@ -21,11 +21,12 @@ _SIDE_BY_SIDE = 5  # up to this width a plain overview fits a screen
 @guarded
 def table(
     what: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="BITS|NAME", help="A width of 2 to 8 bits, or the name of a format, such as s4r2, u4, nf4 or e2m1."
+            metavar="BITS|NAME",
+            help="A width of 2 to 8 bits, or the name of a format, such as s4r2, u4, nf4 or e2m1. [lists the formats]",
         ),
-    ],
+    ] = None,
     signed: Annotated[bool, typer.Option("--signed/--unsigned", help="Whether codes have a sign bit.")] = True,
     max_run: Annotated[int | None, typer.Option(help="Longest run of leading ones. [all lengths]")] = None,
     midrise: Annotated[bool, typer.Option("--midrise", help="The mid-rise variant: no zero.")] = False,
@@ -33,12 +34,15 @@ def table(
         bool, typer.Option("--spare", help="The spare variant: negative zero becomes 5/2 (2 at 2 bits).")
     ] = False,
 ) -> None:
-    """Show all codes of a format with their bit fields and values.
+    """Show all codes of a format with their bit fields and values, or list the formats.
 
     Values are in units of the scale.
 
     Example: dybit table 4 --signed, dybit table s4r2, dybit table nf4
     """
+    if what is None:
+        _list(signed)
+        return
     if what.isdigit():
         bits = int(what)
         if max_run is None and not midrise and not spare:
@@ -59,6 +63,15 @@ def table(
     console.print(f"{family.name}: {len(family.books)} formats of {family.bits} bits to choose from", soft_wrap=True)
     for book in family.books:
         _line(book)
+
+
+def _list(signed: bool) -> None:
+    """The names of the formats of every width."""
+    console = out()
+    for bits in range(MIN_BITS, MAX_BITS + 1):
+        names = " ".join(family.name for family in catalogue.families(bits, signed))
+        console.print(Text.assemble((f"{bits} bits  ", "bold"), names), soft_wrap=True)
+    console.print("\nThe codes of one: dybit table nf4; all DyBit formats of a width: dybit table 4", style="dim")
 
 
 def _overview(bits: int, signed: bool) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -85,7 +86,7 @@ def guarded(command: _C) -> _C:
         except (DyBitError, OSError, MemoryError) as error:
             if os.environ.get("DYBIT_DEBUG", "0") not in ("", "0"):
                 traceback.print_exc()
-            fail(_sentence(error))
+            fail(_with_options(_sentence(error), kwargs))
             raise typer.Exit(USAGE_ERROR) from None
 
     return wrapper  # type: ignore[return-value]
@@ -95,6 +96,31 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, DyBitError) and error.strerror:
         return f"{str(error.filename)!r}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def _with_options(message: str, arguments: Mapping[str, object]) -> str:
+    """Names the options of a command where an error of the library names an argument, as ``group_size=8``.
+
+    Args:
+        message: The error.
+        arguments: The arguments of the command.
+    """
+    if message.startswith("--recipe"):  # names fields of the file
+        return message
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], match[2].strip("'")
+        if name not in arguments:
+            return match[0]
+        variable = value.isidentifier() and match[2] == value and value != "None"
+        return f"--{name.replace('_', '-')}" + ("" if variable else f" {value}")
+
+    message = re.sub(r"(?<![\w.'-])([a-z_]+)=('[^']*'|\w+)", option, message)
+    name = message.partition(" must be ")[0]
+    if name in arguments and message.find(f", not {arguments[name]!r}") > 0:
+        rest = message[len(name) :].replace("one of null, ", "one of ").replace(" or None, ", ", ")
+        return f"--{name.replace('_', '-')}{rest}"
+    return message
 
 
 def _show_own_warnings() -> None:

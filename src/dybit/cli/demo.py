@@ -295,8 +295,8 @@ def _print(
         console.print(f"{', '.join(names)}: {words}", style="dim", soft_wrap=True)
     parts = " and ".join(f"{part} at a time" for part in times)
     console.print(
-        f"{LEGEND[kind]}; s: seconds to quantize; size: on disk; ms and speed: {parts}, fused, medians in turns with FP32 on {machine()}; "
-        "reloaded: bit for bit\n",
+        f"{LEGEND[kind]}; s: seconds to quantize; size: on disk; ms and speed: {parts}, fused, medians in turns with "
+        f"FP32 on {machine()}; reloaded: bit for bit\n",
         style="dim",
         soft_wrap=True,
     )

@@ -158,6 +158,8 @@ def make_recipe(recipe: Path | None, **values: Any) -> Recipe:  # noqa: ANN401
             first = next(iter(given)).replace("_", "-")
             raise DyBitError(f"--{first} and --recipe {str(recipe)!r} exclude each other; set it in the recipe file")
         return read_recipe(recipe)
+    if given.get("granularity") == "group" and with_prescribed(given).get("group_size") is None:
+        raise DyBitError("--granularity group needs --group-size")
     for name in ("weights", "activations", "embeddings"):
         if name in given:
             given[name] = width(name, given[name])

@@ -82,7 +82,7 @@ def quantize(
     if not sources.is_reference(model) and model.endswith((".safetensors", ".safetensors.index.json")):
         _check_needs_no_model(model, calibration, None if chain in (None, "auto", ("rtn",)) else algorithm)
         rows, fp32 = _quantize_file(model, output, plan, strict, workers)
-    elif not sources.is_reference(model) and Path(model).is_file():
+    elif not sources.is_reference(model) and Path(model).is_file() and Path(model).suffix != ".py":
         pickled = Path(model).suffix in _PICKLES
         what = "may be a pickle, which can run code when it is read" if pickled else "is none of these"
         raise CheckpointError(f"MODEL must be a model or safetensors file, but {model!r} {what}")
@@ -96,7 +96,8 @@ def quantize(
         rows, fp32 = _quantize_model(loaded, output, plan, data, chain, workdir, strict)
     _print(rows, fp32, output, None if every else _SHOWN_LAYERS)
     if sources.is_reference(model):
-        note(f"next: dybit evaluate {output} --model {model} --data module:function")
+        inputs = calibration if sources.takes_split(calibration) else "module:function"
+        note(f"next: dybit evaluate {output} --model {model} --data {inputs}")
     else:
         note(f"next: dybit info {output}")
 

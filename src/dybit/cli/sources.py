@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -46,10 +47,7 @@ def call(spec: str, argument: str, **keywords: object) -> Any:  # noqa: ANN401
     target = _import(spec, argument)
     if not callable(target) or (not inspect.isclass(target) and _is_module(target)):
         return target
-    try:
-        known = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        known = {}  # type: ignore[assignment]
+    known = _parameters(target)
     with _naming(f"{argument} {spec!r} raised"):
         return target(**{name: value for name, value in keywords.items() if name in known})
 
@@ -71,13 +69,20 @@ def takes_split(spec: str | None) -> bool:
     if spec is None or not is_reference(spec):
         return False
     target = _import(spec, "DATA")
-    return callable(target) and "split" in inspect.signature(target).parameters
+    return callable(target) and "split" in _parameters(target)
+
+
+def _parameters(target: Callable[..., Any]) -> Collection[str]:
+    """The names of the parameters of a function; none for some that are not written in Python."""
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return ()
 
 
 def _import(spec: str, argument: str) -> Any:  # noqa: ANN401
     module, _, name = spec.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    _search_here()
     with _naming(f"{argument} {spec!r} cannot be imported:"):
         target: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -87,6 +92,12 @@ def _import(spec: str, argument: str) -> Any:  # noqa: ANN401
         except AttributeError:
             raise DyBitError(f"{argument} {spec!r}: module {module!r} has no function {name!r}") from None
     return target
+
+
+def _search_here() -> None:
+    """Lets modules in the working directory be imported."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 @contextmanager
@@ -123,8 +134,25 @@ def load_model(spec: str, argument: str = "MODEL") -> nn.Module:
         raise DyBitError(f"{argument} {spec!r} is a dybit checkpoint; name the floating-point model it was made from")
     what = "does not exist" if not Path(spec).exists() else "is none of these"
     raise DyBitError(
-        f"{argument} must be a transformers directory or module:function returning an nn.Module, but {spec!r} {what}"
+        f"{argument} must be a transformers directory or module:function returning an nn.Module, "
+        f"but {_python(spec) or f'{spec!r} {what}'}"
     )
+
+
+def _python(spec: str) -> str:
+    """What is wrong with a word that means a function in a module; empty if it does not look so."""
+    if spec.endswith(".py"):
+        module = spec.removesuffix(".py").replace("/", ".")
+        return f"{spec!r} is a Python file; name a function in it, as in {module}:FUNCTION"
+    module, _, name = spec.rpartition(".")
+    if not is_reference(f"{module}:{name}") or Path(spec).exists():
+        return ""
+    _search_here()
+    try:
+        known = importlib.util.find_spec(module) is not None
+    except Exception:  # importing the packages around it runs their code
+        known = False
+    return f"{spec!r} does not exist; did you mean '{module}:{name}'?" if known else ""
 
 
 def _from_transformers(folder: Path, argument: str) -> nn.Module:
@@ -192,7 +220,8 @@ def load_batches(
             batches = list(islice(found, limit))
     elif not path.is_file():
         what = "is a directory" if path.is_dir() else "is no file" if path.exists() else "does not exist"
-        raise DyBitError(f"{argument} must be module:function, a text file, .npy or .safetensors, but {spec!r} {what}")
+        what = _python(spec) or f"{spec!r} {what}"
+        raise DyBitError(f"{argument} must be module:function, a text file, .npy or .safetensors, but {what}")
     elif path.suffix in (".npy", ".safetensors"):
         batches = list(islice(_array_batches(path, argument, batch_size), limit))
     else:

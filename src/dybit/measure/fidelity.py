@@ -184,7 +184,7 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
         surprise = _surprise(batch, output)
         if surprise is None:
             raise DyBitError(
-                f"perplexity needs batches of token ids (or input_ids) and logits of shape (batch, length, vocabulary), "
+                "perplexity needs batches of token ids (or input_ids) and logits of shape (batch, length, vocabulary), "
                 f"not an output of shape {tuple(output.shape)}"
             )
         total, count = total + surprise[0], count + surprise[1]

@@ -78,6 +78,9 @@ def run_batch(model: nn.Module, batch: Any, name: str = "the batch") -> Any:  # 
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(batch, tuple | list) and isinstance(error, TypeError) and "positional argument" in reason:
+            reason += f"; a {type(batch).__name__} is passed as positional arguments; drop labels, as in "
+            reason += "[x for x, _ in loader]"
         raise DyBitError(f"{name} ({_describe(batch)}) does not fit the model: {reason}") from error
     raise DyBitError(f"{name} must be a tensor, a tuple or list of arguments, or a mapping, not {type(batch).__name__}")
 
