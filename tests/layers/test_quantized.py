@@ -1,6 +1,7 @@
 """Quantized layers as modules: state dicts, types, and what can be assigned."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -114,6 +115,15 @@ def test_parametrizations_of_a_quantized_layer_are_refused(layer):
         nn.utils.parametrizations.weight_norm(layer)
     with pytest.raises(DyBitError, match="weight of a quantized layer cannot be"):
         nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    with pytest.raises(DyBitError, match=r"cannot be changed by aten\.set_, as parametrizations do"):
+        nn.utils.parametrizations.spectral_norm(layer)
+    with (
+        pytest.raises(DyBitError, match="weight of a quantized layer cannot be parametrized"),
+        pytest.warns(FutureWarning),
+    ):
+        nn.utils.weight_norm(layer)
+    with pytest.raises(DyBitError, match="weight of a quantized layer cannot be replaced by None"):
+        layer.weight = None
     with pytest.raises(DyBitError, match="weight of a quantized layer cannot be pruned"):
         nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
     assert type(layer) is cls and not hasattr(layer, "parametrizations")
@@ -146,3 +156,15 @@ def test_changed_biases_are_added(change, when, activations):
         dim = 1 if layer.weight.ndim > 2 else -1
         means = layer(x).transpose(dim, -1).flatten(0, -2).mean(0)
         assert torch.allclose(means, layer.bias, atol=5.0)
+
+
+@pytest.mark.parametrize("activations", [None, 8])
+def test_copies_after_a_forward_with_a_parametrized_bias(activations):
+    layer = quantize_(nn.Linear(8, 6), Recipe(weights=4, activations=activations, activation_mode="dynamic"))
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    x = torch.randn(2, 8)
+    expected = layer(x)
+    assert expected.requires_grad
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    with pytest.raises(DyBitError, match="ParametrizedQuantizedLinear cannot be pickled"):
+        pickle.dumps(layer)

@@ -171,6 +171,8 @@ WRITES = {
     "out": lambda w, v: torch.mul(v, 2.0, out=w.data),
     "inplace": lambda w, v: functional.relu(w, inplace=True),
     "foreach": lambda w, v: torch._foreach_mul_([w], 0.5),
+    "apply_": lambda w, v: w.data.apply_(lambda value: 2 * value),
+    "map_": lambda w, v: w.data.map_(v, lambda one, other: other),
     "of gradients": lambda w, v: w.data.add_(v.clone().requires_grad_()),
 }
 
@@ -337,3 +339,21 @@ def test_exported_and_traced_code_reads_weights():
     assert torch.allclose(traced(x), expected)
     swapped = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert torch.allclose(torch.func.functional_call(model, swapped, (x,)), expected)
+
+
+def test_swaps_and_writes_to_the_memory_are_refused():
+    layer = linear(Recipe(weights=8))
+    expected = oracle(layer).clone()
+    storage = layer.weight.untyped_storage()
+    for write in (
+        lambda: storage.fill_(0),
+        lambda: storage.__setitem__(0, 1),
+        lambda: storage.copy_(torch.zeros(6, 8).untyped_storage()),
+        lambda: storage.resize_(0),
+    ):
+        with pytest.raises(DyBitError, match="memory of the weight of a quantized layer cannot be written to"):
+            write()
+    for weights in ((layer.weight, torch.zeros(6, 8)), (nn.Parameter(torch.zeros(6, 8)), layer.weight)):
+        with pytest.raises(RuntimeError, match="different slots"):
+            torch.utils.swap_tensors(*weights)
+    assert torch.equal(layer.weight, expected) and torch.equal(oracle(layer), expected)

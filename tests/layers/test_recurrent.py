@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import dybit
+from dybit.errors import DyBitError
 from dybit.layers.quantized import quantized_layers
 from dybit.layers.recurrent import recur, recur_once
 from dybit.models.calibration import calibrate
@@ -97,6 +98,35 @@ def test_cells_as_torch_computes(kind, shape):
     multiply = multiply_by(cell)
     torch.testing.assert_close(flat(recur_once(cell, x, multiply=multiply)), flat(state))
     torch.testing.assert_close(flat(recur_once(cell, x, state, multiply=multiply)), flat(cell(x, state)))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("size", [(2, 3), (3,)])
+@pytest.mark.parametrize("state", [(1, 5), (5,), (1, 1), (1, 2, 5), (2, 1)])
+def test_states_of_another_shape_are_refused_as_by_torch(kind, size, state):
+    if state == (5,) and size == (3,):
+        return
+    cell, x, hx = kind(3, 5), torch.randn(size), torch.randn(state)
+    hx = (hx, hx) if kind is nn.LSTMCell else hx
+    with pytest.raises((RuntimeError, ValueError)):
+        cell(x, hx)
+    with pytest.raises(DyBitError, match="hx must have shape"):
+        recur_once(cell, x, hx, multiply=multiply_by(cell))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_arguments_of_another_kind_are_refused_as_by_torch(kind):
+    module = kind(3, 5)
+    state = torch.zeros(1, 2, 5)
+    cases = {
+        "hx must be": (torch.zeros(4, 2, 3), state if kind is nn.LSTM else (state,)),
+        "input must have 2 or 3 dimensions": (torch.zeros(4, 2, 2, 3), None),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises((RuntimeError, ValueError, AttributeError, IndexError)):
+            module(*arguments)
+        with pytest.raises(DyBitError, match=message):
+            recur(module, *arguments, multiply=multiply_by(module))
 
 
 class Own(nn.LSTM):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dybit.errors import DyBitError
 from dybit.kernels import extension
 from dybit.operators.embedding import embedding
 from dybit.tensors.encoding import quantize
@@ -47,3 +48,12 @@ def test_an_index_out_of_range_is_an_error(index):
     weight = quantize(torch.randn(13, 40), TensorSpec("dybit4", (13, 40)), method="absmax")
     with pytest.raises(IndexError):
         embedding(torch.tensor([0, index]), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int8, torch.uint8, torch.int16])
+def test_an_index_of_another_type_is_refused_as_by_torch(dtype):
+    index = torch.tensor([1]).to(dtype)
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.embedding(index, torch.zeros(3, 4))
+    with pytest.raises(DyBitError, match=f"index must be int64 or int32, not {dtype}"):
+        embedding(index, quantize(torch.randn(3, 4), TensorSpec("dybit4", (3, 4))))

@@ -124,3 +124,14 @@ def test_the_scalar_kernels_leave_several_unrounded_rows_to_torch():
         assert torch.equal(module(x), nn.functional.linear(x, weight.dequantize(), module.bias))
     finally:
         extension.use(before)
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace_method. is deprecated")
+def test_torch_jit_traces_it(fields):
+    module, x = layer(fields), torch.randn(3, 64)
+    expected = module(x)
+    traced = torch.jit.trace(nn.Sequential(module), x)
+    assert torch.allclose(traced(x), expected, atol=1e-5)
+    assert torch.allclose(traced(x[:2]), expected[:2], atol=1e-5)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training import RECIPES, batches, mlp, train
 
-from dybit import Recipe, convert_, prepare_qat_
+from dybit import DyBitError, Recipe, convert_, prepare_qat_
 from dybit.layers.quantized import quantized_layers
 from dybit.qat.layers import prepared_layers
 
@@ -164,3 +164,42 @@ def test_what_layers_say():
 
 if __name__ == "__main__":
     work(sys.argv[1])
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+NORMS = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "old_weight_norm": nn.utils.weight_norm,
+    "old_spectral_norm": nn.utils.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "parametrization": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
+    "pruning": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "removal": lambda layer: delattr(layer, "weight"),
+    "none": lambda layer: setattr(layer, "weight", None),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_norms_and_pruning_of_a_layer_in_training_are_refused(norm):
+    layer = prepare_qat_(nn.Sequential(nn.Linear(8, 6)), Recipe(weights=4))[0]
+    x = torch.randn(2, 8)
+    before, expected = {key: value.clone() for key, value in layer.state_dict().items()}, layer(x)
+    with pytest.raises(DyBitError, match="weight of a layer in training cannot be"):
+        norm(layer)
+    assert torch.equal(layer(x), expected)
+    assert layer.state_dict().keys() == before.keys() and not layer._forward_pre_hooks
+
+
+def test_a_parametrized_bias_is_copied_and_not_pickled():
+    layer = prepare_qat_(nn.Sequential(nn.Linear(8, 6)), Recipe(weights=4))[0]
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    x = torch.randn(2, 8)
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+    with pytest.raises(DyBitError, match="ParametrizedPreparedLinear cannot be pickled"):
+        pickle.dumps(layer)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.input_spec import InputSpec
@@ -40,6 +41,18 @@ def read_text(tensor: object) -> Any:  # noqa: ANN401  # any JSON
         what = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor)
         raise DyBitError(f"{KEY} must be text as uint8, not {what}")
     return parse_json(bytes(tensor.detach().cpu().flatten().tolist()), KEY)
+
+
+def check_picklable(layer: nn.Module) -> None:
+    """Checks that a layer can be pickled.
+
+    Raises:
+        DyBitError: A parametrization was put on it. It would be lost, as torch refuses to pickle its class.
+    """
+    if parametrize.is_parametrized(layer):
+        raise DyBitError(
+            f"a {type(layer).__name__} cannot be pickled; store its state dict, or remove parametrizations"
+        )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class QuantizedLinear(Quantized):
             x: (..., in_features).
             activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return activate(linear(x, self.quantized_tensor(), self.own_bias, self.input_rounding()), activation)
         return self.prepared().multiply(x, activation)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+WEIGHT_NORM = "torch.nn.utils.weight_norm"
+
 
 def read_by_accelerate(depth: int) -> bool:
     """Whether code of accelerate asks.
@@ -20,8 +22,12 @@ def read_by_accelerate(depth: int) -> bool:
     Args:
         depth: How many calls lie between that code and the caller of this function.
     """
-    name = sys._getframe(depth + 2).f_globals.get("__name__", "")
-    return bool(name.partition(".")[0] == "accelerate")
+    return module_that_reads(depth + 1).partition(".")[0] == "accelerate"
+
+
+def module_that_reads(depth: int) -> str:
+    """Returns the name of the Python module whose code asks; see :func:`read_by_accelerate`."""
+    return str(sys._getframe(depth + 2).f_globals.get("__name__", ""))
 
 
 def is_offloaded(module: nn.Module) -> bool:

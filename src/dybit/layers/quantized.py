@@ -18,7 +18,7 @@ from dybit.errors import DyBitError
 from dybit.layers.description import Described
 from dybit.layers.input_spec import InputSpec, round_input, round_inputs
 from dybit.layers.kinds import named_conv1d
-from dybit.layers.offloading import read_by_accelerate
+from dybit.layers.offloading import WEIGHT_NORM, module_that_reads, read_by_accelerate
 from dybit.layers.patched_forward import is_replaced
 from dybit.layers.quantized_weight import QuantizedWeight, plain_values, reads_plain_values
 from dybit.layers.tracing import call_leaf, tracer_of
@@ -57,6 +57,8 @@ class Quantized(Described, nn.Module):
             return stored.dequantize(self.float_dtype)
         if read_by_accelerate(depth=1):
             return stored.packed
+        if module_that_reads(depth=1) == WEIGHT_NORM:  # which then removes the parameter of that name
+            raise DyBitError(f"{name} of a quantized layer cannot be parametrized; call dequantize_ first")
         return QuantizedWeight.of(stored, self.float_dtype)
 
     @property
@@ -125,6 +127,8 @@ class Quantized(Described, nn.Module):
                     f"{name} of a quantized layer cannot be replaced by a {value.dtype} of shape {tuple(value.shape)}; "
                     "call dequantize_ first"
                 )
+        if value is None and name in self.__dict__.get("weight_specs", ()):
+            raise DyBitError(f"{name} of a quantized layer cannot be replaced by None; call dequantize_ first")
         if name in _SIZES and "weight_specs" in self.__dict__ and value != getattr(self, name):
             raise DyBitError(f"{name} of a quantized layer cannot be changed to {value!r}; call dequantize_ first")
         if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", ()):

@@ -50,6 +50,7 @@ _ALIKE: set[Callable[..., Any]] = {
 _AS: set[Callable[..., Any]] = {Tensor.expand_as, Tensor.reshape_as, Tensor.to, Tensor.type_as, Tensor.view_as}
 _TRAINED = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _REPLACED = {Tensor.resize_, Tensor.resize_as_}
+_UNCOUNTED = {Tensor.apply_, Tensor.map_, Tensor.map2_}  # writes that torch does not count
 _modes = threading.local()
 
 
@@ -85,6 +86,7 @@ class QuantizedWeight(Tensor):
         view: A view of its values; None for all.
     """
 
+    __slots__ = ("_own",)  # torch.utils.swap_tensors refuses tensors of different slots; a swap would be lost
     _source: _Source
     _view: Tensor | None
 
@@ -106,6 +108,17 @@ class QuantizedWeight(Tensor):
     def of(cls, stored: QuantizedTensor, dtype: torch.dtype) -> QuantizedWeight:
         """The weight in a floating-point type."""
         return cls(_Source(stored, dtype))
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Refuses ``Tensor.set_``, which parametrizations call.
+
+        Raises:
+            DyBitError: Always.
+        """
+        raise DyBitError(
+            "the weight of a quantized layer cannot be changed by aten.set_, as parametrizations do; call dequantize_ "
+            "first"
+        )
 
     def holds(self, stored: Tensor | None) -> bool:
         """Whether this is the whole weight with the given packed codes."""
@@ -173,6 +186,15 @@ class QuantizedWeight(Tensor):
             )
         with torch.no_grad():
             self.copy_(values)
+
+
+class _ReadOnlyStorage(torch.UntypedStorage):
+    """The memory of the values: writes to it would be lost."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        raise DyBitError("the memory of the weight of a quantized layer cannot be written to; write to the weight")
+
+    __setitem__ = fill_ = copy_ = resize_ = _refuse
 
 
 class _Source:
@@ -243,7 +265,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     before = [weight._source.written_version() for weight in weights]
     result = func(*args, **kwargs)
     # In inference mode, tensors have no version counter.
-    by_name = torch.is_inference_mode_enabled() and _writes(func, kwargs)
+    by_name = func in _UNCOUNTED or (torch.is_inference_mode_enabled() and _writes(func, kwargs))
     for weight, version in zip(weights, before, strict=True):
         if by_name or weight._source.written_version() != version:
             weight._source.store()
@@ -262,6 +284,8 @@ def _guard(result: Any, weights: list[QuantizedWeight]) -> Any:  # noqa: ANN401
     if isinstance(result, tuple | list):
         parts = [_guard(part, weights) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+    if type(result) is torch.UntypedStorage:
+        result.__class__ = _ReadOnlyStorage
     if isinstance(result, np.ndarray):
         result.flags.writeable = False
     if type(result) is not Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from dybit.errors import DyBitError
 from dybit.layers.kinds import RECURRENT
 from dybit.layers.quantized_weight import plain_values
 
@@ -35,8 +36,13 @@ def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply)
 
     Returns:
         As the layer's forward: outputs and last states.
+
+    Raises:
+        DyBitError: ``input`` or ``hx`` has the wrong type or number of dimensions.
     """
     packed = isinstance(input, PackedSequence)
+    if not packed and input.dim() not in (2, 3):
+        raise DyBitError(f"input must have 2 or 3 dimensions, not shape {tuple(input.shape)}")
     alone = not packed and input.dim() == 2
     if packed:
         data, sizes = input.data, input.batch_sizes.tolist()
@@ -75,11 +81,19 @@ def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply)
 
 
 def recur_once(module: nn.RNNCellBase, input: Tensor, hx: Any = None, *, multiply: Multiply) -> Any:  # noqa: ANN401
-    """Computes the forward of ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``; see :func:`recur`."""
+    """Computes the forward of ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``; see :func:`recur`.
+
+    Raises:
+        DyBitError: ``hx`` has the wrong type or shape.
+    """
     alone = input.dim() == 1
     x = input.unsqueeze(0) if alone else input
-    given = [] if hx is None else list(hx) if isinstance(hx, tuple | list) else [hx]
     count = 2 if isinstance(module, nn.LSTMCell) else 1
+    given = [] if hx is None else _given(hx, count)
+    wanted = (*input.shape[:-1], module.hidden_size)
+    for state in given:  # torch would broadcast them
+        if tuple(state.shape) != wanted:
+            raise DyBitError(f"hx must have shape {wanted}, not {tuple(state.shape)}")
     states = [state.unsqueeze(0) if alone else state for state in given]
     states = states or [x.new_zeros(x.shape[0], module.hidden_size)] * count
     step = _step(_mode(module), lambda h: multiply(h, "weight_hh", "bias_hh"), None)
@@ -94,11 +108,18 @@ def _first_states(module: nn.RNNBase, hx: Any, batch: int, like: Tensor, alone: 
     count = module.num_layers * (2 if module.bidirectional else 1)
     if hx is None:
         return [like.new_zeros(count, batch, size) for size in sizes]
-    given = list(hx) if isinstance(hx, tuple | list) else [hx]
+    given = _given(hx, len(sizes))
     states = [state.unsqueeze(1) if alone else state for state in given]
     for state, size in zip(states, sizes, strict=True):
         module.check_hidden_size(state, (count, batch, size))
     return states
+
+
+def _given(hx: Any, count: int) -> list[Tensor]:  # noqa: ANN401
+    """Returns the states of ``hx``: a tensor, or two of them for an LSTM."""
+    if (count == 1) != isinstance(hx, Tensor) or (count > 1 and len(hx) != count):
+        raise DyBitError(f"hx must be {'a tensor' if count == 1 else 'two tensors'}, not {type(hx).__name__}")
+    return [hx] if count == 1 else list(hx)
 
 
 def _pass(

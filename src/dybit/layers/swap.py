@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
+from dybit.layers.description import check_picklable
 from dybit.layers.forwards import (
     QuantizedAttention,
     QuantizedBag,
@@ -142,6 +143,7 @@ def _reduce(layer: Quantized, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
             f"modules_to_save of PEFT has a {type(layer).__name__}, whose codes cannot be trained: call dequantize_ on "
             "the module first, or keep it in floating point by the recipe"
         )
+    check_picklable(layer)
     state = {key: value for key, value in layer.__dict__.items() if key != "_prepared"}
     state["_buffers"] = {name: picklable(buffer) for name, buffer in layer._buffers.items()}
     return _rebuild, (original_class(layer), tuple(layer.weight_specs)), state

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dybit.errors import DyBitError
 from dybit.kernels.codes import decode
 from dybit.kernels.packed_codes import unpack
 from dybit.operators.dispatch import check_values, read_spec
@@ -65,16 +66,18 @@ def embedding(index: Tensor, weight: QuantizedTensor) -> Tensor:
     r"""Looks up rows of a packed table.
 
     Args:
-        index: Integers of any shape, each a row.
+        index: int64 or int32 of any shape, each a row.
         weight: The table, of shape (rows, columns).
 
     Returns:
         The values of the rows: float32 of shape (\*index.shape, columns).
 
     Raises:
-        DyBitError: The table has no values.
+        DyBitError: ``index`` has another type, or the table has no values.
         IndexError: An index is out of range.
     """
+    if index.dtype not in (torch.int64, torch.int32):
+        raise DyBitError(f"index must be int64 or int32, not {index.dtype}")
     check_values(weight.packed, index)
     return cast(
         Tensor,

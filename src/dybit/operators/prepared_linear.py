@@ -47,6 +47,9 @@ class PreparedLinear:
         stored, own = self._snapshot
         return self._bias is bias and stored.holds(buffers) and (bias is None or own.holds({"bias": bias}))
 
+    def __deepcopy__(self, memo: object) -> None:
+        """Returns None: a copy of the layer prepares its own. The bias may be computed, and then cannot be copied."""
+
     def multiply(self, x: Tensor, activation: str = "") -> Tensor:
         """Multiplies as :func:`dybit.operators.linear.linear` and applies an activation.
 
@@ -70,12 +73,12 @@ class PreparedLinear:
     def _takes(self, x: Tensor) -> bool:
         """Whether the kernels can multiply ``x``, are not slower than torch, and the dispatcher can be bypassed."""
         return (
-            x.dtype is torch.float32
+            unwatched(x, self._bias)  # first: while tracing, sizes are tensors
+            and x.dtype is torch.float32
             and x.is_cpu
             and x.is_contiguous()
             and x.shape[-1:] == (self._columns,)
             and x.numel() <= self._most * self._columns
-            and unwatched(x, self._bias)
         )
 
 

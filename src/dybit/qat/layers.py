@@ -16,10 +16,11 @@ from torch.nn import functional
 from dybit.errors import DyBitError
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
-from dybit.layers.description import Described
+from dybit.layers.description import Described, check_picklable
 from dybit.layers.experts import run_experts
 from dybit.layers.input_spec import InputSpec, round_input, round_inputs
 from dybit.layers.kinds import EXPERTS, RECURRENT, named_experts, transposed, weight_names
+from dybit.layers.offloading import WEIGHT_NORM, module_that_reads
 from dybit.layers.patched_forward import follow_class_
 from dybit.layers.quantized_weight import plain_values, reads_plain_values
 from dybit.layers.recurrent import MadeWeights, forget_weights_, is_plain, list_weights_, recur, recur_once
@@ -99,8 +100,27 @@ class Prepared(Described, nn.Module):
             args, kwargs = round_inputs(self, args, kwargs, self.round_input)
         return super().forward(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """As ``nn.Module.__setattr__``, but refuses to replace a weight by None."""
+        if value is None and name in self.__dict__.get("prepared_weights", ()):
+            raise DyBitError(f"{name} of a layer in training cannot be replaced by None; call convert_ first")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """As ``nn.Module.__delattr__``, but refuses to remove a weight, as norms and parametrizations would."""
+        if name in self.__dict__.get("prepared_weights", ()):
+            raise _refusal(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module.register_parameter``, but refuses the parameter that pruning registers."""
+        if name.endswith("_orig") and name.removesuffix("_orig") in self.prepared_weights:
+            raise _refusal(name.removesuffix("_orig"))
+        super().register_parameter(name, param)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Copies and pickles by the original class, since this one is made at run time."""
+        check_picklable(self)
         return _rebuild, (floating_class(self), self.prepared_weights), self.__dict__
 
 
@@ -243,6 +263,12 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in found.items() if parameter is not None}
 
 
+def _refusal(name: str) -> DyBitError:
+    return DyBitError(
+        f"{name} of a layer in training cannot be removed, pruned or parametrized; do so before prepare_qat_"
+    )
+
+
 @cache
 def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     mixin = Prepared
@@ -259,6 +285,8 @@ def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 
     def reader(name: str) -> property:
         def read(layer: Prepared) -> Tensor:
+            if not reads_plain_values() and module_that_reads(depth=0) == WEIGHT_NORM:  # which then removes it
+                raise _refusal(name)
             trained = cast(Tensor, layer._parameters[name])
             rounded = cast(Tensor, layer.weight_quantizer_of(name)(trained))
             return rounded if reads_plain_values() else RoundedWeight.of(rounded, trained)

@@ -43,12 +43,15 @@ class RoundedWeight(Tensor):
         return made
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Refuses ``Tensor.set_``.
+        """Refuses ``Tensor.set_``, which parametrizations call.
 
         Raises:
             DyBitError: Always. The parameter keeps its memory.
         """
-        raise _refusal("set_")
+        raise DyBitError(
+            "the weight of a layer in training cannot be given other memory or be parametrized; write its values by "
+            "copy_, and parametrize before prepare_qat_"
+        )
 
     @classmethod
     def __torch_function__(
