@@ -214,3 +214,29 @@ def test_a_bert_of_transformers():
     ids = torch.randint(50, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(fused(ids)[0], model(ids)[0], rtol=1e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_hooks_of_an_absorbed_activation_run(before):
+    model, x = quantized(Block(nn.GELU())), torch.randn(5, 40)
+    fused = None if before else fuse_activations(model)[0]
+    model.act.register_forward_hook(lambda module, args, y: y * 2)
+    fused = fused or fuse_activations(model)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_attributes_of_fused_layers_are_those_of_the_layers():
+    class Reading(Block):
+        def forward(self, x):
+            y = super().forward(x.to(self.up.weight.dtype))
+            return y * self.up.out_features if self.act.approximate == "none" else y
+
+    model, x = quantized(Reading(nn.GELU())), torch.randn(5, 40)
+    fused = fuse(model)
+    assert fused is not model
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(copy.deepcopy(fused)(x), model(x), rtol=1e-5, atol=1e-4)
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = fused.up.missing

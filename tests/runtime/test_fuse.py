@@ -185,3 +185,40 @@ def test_a_model_that_cannot_be_traced_is_named():
     model = quantize_(Branch(nn.Conv2d(3, 3, 1), nn.ReLU()).eval(), RECIPES["int8"], [torch.ones(1, 3, 4, 4)])
     with pytest.raises(DyBitError, match="cannot be traced by torch"):
         fuse(model)
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(5, 5, 3), nn.Identity(), nn.ReLU())
+        self.last = nn.Conv2d(5, 5, 1)
+
+    def forward(self, x):
+        return self.last(self.block(x))
+
+
+@pytest.mark.filterwarnings("ignore:fuse found nothing")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["", "block", "block.0", "block.1", "block.2", "block.3", "last"])
+@pytest.mark.parametrize("kind", ["hook", "pre_hook", "forward"])
+def test_hooks_and_replaced_forwards_run(name, when, kind):
+    def change(layer):
+        if kind == "hook":
+            layer.register_forward_hook(lambda module, args, output: output * (2 + module.training))
+        elif kind == "pre_hook":
+            layer.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+        else:
+            before = layer.forward
+            layer.forward = lambda x: before(x) - 1
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, 6)
+    model = quantize_(Chain().eval(), RECIPES["int8"], calibration=[x])
+    plain = model(x).detach()
+    if when == "before":
+        change(model.get_submodule(name))
+    fused = fuse(model)
+    if when == "after":
+        change(model.get_submodule(name))
+    with torch.no_grad():
+        assert torch.equal(fused(x), model(x)) and not torch.equal(model(x), plain)

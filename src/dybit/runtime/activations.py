@@ -7,7 +7,7 @@ keeps running its own code.
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from dybit.layers.forwards import QuantizedLinear
 from dybit.layers.quantized import FusedModule, Quantized, is_linear
 from dybit.operators.activations import activate
+from dybit.runtime.trace import Tracer, is_bare
 
 # Names of dybit.operators.activations by transformers' class names, since importing transformers is slow.
 _TRANSFORMERS = {
@@ -38,46 +39,50 @@ def name_of(module: nn.Module | None) -> str:
     return _TRANSFORMERS.get(cls.__name__, "") if cls.__module__ == "transformers.activations" else ""
 
 
-def is_bare(layer: nn.Module) -> bool:
-    """Whether calling a module runs the forward of its class and nothing else: no hooks, no replaced forward."""
-    state = vars(layer)
-    return not (
-        state["_forward_pre_hooks"]
-        or state["_forward_hooks"]
-        or state["_backward_pre_hooks"]
-        or state["_backward_hooks"]
-        or "forward" in state
-    )
-
-
 class FusedLinear(FusedModule):
     """A quantized linear layer and the activation after it.
 
     The two run one after the other if gradients are recorded, under ``torch.compile`` and ``torch.export``, and for
-    inputs that the kernels do not support, such as half precision.
+    inputs that the kernels do not support, such as half precision, and if one has got hooks or another forward. Other
+    attributes are those of the layer.
 
     Args:
         layer: The quantized layer. It is shared, not copied.
         activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
+        module: The module of the activation, or None. It is shared, and called only if it has got hooks.
     """
 
-    def __init__(self, layer: Quantized, activation: str) -> None:
+    def __init__(self, layer: Quantized, activation: str, module: nn.Module | None = None) -> None:
         super().__init__()
         self.layer, self.activation = layer, activation
+        self._module = (module,)  # not registered: it stays in its own place, as an identity
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         layer = self._modules["layer"]
+        if not self.activation_is_bare():
+            return cast(Tensor, cast(nn.Module, self._module[0])(self.layer(x)))
         if not torch.compiler.is_compiling() and isinstance(layer, QuantizedLinear) and is_bare(layer):
             return layer.multiply(x, self.activation)
         return activate(self.layer(x), self.activation)
+
+    def activation_is_bare(self) -> bool:
+        """Whether the activation has no hooks and no forward of its own."""
+        return self._module[0] is None or is_bare(self._module[0])
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # as nn.Module
+        """Returns an attribute of the layer, which the model may read."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
     def extra_repr(self) -> str:
         """The activation after the layer."""
         return f"activation={self.activation}"
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Treats layers and activations as leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -119,8 +124,8 @@ def _fused_children(module: nn.Module) -> dict[str, nn.Module]:
     """Returns the fused layers, and identities in place of their activations, by the names of children."""
     children = dict(module.named_children())
     layers = {name for name, child in children.items() if isinstance(child, Quantized) and is_linear(child)}
-    activations = {name: known for name, child in children.items() if (known := name_of(child))}
-    if not layers or not activations:
+    activations = {name: known for name, child in children.items() if is_bare(child) and (known := name_of(child))}
+    if not layers or not activations or "forward" in vars(module):
         return {}
     try:
         nodes = _Tracer().trace(module).nodes
@@ -141,6 +146,14 @@ def _fused_children(module: nn.Module) -> dict[str, nn.Module]:
         if any(str(source.target) not in pairs for node in calls[name] for source in node.all_input_nodes):
             pairs = {layer: user for layer, user in pairs.items() if user != name}
     fused: dict[str, nn.Module] = {
-        layer: FusedLinear(cast(Quantized, children[layer]), activations[user]) for layer, user in pairs.items()
+        layer: FusedLinear(cast(Quantized, children[layer]), activations[user], children[user])
+        for layer, user in pairs.items()
     }
-    return {**fused, **{user: nn.Identity() for user in pairs.values()}}
+    return {**fused, **{user: _identity(children[user]) for user in pairs.values()}}
+
+
+def _identity(module: nn.Module) -> nn.Module:
+    """Returns an identity with the attributes of a module, which the model may read."""
+    made = nn.Identity()
+    vars(made).update({name: value for name, value in vars(module).items() if name not in vars(made)})
+    return made.train(module.training)

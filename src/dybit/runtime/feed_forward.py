@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from dybit.layers.forwards import QuantizedLinear
 from dybit.layers.quantized import FusedModule, Quantized, is_linear
 from dybit.operators.prepared_linear import feed_forward
-from dybit.runtime.activations import FusedLinear, is_bare
+from dybit.runtime.activations import FusedLinear
+from dybit.runtime.trace import Tracer, is_bare
 
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _LEAVES = (Quantized, FusedLinear)
@@ -49,14 +50,40 @@ class FeedForward(FusedModule):
         parts = self._modules  # bypasses nn.Module's attribute lookup, which is slow compared with a single row
         first, second = cast(FusedLinear, parts["first"]), parts["second"]
         layers = (first._modules["layer"], parts["down"], *((second,) if second is not None else ()))
-        if torch.compiler.is_compiling() or not all(isinstance(x, QuantizedLinear) and is_bare(x) for x in layers):
+        bare = first.activation_is_bare() and all(isinstance(x, QuantizedLinear) and is_bare(x) for x in layers)
+        if torch.compiler.is_compiling() or not bare:
             hidden = self.first(x)
             return cast(Tensor, self.down(hidden if second is None else hidden * second(x)))
         prepared = [cast(QuantizedLinear, layer).prepared() for layer in layers]
         return feed_forward(x, prepared[0], prepared[1], prepared[2] if len(prepared) > 2 else None, first.activation)
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # as nn.Module
+        """Returns an attribute of the first layer, which the model may read."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("first"), name)
 
-class _Tracer(fx.Tracer):
+
+class _Absorbed(nn.Identity):
+    """Takes the place of a layer that :class:`FeedForward` computes. Other attributes are those of that layer.
+
+    Args:
+        module: It is shared, and never called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = (module,)  # not registered: its parameters are those of the other one
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # as nn.Module
+        """Returns an attribute of the module, which the model may read."""
+        if name.startswith("_"):  # before the module is set, as in a copy
+            raise AttributeError(name)
+        return getattr(self._module[0], name)
+
+
+class _Tracer(Tracer):
     """Enters only modules that contain layers and can be traced on their own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -119,7 +146,7 @@ class _Fusion:
         return self._replaced[module]
 
     def _fuse(self, module: nn.Module) -> nn.Module:
-        graph = _trace(module)
+        graph = None if "forward" in vars(module) else _trace(module)
         if graph is None:
             return module
         counts = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
@@ -137,12 +164,12 @@ class _Fusion:
                 if whole is not None:
                     return whole
             elif (down := _linear(user, module)) is not None and counts[str(user.target)] == 1:
-                changed |= {str(node.target): FeedForward(first, down), str(user.target): nn.Identity()}
+                changed |= {str(node.target): FeedForward(first, down), str(user.target): _Absorbed(down)}
         if (
             changed and _trace(fused := _with(module, changed)) is not None
         ):  # its code may read other attributes of the layer
             module = fused
-        if returned:
+        if returned and is_bare(module):
             self._open.add(module)
         return module
 
@@ -153,7 +180,7 @@ def _gated(graph: fx.Graph, module: nn.Module, node: fx.Node, product: fx.Node) 
     factors = [arg for arg in product.args if isinstance(arg, fx.Node)]
     sources = [_source(arg, module) for arg in factors]
     last = _user(product, module)
-    plain = not (module._forward_hooks or module._forward_pre_hooks or hasattr(type(module).forward, "__wrapped__"))
+    plain = is_bare(module) and not hasattr(type(module).forward, "__wrapped__")
     if others or node not in sources or len(factors) != 2 or last is None or not plain:
         return None
     (other,) = (source for source in sources if source is not node) if sources[0] is not sources[1] else (node,)
@@ -182,7 +209,9 @@ def _linear(node: fx.Node, root: nn.Module) -> Quantized | None:
 
 def _is_identity(node: fx.Node, root: nn.Module) -> bool:
     module = _called(node, root)
-    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training)
+    if module is None or not is_bare(module):
+        return False
+    return type(module).forward is nn.Identity.forward or (type(module) is nn.Dropout and not module.training)
 
 
 def _user(node: fx.Node, root: nn.Module) -> fx.Node | None:

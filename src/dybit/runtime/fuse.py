@@ -10,6 +10,7 @@ significands (:mod:`dybit.operators.integer_conv`).
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
 from dataclasses import dataclass, field
@@ -25,48 +26,84 @@ from dybit.layers.quantized import FusedModule, Quantized, is_fused
 from dybit.operators.images import ImageFormat, UnknownError
 from dybit.operators.input_rounding import input_format
 from dybit.runtime.activations import FusedLinear, fuse_activations
+from dybit.runtime.aliases import Aliases, writes_first
 from dybit.runtime.feed_forward import FeedForward, fuse_feed_forward
 from dybit.runtime.image_layers import FusedConv, Rounding
+from dybit.runtime.trace import Tracer, augment, is_bare
 
 _INFINITY = float("inf")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RECTIFIERS = (functional.relu, torch.relu, torch.relu_, functional.relu_, "relu", "relu_")
+_PADDINGS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _CLAMPS = (torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip")
-_IN_PLACE = (operator.iadd, torch.relu_, functional.relu_, torch.clamp_)
 
 
 class Fused(FusedModule):
     """A fused model; :func:`fuse` makes it.
 
-    The model runs layer by layer if an activation is NaN, if inputs are not float32, and if gradients are recorded.
-    Under ``torch.compile`` and ``torch.export``, which see only the graph, NaN raises :class:`DyBitError`.
+    The model runs layer by layer if an activation is NaN, if inputs are not float32 or have no batch, if gradients are
+    recorded, and if an absorbed layer has got hooks or another forward. Hooks of the model run. Under ``torch.compile``
+    and ``torch.export``, which see only the graph, NaN and unbatched inputs raise :class:`DyBitError`.
 
     Attributes:
         graph: The fused graph, a ``torch.fx.GraphModule``.
         fused: The number of convolutions that pass on integers.
+
+    Args:
+        graph: See above.
+        model: The model that runs layer by layer.
+        fused: See above.
+        absorbed: Modules that the graph does not call. The graph computes what they do without hooks.
+        writes: Whether the graph may write to its inputs or attributes.
     """
 
-    def __init__(self, graph: fx.GraphModule, model: nn.Module, fused: int) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, model: nn.Module, fused: int, absorbed: tuple[nn.Module, ...], writes: bool
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.fused = fused
         self._model = (model,)  # not registered as a submodule: the graph has the same layers
+        self._absorbed, self._writes = absorbed, writes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the model's own signature
         """As the model."""
         if torch.compiler.is_compiling():
             return self.graph(*args, **kwargs)
+        (model,) = self._model
+        if is_bare(model):
+            return self._run(*args, **kwargs)
+        if "forward" not in vars(model):
+            model = copy.copy(model)  # which has the same hooks
+            vars(model)["forward"] = self._run
+        return model(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Computes the model without its hooks."""
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         watched = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if watched or any(x.is_floating_point() and x.dtype != torch.float32 for x in tensors):
-            return self._model[0](*args, **kwargs)
+        (model,) = self._model
+        if (
+            watched
+            or any(x.is_floating_point() and x.dtype != torch.float32 for x in tensors)
+            or not all(map(is_bare, self._absorbed))
+        ):
+            return model.forward(*args, **kwargs)
+        before = [(x, x.detach().clone()) for x in (tensors + self._attributes() if self._writes else ())]
         try:
             return self.graph(*args, **kwargs)
         except UnknownError:
-            return self._model[0](*args, **kwargs)
+            for x, value in before:
+                x.detach().copy_(value)
+            return model.forward(*args, **kwargs)
+
+    def _attributes(self) -> list[Tensor]:
+        """Returns the parameters and buffers that the graph reads as such."""
+        read = {str(node.target) for node in self.graph.graph.nodes if node.op == "get_attr"}
+        return [x for x in (operator.attrgetter(name)(self.graph) for name in sorted(read)) if isinstance(x, Tensor)]
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Treats quantized layers as leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -141,17 +178,23 @@ def fuse(model: nn.Module) -> nn.Module:
         return _unchanged(
             model, "no convolution has a static input scale, and no linear layer is followed by an activation"
         )
+    tracer = _Tracer()
     try:
-        graph = _Tracer().trace(linear)
+        graph = tracer.trace(linear)
     except Exception as error:  # tracing runs the model's own code on proxies, and that fails in any way it likes
         raise DyBitError(f"model cannot be traced by torch.fx: {error}") from error
     module = fx.GraphModule(linear, graph, type(model).__name__)
-    _drop_identities(module)
-    stages = _stages(module)
+    absorbed = [*tracer.entered, *_drop_identities(module)]
+    aliases = Aliases(module)
+    stages = _stages(module, aliases)
     if not any(stage.result is not stage.conv for stage in stages) and not _links(stages):
         return linear if activations else _unchanged(model, _obstacle(stages, module))
+    for stage in stages:
+        called = (_called(node, module) for node in (stage.conv, *stage.taken, *stage.pads))
+        absorbed += (m for m in called if m is not None)
     fused = _rewrite(module, stages)
-    return Fused(module, model, fused).train(model.training)
+    writes = bool(aliases.writes_outside())
+    return Fused(module, model, fused, tuple(dict.fromkeys(absorbed)), writes).train(model.training)
 
 
 def _unchanged(model: nn.Module, why: str) -> nn.Module:
@@ -172,17 +215,23 @@ def _obstacle(stages: list[_Stage], module: fx.GraphModule) -> str:
     )
 
 
-def _drop_identities(module: fx.GraphModule) -> None:
-    """Removes identities, such as those in place of folded batch norms."""
+def _drop_identities(module: fx.GraphModule) -> list[nn.Module]:
+    """Removes identities, such as those in place of folded batch norms, and returns them."""
+    dropped: list[nn.Module] = []
     for node in list(module.graph.nodes):
-        if type(_called(node, module)) is nn.Identity and len(node.all_input_nodes) == 1:
+        called = _called(node, module)
+        if type(called) is nn.Identity and is_bare(called) and len(node.all_input_nodes) == 1:
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
+            dropped.append(called)
+    return dropped
 
 
 def _takes_images(module: nn.Module) -> bool:
     """Whether a module is a convolution whose inputs can be images."""
     if not isinstance(module, Quantized) or not is_convolution(module) or module.input_spec is None:
+        return False
+    if not is_bare(module):
         return False
     conv, spec = cast(nn.Conv2d, module), module.input_spec
     return (
@@ -200,9 +249,8 @@ def _called(node: fx.Node, root: nn.Module) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _stages(module: fx.GraphModule) -> list[_Stage]:
+def _stages(module: fx.GraphModule, aliases: Aliases) -> list[_Stage]:
     """Returns the convolutions that take images, each with the nodes it absorbs, in an order in which they can run."""
-    order = {node: i for i, node in enumerate(module.graph.nodes)}
     stages = []
     for node in module.graph.nodes:
         layer = _called(node, module)
@@ -211,53 +259,64 @@ def _stages(module: fx.GraphModule) -> list[_Stage]:
         padding = _paired(cast(nn.Conv2d, layer)._reversed_padding_repeated_twice)
         source, pads = node.all_input_nodes[0], []
         whole = not cast(Quantized, layer).input_spec.offset  # type: ignore[union-attr]
-        while whole and (added := _zeros(source, module, len(padding))) is not None and not _overwritten(source):
+        while whole and (added := _zeros(source, module, len(padding))) is not None:
             padding = tuple(a + b for a, b in zip(padding, added, strict=True))
             pads.append(source)
             source = source.all_input_nodes[0]
-        if not _overwritten(source):
-            stages.append(_Stage(node, cast(Quantized, layer), source, padding, tuple(pads)))
+        stage = _Stage(node, cast(Quantized, layer), source, padding, tuple(pads))
+        if _is_steady(stage, aliases):
+            stages.append(stage)
     own = {stage.conv for stage in stages}
     for stage in stages:
-        _take_up(stage, module, order, own)
-    return sorted(stages, key=lambda stage: order[stage.result])
+        _take_up(stage, module, aliases, own)
+    return sorted(stages, key=lambda stage: aliases.order[stage.result])
 
 
-def _overwritten(node: fx.Node) -> bool:
-    """Whether another node may write to a value in place."""
-    return len(node.users) > 1 and any(_in_place(user, node) for user in node.users)
+def _is_steady(stage: _Stage, aliases: Aliases) -> bool:
+    """Whether what a convolution reads stays the same from its source to its result, where the fused one runs."""
+    end, own = stage.result, stage.taken
+    inputs = all(aliases.holds(value, stage.source, end, own) for value in (stage.source, *stage.pads))
+    return inputs and aliases.holds_outside(stage.conv, end, own)  # as a bias
 
 
-def _in_place(node: fx.Node, value: fx.Node) -> bool:
-    if node.op == "call_module":
-        owner = node.graph.owning_module
-        return owner is None or bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
-    first = bool(node.args) and node.args[0] is value
-    if node.op == "call_method":
-        return first and str(node.target).endswith("_")
-    return (
-        node.kwargs.get("inplace") is True
-        or any(arg is True for arg in node.args)
-        or (first and node.target in _IN_PLACE)
-    )
-
-
-def _take_up(stage: _Stage, module: fx.GraphModule, order: dict[fx.Node, int], own: set[fx.Node]) -> None:
+def _take_up(stage: _Stage, module: fx.GraphModule, aliases: Aliases, own: set[fx.Node]) -> None:
     """Lets a convolution absorb an addition and a clamp that are its only users."""
+    order = aliases.order
     user = _only_user(stage.result)
-    if user is not None and user.op != "call_module" and user.target in _ADDITIONS and not user.kwargs:
-        others = [arg for arg in user.args if arg is not stage.result]
-        other = others[0] if len(user.args) == 2 and len(others) == 1 else None
+    if user is not None and _is_addition(user):
+        others = [arg for arg in user.args[:2] if arg is not stage.result]
+        other = others[0] if len(others) == 1 else None
         # Of two convolutions the later one adds, since the other has already run.
         rival = other in own and len(other.users) == 1 and order[other] > order[stage.conv]  # type: ignore[union-attr,index]
-        if isinstance(other, fx.Node) and not rival and not _in_place(user, other) and not _overwritten(other):
-            stage.addend = other
-            stage.taken.append(user)
+        if isinstance(other, fx.Node) and not rival:
+            changed = user.args[0] is other and writes_first(user, module)  # then the result must be all that is read
+            if not changed or aliases.is_last(other, user):
+                _take(stage, user, aliases, addend=other)
     user = _only_user(stage.result)
     limits = None if user is None else _limits(user, module)
-    if user is not None and limits is not None:
+    if user is not None and limits is not None and _take(stage, user, aliases):
         stage.limits = limits
-        stage.taken.append(user)
+
+
+def _take(stage: _Stage, node: fx.Node, aliases: Aliases, addend: fx.Node | None = None) -> bool:
+    """Absorbs a node if nothing changes in between what the convolution and the addition read."""
+    stage.taken.append(node)
+    stage.addend = stage.addend or addend
+    steady = stage.addend is None or aliases.holds(stage.addend, stage.taken[0], node, stage.taken)
+    if steady and _is_steady(stage, aliases):
+        return True
+    stage.taken.pop()
+    stage.addend = stage.addend if stage.taken else None
+    return False
+
+
+def _is_addition(node: fx.Node) -> bool:
+    """Whether a node adds its first two arguments and does nothing else."""
+    if node.op == "call_module" or node.kwargs:
+        return False
+    if node.target is augment:
+        return node.args[2] == "iadd"
+    return node.target in _ADDITIONS and len(node.args) == 2
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -267,6 +326,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
     """Returns the limits between which a node clamps its only tensor; None if it does something else."""
     module = _called(node, root)
+    if module is not None and not is_bare(module):
+        return None
     if module is not None:
         if type(module) is nn.ReLU:
             return 0.0, _INFINITY
@@ -299,11 +360,9 @@ def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
 def _zeros(node: fx.Node, root: nn.Module, count: int) -> tuple[int, ...] | None:
     """Returns the zeros that a node adds before and after each of the last dimensions; None for other nodes."""
     module = _called(node, root)
-    if isinstance(
-        module, nn.ZeroPad1d | nn.ZeroPad2d | nn.ZeroPad3d | nn.ConstantPad1d | nn.ConstantPad2d | nn.ConstantPad3d
-    ):
-        padding: Any = module.padding
-        value: Any = module.value
+    if type(module) in _PADDINGS and is_bare(module):  # type: ignore[arg-type]
+        padding: Any = module.padding  # type: ignore[union-attr]
+        value: Any = module.value  # type: ignore[union-attr]
     elif node.op == "call_function" and node.target is functional.pad:
         named = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
         if named.get("mode", "constant") != "constant":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from dybit.layers.quantized import Quantized
 from dybit.operators.conv_geometry import ConvGeometry
 from dybit.operators.dispatch import unwatched
-from dybit.operators.images import ImageFormat, round_image
+from dybit.operators.images import ImageFormat, UnknownError, round_image
 from dybit.operators.input_rounding import InputRounding
 from dybit.operators.integer_conv import PreparedConv, conv_image
 from dybit.operators.packed_cache import Snapshot
@@ -55,7 +56,13 @@ class FusedConv(nn.Module):
         self._limits, self._keep = limits, keep
 
     def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convolves an image. Returns the results and the next image; one may be empty (see ``PreparedConv``)."""
+        """Convolves an image. Returns the results and the next image; one may be empty (see ``PreparedConv``).
+
+        Raises:
+            UnknownError: ``addend`` is not float32, or does not broadcast to the results, or a result is NaN.
+        """
+        if addend is not None and addend.dtype != torch.float32:
+            raise UnknownError(f"addend must be float32, not {addend.dtype}")
         state, bias = self.layer._buffers, self.layer.own_bias
         if not unwatched(image, bias):
             return conv_image(image, addend, *self._arguments(bias))
@@ -109,7 +116,15 @@ class Rounding(nn.Module):
         self.out = out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rounds activations of shape (batch, channels, *size)."""
+        """Rounds activations of shape (batch, channels, *size).
+
+        Raises:
+            UnknownError: ``x`` is not float32, has another number of dimensions, or holds NaN.
+        """
+        if x.dtype != torch.float32 or x.ndim != 2 + len(self.out.border) // 2:
+            raise UnknownError(
+                f"x must be float32 of {2 + len(self.out.border) // 2} dimensions, not {x.dtype} of {x.ndim}"
+            )
         return round_image(x, InputRounding(self.out.name, self.scale, self.offset), self.out.border)
 
     def extra_repr(self) -> str:
