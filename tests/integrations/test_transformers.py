@@ -250,6 +250,8 @@ def test_calibrated_models_are_attached(tmp_path):
     assert torch.equal(run(own, "llama"), run(model, "llama"))
     with pytest.raises(dybit.DyBitError, match="model must be a transformers model after quantize_, not Linear"):
         attach_(torch.nn.Linear(2, 2))
+    with pytest.raises(dybit.DyBitError, match="model is fused; save the model that was passed to fuse"):
+        attach_(dybit.fuse(model))
 
 
 BAD = {
