@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.kernels import extension
+from dybit.kernels.transforms import transforming
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
 from dybit.layers.experts import run_experts
@@ -39,7 +40,7 @@ class QuantizedLinear(Quantized):
             x: (..., in_features).
             activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
         """
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or transforming():
             return activate(linear(x, self.quantized_tensor(), self.own_bias, self.input_rounding()), activation)
         return self.prepared().multiply(x, activation)
 

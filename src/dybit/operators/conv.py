@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
+from dybit.kernels.transforms import transforming
 from dybit.operators.conv_geometry import ConvGeometry
 from dybit.operators.dispatch import check_values, no_view, read_spec, unwatched
 from dybit.operators.input_rounding import InputRounding
@@ -66,11 +67,17 @@ def _compute(
     y = _by_kernel(x, weight, bias, geometry, rounding, places, layout)
     if y is not None:
         return y
-    # Each sample has one dynamic scale, so each sample is one row.
-    rounded = rounding.round(x if rounding.scale is not None else x.flatten(1)).view(x.shape)
-    y = geometry.convolve(rounded, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = _by_torch(x, weight, bias, geometry, rounding)
     out = torch.empty_like(y, memory_format=layout)
     return no_view(y) if y.stride() == out.stride() else out.copy_(y)
+
+
+def _by_torch(
+    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, geometry: ConvGeometry, rounding: InputRounding
+) -> Tensor:
+    # Each sample has one dynamic scale, so each sample is one row.
+    rounded = rounding.round(x if rounding.scale is not None else x.flatten(1)).view(x.shape)
+    return geometry.convolve(rounded, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _by_kernel(
@@ -182,6 +189,9 @@ def conv(
     check_values(weight.packed, x)
     if unwatched(x, bias):
         return _compute(x, weight, bias, geometry, replace(rounding, group_size=0) if rounding.group_size else rounding)
+    if transforming():
+        _check(x, bias, weight, geometry.groups, rounding.format)
+        return _by_torch(x, weight, bias, geometry, replace(rounding, group_size=0))
     y = _operator(
         x,
         weight.packed,

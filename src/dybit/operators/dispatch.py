@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
+from dybit.kernels.transforms import transforming
 from dybit.tensors.quantized_tensor import TensorSpec
 
 
@@ -20,7 +21,7 @@ def read_spec(key: str) -> TensorSpec:
 
 
 def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether torch's dispatcher can be bypassed: no autograd, tracing, dispatch mode or functorch transform is active.
+    """Whether torch's dispatcher can be bypassed: no autograd, tracing, dispatch mode or transform is active.
 
     Dispatching an operator written in Python takes longer than a small product.
 
@@ -34,7 +35,7 @@ def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
         and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._get_tracing_state()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transforming()
     )
 
 

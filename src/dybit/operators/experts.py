@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
+from dybit.kernels.transforms import transforming
 from dybit.operators import packed_weight
 from dybit.operators.dispatch import check_values, read_spec, unwatched
 from dybit.operators.input_rounding import KEPT, InputRounding
@@ -186,7 +187,7 @@ def experts(x: Tensor, expert: Tensor, weight: QuantizedTensor, rounding: InputR
     if rounding.scale is not None:
         raise DyBitError("rounding must be dynamic for experts, but has a static scale")
     check_values(weight.packed, x)
-    if unwatched(x):
+    if unwatched(x) or transforming():
         return _compute(x, expert, weight, rounding)
     return cast(
         Tensor,

@@ -13,6 +13,7 @@ from dybit.formats import catalogue
 from dybit.formats.codebook import Codebook
 from dybit.formats.format import Format, variants
 from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
+from dybit.kernels.transforms import pass_gradients, transforming
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,11 @@ class InputRounding:
         """Rounds ``x`` to codes and returns their values, of its shape and type. Each row has its own dynamic scale."""
         if not self.format:
             return x
+        if transforming():
+            return pass_gradients(x, self._round(x.detach()))
+        return self._round(x)
+
+    def _round(self, x: Tensor) -> Tensor:
         if self.scale is not None:
             return cast(Tensor, fake_quantize(x, self.scale, self.offset, self.format))
         return cast(Tensor, fake_quantize_dynamic(x, self.format, self.reach, self.group_size))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
+from dybit.kernels.transforms import transforming
 from dybit.operators.dispatch import check_values, no_view, read_spec, unwatched
 from dybit.operators.input_rounding import KEPT, InputRounding, input_format
 from dybit.operators.packed_cache import PackedCache
@@ -66,9 +67,7 @@ def _compute(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, rounding: 
     _check(x, bias, weight.spec)
     packed = packed_for(weight, rounding) if x.dtype in _KERNEL_TYPES and x.is_cpu else None
     if packed is None:
-        # The same codes of inputs and weights; their products are summed in floating point.
-        matrix = _matrix(weight, x.dtype)
-        return torch.nn.functional.linear(rounding.round(x), matrix, None if bias is None else bias.to(x.dtype))
+        return _by_torch(x, weight, bias, rounding)
     rows = x.detach().reshape(-1, x.shape[-1])
     if x.dtype != torch.float32 or not rows.is_contiguous():
         rows = rows.float().contiguous()
@@ -78,6 +77,12 @@ def _compute(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, rounding: 
     else:
         y = packed.linear(rows, bias, rounding)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def _by_torch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, rounding: InputRounding) -> Tensor:
+    """Computes with the same codes of inputs and weights; sums their products in floating point."""
+    matrix = _matrix(weight, x.dtype)
+    return torch.nn.functional.linear(rounding.round(x), matrix, None if bias is None else bias.to(x.dtype))
 
 
 def _matrix(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -143,6 +148,9 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, round
     check_values(weight.packed, x)
     if unwatched(x, bias):
         return _compute(x, weight, bias, rounding)
+    if transforming():
+        _check(x, bias, weight.spec)
+        return _by_torch(x, weight, bias, rounding)
     return cast(
         Tensor,
         _operator(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dybit.errors import DyBitError
 from dybit.formats import catalogue
 from dybit.formats.codebook import Family
+from dybit.kernels.transforms import outside_transforms, refuse_transformed
 from dybit.layers.description import KEY, read_text, text_tensor
 from dybit.layers.input_spec import InputSpec
 from dybit.models.calibration import InputStatistics, choose_input
@@ -85,7 +86,8 @@ class _Quantizer(nn.Module):
         """
         if not self.training or in_backward():
             return False
-        return self.schedule.due(int(self.passes.add_(1)))
+        with outside_transforms():
+            return self.schedule.due(int(self.passes.add_(1)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantizer:
         """Moves tensors but keeps their types: half precision would change the scales."""
@@ -149,10 +151,13 @@ class WeightQuantizer(_Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Rounds a weight of shape ``spec.shape`` to the values of its codes."""
-        return round_weight(weight, self.log_scale, self.scales(), self.scale, self.choice, Layout(self.spec))
+        refuse_transformed(weight, self.log_scale)
+        with outside_transforms():
+            return round_weight(weight, self.log_scale, self.scales(), self.scale, self.choice, Layout(self.spec))
 
     def lookup(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rounds some rows of the matrix, (count, columns), selected by ``index`` of shape (count,)."""
+        refuse_transformed(rows, self.log_scale)
         log_scale, scale, chosen, choice = self.log_scale, self.scales(), self.scale, self.choice
         if chosen.shape[0] > 1:
             log_scale, scale, chosen = (table.index_select(0, index) for table in (log_scale, scale, chosen))  # type: ignore[assignment]
@@ -308,6 +313,7 @@ class InputQuantizer(_Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rounds an input, floating point of any shape. Before a scale is chosen, returns the values unchanged."""
+        refuse_transformed(x, self.log_scale)
         due = self.count() and x.numel() > 0
         if not self.ready:
             self.settle()

@@ -18,6 +18,7 @@ from dybit.formats.packing import packed_size
 from dybit.formats.scaling import GRANULARITIES, SCALE_TYPES, Granularity, ScaleType
 from dybit.kernels.code_operators import dequantize
 from dybit.kernels.packed_codes import unpack
+from dybit.kernels.transforms import outside_transforms
 from dybit.tensors.float8 import picklable, restored
 from dybit.tensors.scale_types import SCALE_DTYPES, read_scales
 
@@ -308,13 +309,14 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the values of the codes: of shape ``spec.shape``, computed in float32."""
         spec = self.spec
-        matrix = dequantize(
-            self.packed.reshape(spec.rows, spec.row_bytes),
-            self.scales(),
-            self.choices(),
-            spec.family,
-            spec.columns,
-            spec.bits,
-            spec.group_size or 0,
-        )
-        return spec.from_matrix(matrix).to(dtype)
+        with outside_transforms():
+            matrix = dequantize(
+                self.packed.reshape(spec.rows, spec.row_bytes),
+                self.scales(),
+                self.choices(),
+                spec.family,
+                spec.columns,
+                spec.bits,
+                spec.group_size or 0,
+            )
+            return spec.from_matrix(matrix).to(dtype)
