@@ -222,3 +222,16 @@ def test_hooks_and_replaced_forwards_run(name, when, kind):
         change(model.get_submodule(name))
     with torch.no_grad():
         assert torch.equal(fused(x), model(x)) and not torch.equal(model(x), plain)
+
+
+def test_pictures_without_a_batch_and_other_types_inside_run_the_model():
+    class Doubled(Chain):
+        def forward(self, x):
+            return self.last(torch.relu(self.last(self.block(x).double()))).float()
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, 6)
+    with torch.no_grad():
+        for net, given in ((Chain(), x[0]), (Doubled(), x)):
+            model = quantize_(net.eval(), RECIPES["int8"], calibration=[x])
+            assert torch.equal(fuse(model)(given), model(given))

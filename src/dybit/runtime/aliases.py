@@ -19,7 +19,7 @@ from torch.nn import functional
 from dybit.layers.forwards import QuantizedLinear, is_convolution
 from dybit.runtime.activations import FusedLinear
 from dybit.runtime.feed_forward import FeedForward
-from dybit.runtime.trace import augment, is_bare
+from dybit.runtime.trace import augment, called, is_bare
 
 _KNOWN = (torch, functional, operator, math, torch.linalg, torch.fft, torch.special, torch._C._nn)
 # fmt: off
@@ -63,7 +63,7 @@ class Aliases:
         for node in self.order:
             for source in self._sources(node):
                 self._parents[self._root(node)] = self._root(source)
-            written += ((node, value) for value in _written(node, _called(node, module)))
+            written += ((node, value) for value in _written(node, called(node, module)))
         self._writes: dict[fx.Node, set[fx.Node]] = {}
         for node, value in written:
             self._writes.setdefault(self._root(value), set()).add(node)
@@ -75,10 +75,10 @@ class Aliases:
             return [before] if before is not None else []
         if node.op == "output":
             return []
-        module = _called(node, self._module)
+        module = called(node, self._module)
         if _changes_first(node, module):
             return _first(node)
-        fresh = _is_fresh(node, module) and not _out(node)
+        fresh = is_fresh(node, module) and not _out(node)
         return [] if fresh else node.all_input_nodes
 
     def _root(self, node: fx.Node) -> fx.Node:
@@ -114,11 +114,7 @@ class Aliases:
 
 def writes_first(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node may write to its first argument."""
-    return any(value in _first(node) for value in _written(node, _called(node, root)))
-
-
-def _called(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return any(value in _first(node) for value in _written(node, called(node, root)))
 
 
 def _first(node: fx.Node) -> list[fx.Node]:
@@ -128,7 +124,8 @@ def _first(node: fx.Node) -> list[fx.Node]:
     return found or node.all_input_nodes
 
 
-def _name(node: fx.Node) -> str:
+def name_of_call(node: fx.Node) -> str:
+    """Returns the name of the function or method that a node calls."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
@@ -152,7 +149,7 @@ def _argument(node: fx.Node, name: str) -> Any:  # noqa: ANN401
 
 def _changes_first(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node changes its first argument in place, and nothing else."""
-    name = _name(node)
+    name = name_of_call(node)
     if node.op == "call_module":
         return module is not None and is_bare(module) and bool(getattr(module, "inplace", False))
     if node.op == "call_method":
@@ -166,7 +163,7 @@ def _changes_first(node: fx.Node, module: nn.Module | None) -> bool:
 
 def _is_known(node: fx.Node) -> bool:
     """Whether a function is one of torch or of Python, which write only as their names and arguments say."""
-    name = _name(node)
+    name = name_of_call(node)
     if node.target in (getattr, augment):
         return True
     calls_others = str(getattr(node.target, "__module__", "")).startswith(("torch._higher", "torch._functorch"))
@@ -182,11 +179,11 @@ def _is_layer(module: nn.Module) -> bool:
     return own or is_convolution(module) or kind is nn.Linear or kind.__module__ in _FRESH_MODULES
 
 
-def _is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
+def is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the result of a node shares no memory with its inputs."""
     if module is not None:
         return _is_layer(module)
-    name = _name(node)
+    name = name_of_call(node)
     if node.target is getattr:
         return node.args[1] in _NUMBERS
     known = node.op == "call_method" or _is_known(node) or node.target is len
@@ -203,6 +200,11 @@ def _written(node: fx.Node, module: nn.Module | None) -> list[fx.Node]:
         safe = type(module).__module__.startswith("torch.nn.") and all(is_bare(m) for m in module.modules())
         return [] if safe or _is_layer(module) else node.all_input_nodes
     if node.op == "call_method":
-        safe = hasattr(Tensor, _name(node)) and _name(node) not in ("numpy", "__array__", "apply_", "map_")
+        safe = hasattr(Tensor, name_of_call(node)) and name_of_call(node) not in (
+            "numpy",
+            "__array__",
+            "apply_",
+            "map_",
+        )
         return [] if safe else node.all_input_nodes
     return _out(node) if _is_known(node) or node.target is len else node.all_input_nodes

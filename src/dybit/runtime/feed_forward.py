@@ -20,7 +20,7 @@ from dybit.layers.forwards import QuantizedLinear
 from dybit.layers.quantized import FusedModule, Quantized, is_linear
 from dybit.operators.prepared_linear import feed_forward
 from dybit.runtime.activations import FusedLinear
-from dybit.runtime.trace import Tracer, is_bare
+from dybit.runtime.trace import Tracer, called, is_bare
 
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _LEAVES = (Quantized, FusedLinear)
@@ -153,7 +153,7 @@ class _Fusion:
         changed: dict[str, nn.Module] = {}
         returned = False
         for node in graph.nodes:
-            first = _called(node, module)
+            first = called(node, module)
             user = _user(node, module)
             if not isinstance(first, FusedLinear) or user is None or counts[str(node.target)] > 1:
                 continue
@@ -194,21 +194,17 @@ def _gated(graph: fx.Graph, module: nn.Module, node: fx.Node, product: fx.Node) 
                 return None
         elif found not in known and not _is_identity(found, module):
             return None
-    return FeedForward(cast(FusedLinear, _called(node, module)), down, second)
-
-
-def _called(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return FeedForward(cast(FusedLinear, called(node, module)), down, second)
 
 
 def _linear(node: fx.Node, root: nn.Module) -> Quantized | None:
     """The quantized linear layer that a node calls with its only argument."""
-    layer = _called(node, root)
+    layer = called(node, root)
     return layer if isinstance(layer, Quantized) and is_linear(layer) and len(node.all_input_nodes) == 1 else None
 
 
 def _is_identity(node: fx.Node, root: nn.Module) -> bool:
-    module = _called(node, root)
+    module = called(node, root)
     if module is None or not is_bare(module):
         return False
     return type(module).forward is nn.Identity.forward or (type(module) is nn.Dropout and not module.training)

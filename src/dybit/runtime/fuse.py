@@ -29,7 +29,8 @@ from dybit.runtime.activations import FusedLinear, fuse_activations
 from dybit.runtime.aliases import Aliases, writes_first
 from dybit.runtime.feed_forward import FeedForward, fuse_feed_forward
 from dybit.runtime.image_layers import FusedConv, Rounding
-from dybit.runtime.trace import Tracer, augment, is_bare
+from dybit.runtime.memory_format import is_visible
+from dybit.runtime.trace import Tracer, augment, called, is_bare
 
 _INFINITY = float("inf")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -50,9 +51,7 @@ class Fused(FusedModule):
         fused: The number of convolutions that pass on integers.
 
     Args:
-        graph: See above.
         model: The model that runs layer by layer.
-        fused: See above.
         absorbed: Modules that the graph does not call. The graph computes what they do without hooks.
         writes: Whether the graph may write to its inputs or attributes.
     """
@@ -146,8 +145,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Convolutions with static input scales absorb the residual addition and the ReLU, ReLU6 or clamp after them. They
     pass their results on as integers to the next such convolutions, also through zero padding. If other modules use
-    the results, they are also computed in floating point. With the compiled kernels, outputs equal those of the model
-    bit for bit, in channels-last layout. In plain torch, floating-point sums may differ in their order.
+    the results, they are also computed in floating point. With the compiled kernels, results equal those of the model
+    bit for bit. Other modules between convolutions may get channels-last values, which torch may round differently in
+    the last bit. In plain torch, floating-point sums may differ in their order.
 
     A quantized linear layer absorbs a ReLU, GELU, SiLU or quick GELU in the same parent module that is its only user.
     The kernels compute it within 2e-7 of the exact function. Feed-forward blocks of transformers (two layers in a row,
@@ -190,9 +190,9 @@ def fuse(model: nn.Module) -> nn.Module:
     if not any(stage.result is not stage.conv for stage in stages) and not _links(stages):
         return linear if activations else _unchanged(model, _obstacle(stages, module))
     for stage in stages:
-        called = (_called(node, module) for node in (stage.conv, *stage.taken, *stage.pads))
-        absorbed += (m for m in called if m is not None)
-    fused = _rewrite(module, stages)
+        modules = (called(node, module) for node in (stage.conv, *stage.taken, *stage.pads))
+        absorbed += (m for m in modules if m is not None)
+    fused = _rewrite(module, stages, aliases)
     writes = bool(aliases.writes_outside())
     return Fused(module, model, fused, tuple(dict.fromkeys(absorbed)), writes).train(model.training)
 
@@ -205,7 +205,7 @@ def _unchanged(model: nn.Module, why: str) -> nn.Module:
 def _obstacle(stages: list[_Stage], module: fx.GraphModule) -> str:
     """Why none of the convolutions can be fused."""
     for stage in stages:
-        if any(isinstance(_called(user, module), nn.modules.batchnorm._BatchNorm) for user in stage.result.users):
+        if any(isinstance(called(user, module), nn.modules.batchnorm._BatchNorm) for user in stage.result.users):
             return (
                 f"convolution {stage.conv.target!r} is followed by a batch norm that is not merged into it; "
                 "call model.eval() before quantize_, which then merges it"
@@ -219,11 +219,11 @@ def _drop_identities(module: fx.GraphModule) -> list[nn.Module]:
     """Removes identities, such as those in place of folded batch norms, and returns them."""
     dropped: list[nn.Module] = []
     for node in list(module.graph.nodes):
-        called = _called(node, module)
-        if type(called) is nn.Identity and is_bare(called) and len(node.all_input_nodes) == 1:
+        identity = called(node, module)
+        if type(identity) is nn.Identity and is_bare(identity) and len(node.all_input_nodes) == 1:
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
-            dropped.append(called)
+            dropped.append(identity)
     return dropped
 
 
@@ -245,15 +245,11 @@ def _takes_images(module: nn.Module) -> bool:
     )
 
 
-def _called(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
 def _stages(module: fx.GraphModule, aliases: Aliases) -> list[_Stage]:
     """Returns the convolutions that take images, each with the nodes it absorbs, in an order in which they can run."""
     stages = []
     for node in module.graph.nodes:
-        layer = _called(node, module)
+        layer = called(node, module)
         if layer is None or not _takes_images(layer) or len(node.all_input_nodes) != 1:
             continue
         padding = _paired(cast(nn.Conv2d, layer)._reversed_padding_repeated_twice)
@@ -325,7 +321,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
     """Returns the limits between which a node clamps its only tensor; None if it does something else."""
-    module = _called(node, root)
+    module = called(node, root)
     if module is not None and not is_bare(module):
         return None
     if module is not None:
@@ -359,7 +355,7 @@ def _limits(node: fx.Node, root: nn.Module) -> tuple[float, float] | None:
 
 def _zeros(node: fx.Node, root: nn.Module, count: int) -> tuple[int, ...] | None:
     """Returns the zeros that a node adds before and after each of the last dimensions; None for other nodes."""
-    module = _called(node, root)
+    module = called(node, root)
     if type(module) in _PADDINGS and is_bare(module):  # type: ignore[arg-type]
         padding: Any = module.padding  # type: ignore[union-attr]
         value: Any = module.value  # type: ignore[union-attr]
@@ -394,7 +390,7 @@ def _border(stages: list[_Stage]) -> tuple[int, ...]:
     return tuple(max(sizes) for sizes in zip(*(stage.padding for stage in stages), strict=True))
 
 
-def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
+def _rewrite(module: fx.GraphModule, stages: list[_Stage], aliases: Aliases) -> int:
     """Replaces the stages by fused convolutions. Returns how many produce an image."""
     graph = module.graph
     consumers: dict[fx.Node, list[_Stage]] = {}
@@ -402,11 +398,13 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
         consumers.setdefault(stage.source, []).append(stage)
     images: dict[tuple[fx.Node, tuple[Any, ...]], tuple[fx.Node, ImageFormat]] = {}
     values: dict[fx.Node, fx.Node] = {}  # floating-point results by the nodes that they replace
+    inputs: dict[fx.Node, fx.Node] = {}  # of chains of convolutions, by their results
+    absorbed = {node for stage in stages for node in (stage.conv, *stage.taken)}
     fused = 0
 
-    def add(name: str, made: nn.Module, *args: fx.Node) -> fx.Node:
+    def add(name: str, made: nn.Module, *args: fx.Node | None) -> fx.Node:
         module.add_submodule(name, made)
-        return graph.call_module(name, tuple(values.get(arg, arg) for arg in args))
+        return graph.call_module(name, tuple(arg and values.get(arg, arg) for arg in args))
 
     for i, stage in enumerate(stages):
         graph.inserting_before(stage.result)
@@ -426,7 +424,9 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage]) -> int:
         keep = out is None or not all(_leads_to(user, sharers) for user in stage.result.users)
         stage.layer.inputs_fixed = True  # share and pass on images between convolutions whose scales agree
         conv = FusedConv(stage.layer, source, stage.padding, stage.limits, keep, out, *scales)
-        call = add(f"conv_{i}", conv, image, *([stage.addend] if stage.addend else []))
+        start = inputs[stage.result] = inputs.get(stage.source, stage.source)
+        like = start if is_visible(stage.result, module, aliases, absorbed) else None
+        call = add(f"conv_{i}", conv, image, stage.addend, like)
         if keep:
             values[stage.result] = graph.call_function(operator.getitem, (call, 0))
         if out is not None:

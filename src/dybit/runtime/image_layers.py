@@ -14,6 +14,7 @@ from dybit.operators.images import ImageFormat, UnknownError, round_image
 from dybit.operators.input_rounding import InputRounding
 from dybit.operators.integer_conv import PreparedConv, conv_image
 from dybit.operators.packed_cache import Snapshot
+from dybit.runtime.memory_format import format_like
 
 _WEIGHT = ("weight", "weight_scale", "weight_choice", "weight_tensor_scale", "input_scale", "input_offset")
 
@@ -55,14 +56,24 @@ class FusedConv(nn.Module):
         self._geometry = ConvGeometry.of(conv.stride, padding, conv.dilation, conv.groups)
         self._limits, self._keep = limits, keep
 
-    def forward(self, image: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, addend: Tensor | None = None, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolves an image. Returns the results and the next image; one may be empty (see ``PreparedConv``).
+
+        Args:
+            image: Significands in the format ``source``.
+            addend: Float32 that broadcasts to the results, or None.
+            like: The input of the model's convolutions, which determines the memory format of the results; None for
+                channels-last.
 
         Raises:
             UnknownError: ``addend`` is not float32, or does not broadcast to the results, or a result is NaN.
         """
         if addend is not None and addend.dtype != torch.float32:
             raise UnknownError(f"addend must be float32, not {addend.dtype}")
+        y, result = self._convolve(image, addend)
+        return (y if like is None else format_like(y, like)), result
+
+    def _convolve(self, image: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
         state, bias = self.layer._buffers, self.layer.own_bias
         if not unwatched(image, bias):
             return conv_image(image, addend, *self._arguments(bias))

@@ -55,6 +55,11 @@ def is_bare(layer: nn.Module) -> bool:
     )
 
 
+def called(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """Returns the module that a node calls, or None."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
 class _Value(fx.Proxy):
     """A value in a trace."""
 
