@@ -1,6 +1,8 @@
 """Fused models: the bits of the model that they were made from, and where they hand over to it."""
 
+import operator
 import pickle
+import random
 
 import pytest
 import torch
@@ -226,12 +228,66 @@ def test_hooks_and_replaced_forwards_run(name, when, kind):
 
 def test_pictures_without_a_batch_and_other_types_inside_run_the_model():
     class Doubled(Chain):
+        wide = False
+
         def forward(self, x):
-            return self.last(torch.relu(self.last(self.block(x).double()))).float()
+            y = self.block(x)
+            return self.last(torch.relu(self.last(y.double() if self.wide else y))).float()
 
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6, 6)
     with torch.no_grad():
         for net, given in ((Chain(), x[0]), (Doubled(), x)):
             model = quantize_(net.eval(), RECIPES["int8"], calibration=[x])
+            model.wide = True
             assert torch.equal(fuse(model)(given), model(given))
+
+
+STEPS = {
+    "conv": lambda m, values, i, j: m.convs[i % 3](values[i]),
+    "relu": lambda m, values, i, j: torch.relu(m.convs[j % 3](values[i])),
+    "relu_": lambda m, values, i, j: m.act(m.convs[i % 3](values[j])),
+    "add": lambda m, values, i, j: values[i] + values[j],
+    "iadd": lambda m, values, i, j: operator.iadd(values[i], m.convs[0](values[j])),
+    "write": lambda m, values, i, j: values[i].mul_(0.5),
+    "part": lambda m, values, i, j: values[i][:, :3].clamp_(-0.5, 1.0).sum() * 0 + values[j],
+    "view": lambda m, values, i, j: values[i].view(-1).add_(0.25).view(values[j].shape),
+    "pool": lambda m, values, i, j: functional.max_pool2d(values[i], 3, 1, 1),
+    "out": lambda m, values, i, j: torch.add(values[i], 0.5, out=values[j]),
+    "pad": lambda m, values, i, j: m.convs[3](functional.pad(values[i], (1, 1, 1, 1))),
+}
+
+
+class Random(nn.Module):
+    """Random steps, each on random earlier values."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, kernel) for kernel in (1, 1, 1, 3))
+        self.act = nn.ReLU(inplace=True)
+        draw = random.Random(seed)
+        self.steps = [(draw.choice(list(STEPS)), draw.random(), draw.random()) for _ in range(9)]
+        self.hooked = draw.choice([None, None, "act", "convs.0", "convs.3", ""])
+
+    def forward(self, x):
+        values = [x]
+        for name, one, other in self.steps:
+            n = len(values)
+            values.append(STEPS[name](self, values, int(n * one**0.4), int(n * other**0.4)))
+        return sum(self.convs[1](value) for value in values[-3:])
+
+
+@pytest.mark.filterwarnings("ignore:fuse found nothing", "ignore:calibration never reached")
+@pytest.mark.parametrize("seed", range(60))
+def test_random_networks_give_the_bits_of_the_model(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, 6, 5, 4).abs()
+    model = quantize_(Random(seed).eval(), RECIPES["int8"], calibration=[x.clone(), -x])
+    if model.hooked is not None:
+        model.get_submodule(model.hooked).register_forward_hook(lambda module, args, y: y * 0.75)
+    fused = fuse(model)
+    with torch.no_grad():
+        for given in (x, torch.where(x > 2, torch.nan, x)):
+            one, other = given.clone(), given.clone()
+            torch.testing.assert_close(fused(one), model(other), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

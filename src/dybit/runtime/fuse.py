@@ -29,7 +29,7 @@ from dybit.runtime.activations import FusedLinear, fuse_activations
 from dybit.runtime.aliases import Aliases, writes_first
 from dybit.runtime.feed_forward import FeedForward, fuse_feed_forward
 from dybit.runtime.image_layers import FusedConv, Rounding
-from dybit.runtime.memory_format import is_visible
+from dybit.runtime.memory_format import is_visible, origin
 from dybit.runtime.trace import Tracer, augment, called, is_bare
 
 _INFINITY = float("inf")
@@ -398,7 +398,7 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage], aliases: Aliases) -> 
         consumers.setdefault(stage.source, []).append(stage)
     images: dict[tuple[fx.Node, tuple[Any, ...]], tuple[fx.Node, ImageFormat]] = {}
     values: dict[fx.Node, fx.Node] = {}  # floating-point results by the nodes that they replace
-    inputs: dict[fx.Node, fx.Node] = {}  # of chains of convolutions, by their results
+    inputs: dict[fx.Node, fx.Node] = {}  # whose memory format the results have in the model
     absorbed = {node for stage in stages for node in (stage.conv, *stage.taken)}
     fused = 0
 
@@ -424,7 +424,7 @@ def _rewrite(module: fx.GraphModule, stages: list[_Stage], aliases: Aliases) -> 
         keep = out is None or not all(_leads_to(user, sharers) for user in stage.result.users)
         stage.layer.inputs_fixed = True  # share and pass on images between convolutions whose scales agree
         conv = FusedConv(stage.layer, source, stage.padding, stage.limits, keep, out, *scales)
-        start = inputs[stage.result] = inputs.get(stage.source, stage.source)
+        start = inputs[stage.result] = origin(stage.source, module, inputs)
         like = start if is_visible(stage.result, module, aliases, absorbed) else None
         call = add(f"conv_{i}", conv, image, stage.addend, like)
         if keep:

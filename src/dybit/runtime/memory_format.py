@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,19 @@ def format_like(y: Tensor, x: Tensor) -> Tensor:
     if layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout):
         return y
     return y.contiguous()
+
+
+def origin(value: fx.Node, root: nn.Module, known: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Returns the node from which a value has its memory format in the unfused model, such as the model's input.
+
+    Args:
+        value: The input of a convolution.
+        root: The traced model.
+        known: Origins of the results of fused convolutions.
+    """
+    while value.all_input_nodes and (value in known or is_fresh(value, called(value, root))):
+        value = known.get(value, value.all_input_nodes[0])
+    return value
 
 
 def is_visible(value: fx.Node, root: nn.Module, aliases: Aliases, absorbed: Collection[fx.Node]) -> bool:
