@@ -14,7 +14,7 @@ help:
 	@echo "make lint    ruff, formatting and type checks, as CI runs them"
 	@echo "make format  mend formatting and imports"
 	@echo "make rtl     write the accelerator's Verilog; verilate, synth: check and measure it (see docs/accelerator.md)"
-	@echo "make bench   measure speed and accuracy into benchmarks/results (about 15 minutes)"
+	@echo "make bench   measure speed and accuracy into benchmarks/results (about half an hour)"
 	@echo "make docs    build the documentation into docs/_build, warnings being errors"
 	@echo "make dist    build the source archive and this platform's wheel into dist/, and check them"
 	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
