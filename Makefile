@@ -79,6 +79,10 @@ sanitize: $(VENV)/installed
 		$(BIN)/pytest -p no:cacheprovider tests/kernels tests/operators tests/runtime tests/test_torch_defaults.py \
 		--ignore tests/kernels/test_neon.py -k "not opcheck and not layers_use and not compile and not export"
 
+fuzz: $(VENV)/installed
+	$(PATIENT) $(BIN)/python tests/fuzz/random_models.py
+	$(PATIENT) $(BIN)/python tests/fuzz/architectures.py
+
 # A program that compares every instruction set with the scalar one, without Python: here, and cross-compiled for two
 # processors, one without dot products. The scalar results are the same everywhere.
 ARM_CXX ?= aarch64-linux-gnu-g++

@@ -115,3 +115,11 @@ def test_columns(page):
     prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     long = [line for line in prose.splitlines() if len(line) > 120 and not line.lstrip().startswith("|")]
     assert not long
+
+
+def test_every_target_of_make_has_a_rule():
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
+    named |= {word for page in PAGES for word in re.findall(r"`make ([a-z]+)`", page.read_text())}
+    missing = named - set(re.findall(r"^([a-z]+):(?! [A-Z]+ :=)", makefile, re.MULTILINE))
+    assert named > {"demo", "test"} and not missing
