@@ -10,7 +10,7 @@ from torch import nn
 
 from dybit.errors import DyBitWarning
 from dybit.layers.kinds import weight_names
-from dybit.layers.patched_forward import replaced_forwards
+from dybit.layers.patched_forward import has_hooks, replaced_forwards
 from dybit.models.preparation import dequantize_
 from dybit.ptq.quantize import quantize_
 from dybit.qat.prepare import convert_, prepare_qat_
@@ -121,3 +121,21 @@ def test_calibration_keeps_the_hooks(name):
     quantize_(model, Recipe(weights=4, activations=8, activation_mode="dynamic"), [MODELS[name][1]()])
     dequantize_(model)
     assert [layer.forward for layer in layers(model)] == before
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_hooks_are_seen_until_they_are_removed(register):
+    layer = nn.Linear(2, 2)
+    assert not has_hooks(layer)
+    handle = getattr(layer, register)(lambda *args: None)
+    assert has_hooks(layer)
+    handle.remove()
+    assert not has_hooks(layer)

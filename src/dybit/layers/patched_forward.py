@@ -54,6 +54,17 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
                 module.__dict__["forward"] = old
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after the forward of a module, or its backward."""
+    state = vars(module)
+    return bool(
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+    )
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether a module has a forward of its own that keeps no bound method of its class."""
     return "forward" in vars(module) and not _methods(module, type(module))

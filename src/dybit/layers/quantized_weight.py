@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ _TRAINED = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore
 _REPLACED = {Tensor.resize_, Tensor.resize_as_}
 _UNCOUNTED = {Tensor.apply_, Tensor.map_, Tensor.map2_}  # writes that torch does not count
 _modes = threading.local()
+_T = TypeVar("_T", bound=Tensor)
 
 
 @contextmanager
@@ -139,7 +140,9 @@ class QuantizedWeight(Tensor):
                 return func(*args, **kwargs)
         weight = args[0] if args and isinstance(args[0], QuantizedWeight) else None
         if func in _ALIKE or (func in _AS and weight is None):
-            return func(*_map(_alike, args), **_map(_alike, kwargs))
+            return func(
+                *replace_instances(QuantizedWeight, _alike, args), **replace_instances(QuantizedWeight, _alike, kwargs)
+            )
         if weight is None:
             return _compute(func, args, kwargs)
         if func in (Tensor.data.__get__, Tensor.detach, torch.detach):  # type: ignore[attr-defined]
@@ -165,7 +168,10 @@ class QuantizedWeight(Tensor):
             raise DyBitError(f"the weight of a quantized layer cannot be changed by {func}")
         if func is torch.ops.aten.detach.default:
             return QuantizedWeight(args[0]._source, args[0]._view)
-        return func(*_map(_values, args), **_map(_values, kwargs or {}))
+        return func(
+            *replace_instances(QuantizedWeight, _values, args),
+            **replace_instances(QuantizedWeight, _values, kwargs or {}),
+        )
 
     def _refuse_training(self, requires_grad: bool = True) -> QuantizedWeight:
         if requires_grad:
@@ -259,7 +265,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return _values(x)
 
     others = [x for x in (*args, *kwargs.values()) if type(x) in (Tensor, torch.nn.Parameter) and x.ndim]
-    args, kwargs = _map(read, args), _map(read, kwargs)
+    args, kwargs = replace_instances(QuantizedWeight, read, args), replace_instances(QuantizedWeight, read, kwargs)
     for weight in weights:
         check_values(weight._source.stored.packed, *others)
     before = [weight._source.written_version() for weight in weights]
@@ -314,12 +320,12 @@ def _alike(weight: QuantizedWeight) -> Tensor:
     return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
-def _map(change: Callable[[QuantizedWeight], Tensor], tree: Any) -> Any:  # noqa: ANN401
-    """Applies a function to the weights among arguments, also within lists, tuples and dictionaries."""
-    if isinstance(tree, QuantizedWeight):
+def replace_instances(kind: type[_T], change: Callable[[_T], Tensor], tree: Any) -> Any:  # noqa: ANN401
+    """Applies a function to the tensors of a class among arguments, also within lists, tuples and dictionaries."""
+    if isinstance(tree, kind):
         return change(tree)
     if type(tree) in (tuple, list):
-        return type(tree)(_map(change, part) for part in tree)
+        return type(tree)(replace_instances(kind, change, part) for part in tree)
     if type(tree) is dict:
-        return {key: _map(change, part) for key, part in tree.items()}
+        return {key: replace_instances(kind, change, part) for key, part in tree.items()}
     return tree

@@ -12,11 +12,11 @@ from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from dybit.layers.offloading import moves_only
+from dybit.layers.patched_forward import has_hooks
 from dybit.models.preparation import make_plain_
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class _Tracer(fx.Tracer):
@@ -76,7 +76,7 @@ def _folds(conv: nn.Module, norm: nn.Module) -> bool:
     assert isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _NORMS)
     if norm.training or norm.running_mean is None or type(norm).forward is not nn.BatchNorm2d.forward:
         return False  # a norm that uses batch statistics or includes an activation
-    if _has_own_forward(conv) or _has_own_forward(norm) or conv._forward_hooks or any(getattr(norm, h) for h in _HOOKS):
+    if _has_own_forward(conv) or _has_own_forward(norm) or conv._forward_hooks or has_hooks(norm):
         return False  # what lies between them would see other values, and what is on the norm would vanish with it
     if any(type(conv).forward is cls.forward for cls in _CONVOLUTIONS):
         return True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
+from dybit.layers.quantized_weight import replace_instances
 
 _PARAMETERS_OWN = ("data", "grad", "requires_grad")
 _GETTERS = {getattr(Tensor, name).__get__: name for name in _PARAMETERS_OWN if name != "requires_grad"}
@@ -76,11 +77,11 @@ class RoundedWeight(Tensor):
             return iter(args[0].unbind(0))
         with torch._C.DisableTorchFunctionSubclass():
             if args and (_writes(func) or kwargs.get("inplace") is True) and _among(args[0]):
-                result = func(_map(args[0]), *args[1:], **kwargs)
+                result = func(_trained(args[0]), *args[1:], **kwargs)
                 return args[0] if weight is None or result is weight._trained else result
             for name in ("out", "tensor", "input", "self"):  # where functions write to, and initializers
                 if _among(target := kwargs.get(name)) and (name == "out" or _writes(func)):
-                    func(*args, **kwargs | {name: _map(target)})
+                    func(*args, **kwargs | {name: _trained(target)})
                     return target
             return _compute(func, args, kwargs)
 
@@ -101,7 +102,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if not any(_same_memory(part, weight) for part in _tensors(result) for weight in weights):
         return result
     with torch.no_grad():
-        written = func(*_map(args), **_map(kwargs))
+        written = func(*_trained(args), **_trained(kwargs))
     return _joined(result, written, weights)
 
 
@@ -130,13 +131,9 @@ def _among(tree: Any) -> list[RoundedWeight]:  # noqa: ANN401
     return [weight for part in parts for weight in _among(part)]
 
 
-def _map(tree: Any) -> Any:  # noqa: ANN401
+def _trained(tree: Any) -> Any:  # noqa: ANN401
     """Replaces the weights among arguments by what is trained."""
-    if isinstance(tree, RoundedWeight):
-        return tree._trained
-    if type(tree) in (tuple, list):
-        return type(tree)(_map(part) for part in tree)
-    return {key: _map(part) for key, part in tree.items()} if type(tree) is dict else tree
+    return replace_instances(RoundedWeight, lambda weight: weight._trained, tree)
 
 
 def _version(weight: RoundedWeight) -> int:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from dybit.layers.forwards import QuantizedLinear, is_convolution
 from dybit.runtime.activations import FusedLinear
 from dybit.runtime.feed_forward import FeedForward
-from dybit.runtime.trace import augment, called, is_bare
+from dybit.runtime.trace import AUGMENTED, augment, called, is_bare
 
 _KNOWN = (torch, functional, operator, math, torch.linalg, torch.fft, torch.special, torch._C._nn)
 # fmt: off
@@ -37,10 +37,7 @@ _NUMBERS = {
     "device", "dim", "dtype", "is_floating_point", "itemsize", "layout", "len", "ndim", "ndimension", "nelement",
     "numel", "requires_grad", "shape", "size", "stride"
 }
-_AUGMENTED = {
-    "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub",
-    "itruediv", "ixor"
-}
+_AUGMENTED = {"iconcat", *(f"i{name}" for name in AUGMENTED)}
 # fmt: on
 _FRESH_MODULES = tuple(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "conv", "pooling", "padding"))
 

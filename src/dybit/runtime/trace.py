@@ -12,7 +12,10 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.proxy import Attribute
 
-_AUGMENTED = (
+from dybit.layers.patched_forward import has_hooks
+
+# The operators of augmented assignments.
+AUGMENTED = (
     "add",
     "and",
     "floordiv",
@@ -45,14 +48,7 @@ def augment(value: Any, other: Any, name: str) -> Any:  # noqa: ANN401  # a tens
 
 def is_bare(layer: nn.Module) -> bool:
     """Whether calling a module runs the forward of its class and nothing else: no hooks, no replaced forward."""
-    state = vars(layer)
-    return not (
-        state["_forward_pre_hooks"]
-        or state["_forward_hooks"]
-        or state["_backward_pre_hooks"]
-        or state["_backward_hooks"]
-        or "forward" in state
-    )
+    return not (has_hooks(layer) or "forward" in vars(layer))
 
 
 def called(node: fx.Node, root: nn.Module) -> nn.Module | None:
@@ -87,7 +83,7 @@ def _augmented(name: str) -> Any:  # noqa: ANN401
     return method
 
 
-for _name in _AUGMENTED:
+for _name in AUGMENTED:
     setattr(_Value, f"__i{_name}__", _augmented(f"i{_name}"))
 
 
