@@ -35,6 +35,18 @@ struct Output {
 enum class Activation : int { kNone = 0, kRelu, kGelu, kGeluTanh, kSilu, kQuickGelu };
 constexpr int kActivations = 6;
 
+// What follows a product: y = activation(product + bias) · factor + addend, every step rounded to FP32.
+struct LinearFinish {
+  const float* bias = nullptr;  // [outputs], or null
+  Activation activation = Activation::kNone;
+  const float* factor = nullptr;  // [rows][factor_stride], or null
+  int64_t factor_stride = 0;
+  const float* addend = nullptr;  // [rows][addend_stride], or null
+  int64_t addend_stride = 0;
+
+  bool is_bias_only() const { return activation == Activation::kNone && !factor && !addend; }
+};
+
 // How inputs are rounded to significands.
 struct Rounding {
   int magnitude_bits, max_run;
@@ -44,7 +56,8 @@ struct Rounding {
 };
 
 struct EncodeTask {
-  const float* x;  // [rows][columns]
+  const float* x;  // [rows][x_stride]
+  int64_t x_stride;
   int columns;
   const Rounding* rounding;
   const Segment* segments;
@@ -73,7 +86,8 @@ struct Kernels {
   void (*encode)(const EncodeTask&, int first_row, int last_row);
   // Values of some blocks: FP32 [16 · blocks][columns], significand times scale, rounded once.
   void (*dequantize)(const Weight&, float* out, int first_block, int last_block);
-  void (*activate)(Activation, float* data, int rows, int columns, int64_t stride);  // in place
+  // Activation, factor and addend, in place; factor and addend are those of the first result.
+  void (*finish)(const LinearFinish&, float* y, int64_t stride, int rows, int columns);
   const CodeKernels* codes;
   // Multiplies bytes in registers at full speed and returns how many. Null without an instruction for it.
   int64_t (*multiply)(int64_t count);

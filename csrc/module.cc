@@ -145,6 +145,28 @@ void feed_forward(const std::vector<Passed>& first, const Passed& down, int acti
                       dybit::Activation(activation), pointer<float>(x), rows, writable<float>(y), threads);
 }
 
+// Scale, offset (addresses, 0: none) and reach.
+using Scaled = std::tuple<uintptr_t, uintptr_t, float>;
+
+void round_rows(const dybit::PackedWeight& self, uintptr_t x, int64_t x_stride, int64_t rows, const Scaled& scale,
+                uintptr_t memory, int threads) {
+  self.round(pointer<float>(x), x_stride,
+             {pointer<float>(std::get<0>(scale)), pointer<float>(std::get<1>(scale)), std::get<2>(scale)},
+             self.rounded(rows, writable<void>(memory)), threads);
+}
+
+// Address (0: none) and stride.
+using Strided = std::tuple<uintptr_t, int64_t>;
+
+void multiply_rows(const dybit::PackedWeight& self, uintptr_t memory, int64_t rows, uintptr_t offset, uintptr_t bias,
+                   int activation, const Strided& factor, const Strided& addend, const Strided& y, int threads) {
+  const dybit::LinearFinish finish{
+      pointer<float>(bias), dybit::Activation(activation),       pointer<float>(std::get<0>(factor)),
+      std::get<1>(factor),  pointer<float>(std::get<0>(addend)), std::get<1>(addend)};
+  self.multiply(self.rounded(rows, writable<void>(memory)), pointer<float>(offset), finish,
+                writable<float>(std::get<0>(y)), std::get<1>(y), threads);
+}
+
 using Extents = std::array<dybit::Extent, 5>;  // kernel, stride, dilation, zeros before and after
 
 dybit::ConvGeometry geometry(const Extents& e, int channels, int groups, bool channel_major) {
@@ -242,6 +264,10 @@ NB_MODULE(_kernels, m) {
                         pointer<float>(scale), pointer<float>(offset), reach, threads, dybit::Activation(activation));
           },
           nb::call_guard<nb::gil_scoped_release>())
+      .def("rounded_bytes", &dybit::PackedWeight::rounded_bytes)
+      .def("shares_rows_with", &dybit::PackedWeight::shares_rows_with)
+      .def("round", &round_rows, released)
+      .def("multiply", &multiply_rows, released)
       .def(
           "dequantize",
           [](const dybit::PackedWeight& self, uintptr_t out, int threads) {

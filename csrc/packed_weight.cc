@@ -267,29 +267,105 @@ void PackedWeight::fill(const Portable& p) {
   weight_.runs = runs_.data();
 }
 
-void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale,
-                          const float* offset, float reach, int threads, Activation activation) const {
-  if (input_rows == 0) return;
-  const int m = int(input_rows), padded = weight_.chunk_count * kChunk, segments = weight_.segment_count;
-  const size_t size = element_bytes(kind_);
-  static thread_local Scratch data_memory, sum_memory, group_memory, scale_memory, bias_memory, nan_memory;
-  auto* data = data_memory.take<uint8_t>(size * m * padded);
-  auto* sums = kind_ == InputKind::kSigned8 ? sum_memory.take<int32_t>(size_t(m) * segments) : nullptr;
-  auto* group_scales = many_input_groups_ ? group_memory.take<float>(size_t(m) * segments) : nullptr;
-  auto* row_scales = scale_memory.take<float>(m);
-  auto* has_nan = nan_memory.take<uint8_t>(m);
-  auto* biases = bias_memory.take<float>(size_t(weight_.blocks) * kBlockRows);
-  std::fill_n(biases, size_t(weight_.blocks) * kBlockRows, 0.0f);
-  if (bias) std::copy_n(bias, weight_.rows, biases);
-  if (offset)
-    for (int n = 0; n < weight_.rows; ++n) biases[n] = std::fma(*offset, row_sums_[n], biases[n]);
-  const Rounding rounding{std::max(input_.magnitude_bits, 1), std::max(input_.max_run, 1), input_.is_signed, !scale,
-                          reach, scale ? *scale : 1.0f, offset ? *offset : 0.0f};
-  const EncodeTask task{x,     weight_.columns, &rounding, weight_.segments, segments,   padded,
-                        kind_, data,            sums,      group_scales,     row_scales, has_nan};
-  const int grain = std::max(1, 65536 / padded);
-  parallel_for((m + grain - 1) / grain, threads,
-               [&](int i) { kernels_.encode(task, i * grain, std::min(m, (i + 1) * grain)); });
+RoundedRows PackedWeight::lay_out(int64_t rows, uintptr_t memory, uintptr_t* end) const {
+  auto take = [&](size_t bytes) {
+    const uintptr_t place = memory;
+    memory += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<void*>(place);
+  };
+  const size_t m = size_t(rows), segments = size_t(weight_.segment_count);
+  RoundedRows result{};
+  result.rows = int(rows);
+  result.kind = kind_;
+  result.data = take(element_bytes(kind_) * m * weight_.chunk_count * kChunk);
+  if (kind_ == InputKind::kSigned8) result.segment_sums = static_cast<int32_t*>(take(sizeof(int32_t) * m * segments));
+  if (many_input_groups_) result.group_scales = static_cast<float*>(take(sizeof(float) * m * segments));
+  result.row_scales = static_cast<float*>(take(sizeof(float) * m));
+  result.has_nan = static_cast<uint8_t*>(take(m));
+  if (end) *end = memory + kAlignment;  // whole registers may be read at the end
+  return result;
+}
+
+size_t PackedWeight::rounded_bytes(int64_t rows) const {
+  uintptr_t end;
+  lay_out(rows, 0, &end);
+  return end;
+}
+
+RoundedRows PackedWeight::rounded(int64_t rows, void* memory) const {
+  return lay_out(rows, reinterpret_cast<uintptr_t>(memory), nullptr);
+}
+
+RoundedRows PackedWeight::slice(const RoundedRows& rows, int first, int count) const {
+  const size_t row_bytes = size_t(element_bytes(kind_)) * weight_.chunk_count * kChunk;
+  const size_t before = size_t(first) * weight_.segment_count;
+  return {count,
+          rows.kind,
+          static_cast<uint8_t*>(rows.data) + first * row_bytes,
+          rows.segment_sums ? rows.segment_sums + before : nullptr,
+          rows.group_scales ? rows.group_scales + before : nullptr,
+          rows.row_scales + first,
+          rows.has_nan + first};
+}
+
+bool PackedWeight::shares_rows_with(const PackedWeight& other) const {
+  const InputFormat &a = input_, &b = other.input_;
+  return kind_ == other.kind_ && a.quantized == b.quantized && weight_.columns == other.weight_.columns &&
+         (!a.quantized || (a.magnitude_bits == b.magnitude_bits && a.max_run == b.max_run &&
+                           a.is_signed == b.is_signed && a.group_size == b.group_size)) &&
+         std::equal(segments_.begin(), segments_.end(), other.segments_.begin(), other.segments_.end(),
+                    [](const Segment& s, const Segment& t) {
+                      return s.length == t.length && s.input_group == t.input_group;
+                    });
+}
+
+void PackedWeight::round(const float* x, int64_t x_stride, const InputScale& scale, const RoundedRows& rows, int first,
+                         int last) const {
+  const Rounding rounding{std::max(input_.magnitude_bits, 1),
+                          std::max(input_.max_run, 1),
+                          input_.is_signed,
+                          !scale.scale,
+                          scale.reach,
+                          scale.scale ? *scale.scale : 1.0f,
+                          scale.offset ? *scale.offset : 0.0f};
+  const EncodeTask task{x,
+                        x_stride,
+                        weight_.columns,
+                        &rounding,
+                        weight_.segments,
+                        weight_.segment_count,
+                        weight_.chunk_count * kChunk,
+                        kind_,
+                        rows.data,
+                        rows.segment_sums,
+                        rows.group_scales,
+                        rows.row_scales,
+                        rows.has_nan};
+  kernels_.encode(task, first, last);
+}
+
+void PackedWeight::round(const float* x, int64_t x_stride, const InputScale& scale, const RoundedRows& rows,
+                         int threads) const {
+  const int grain = std::max(1, 65536 / (weight_.chunk_count * kChunk));
+  parallel_for((rows.rows + grain - 1) / grain, threads, [&](int i) {
+    round(x, x_stride, scale, rows, i * grain, std::min(rows.rows, (i + 1) * grain));
+  });
+}
+
+void PackedWeight::multiply(const RoundedRows& rows, const float* offset, const LinearFinish& finish, float* y,
+                            int64_t y_stride, int threads) const {
+  if (rows.rows == 0) return;
+  const int m = rows.rows, padded = weight_.chunk_count * kChunk;
+  const float* biases = finish.bias;
+  if (!biases || offset || weight_.rows % kBlockRows) {
+    static thread_local Scratch bias_memory;
+    auto* whole = bias_memory.take<float>(size_t(weight_.blocks) * kBlockRows);
+    std::fill_n(whole, size_t(weight_.blocks) * kBlockRows, 0.0f);
+    if (finish.bias) std::copy_n(finish.bias, weight_.rows, whole);
+    if (offset)
+      for (int n = 0; n < weight_.rows; ++n) whole[n] = std::fma(*offset, row_sums_[n], whole[n]);
+    biases = whole;
+  }
   // A piece of work is about 256 KB of weights, or a share of them, in whole units. It takes as many rows of inputs as
   // the L2 cache holds together with the unpacked weights, which are unpacked again for the next rows.
   const int unit = kernels_.unit_blocks;
@@ -298,29 +374,38 @@ void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const fl
   const int wanted = m > 4 ? std::max(1, 64 / unit) : int(std::max<size_t>(1, (size_t(1) << 18) / unit_bytes));
   const int step = std::max(1, threads > 1 ? std::min(wanted, units / (4 * threads)) : wanted);
   const int steps = (units + step - 1) / step;
-  const int most = std::max(kRowsAtOnce, int(kInputBytes / (size * padded)));
+  const int most = std::max(kRowsAtOnce, int(kInputBytes / (size_t(element_bytes(kind_)) * padded)));
   const int64_t parts = (m + most - 1) / most;  // of nearly equal size: FP32 sums depend on whether a part is one row
   const size_t work = size_t(m) * weight_.rows * padded;
   parallel_for(int(parts) * steps, work < 200000 ? 1 : threads, [&](int i) {
     const int first = int(i / steps * m / parts), end = int((i / steps + 1) * m / parts);
     int block = i % steps * step * unit;
-    const size_t before = size_t(first) * segments;
-    const Input in{end - first, kind_, max_input_, data + size * first * padded, sums ? sums + before : nullptr,
-                   group_scales ? group_scales + before : nullptr, row_scales + first};
-    const Output out{y + int64_t(first) * weight_.rows, weight_.rows, biases};
+    const RoundedRows part = slice(rows, first, end - first);
+    const Input in{part.rows,         kind_, max_input_, part.data, part.segment_sums, part.group_scales,
+                   part.row_scales};
+    const Output out{y + first * y_stride, y_stride, biases};
     const int last = std::min(weight_.blocks, block + step * unit);
-    if (activation == Activation::kNone) return kernels_.linear(weight_, in, out, block, last);
+    if (finish.is_bias_only()) return kernels_.linear(weight_, in, out, block, last);
     for (int next; block < last; block = next) {  // unit by unit, while the results are in the cache
       next = std::min(last, block + unit);
       kernels_.linear(weight_, in, out, block, next);
       const int column = block * kBlockRows;
-      kernels_.activate(activation, out.data + column, in.rows, std::min(next * kBlockRows, weight_.rows) - column,
-                        out.stride);
+      LinearFinish rest = finish;
+      if (rest.factor) rest.factor += first * rest.factor_stride + column;
+      if (rest.addend) rest.addend += first * rest.addend_stride + column;
+      kernels_.finish(rest, out.data + column, y_stride, in.rows, std::min(next * kBlockRows, weight_.rows) - column);
     }
   });
   for (int row = 0; row < m; ++row)
-    if (has_nan[row])
-      std::fill_n(y + int64_t(row) * weight_.rows, weight_.rows, std::numeric_limits<float>::quiet_NaN());
+    if (rows.has_nan[row]) std::fill_n(y + row * y_stride, weight_.rows, std::numeric_limits<float>::quiet_NaN());
+}
+
+void PackedWeight::linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale,
+                          const float* offset, float reach, int threads, Activation activation) const {
+  static thread_local Scratch rounded_memory;
+  const RoundedRows rows = rounded(input_rows, rounded_memory.take<uint8_t>(rounded_bytes(input_rows)));
+  round(x, weight_.columns, {scale, offset, reach}, rows, threads);
+  multiply(rows, offset, {bias, activation}, y, weight_.rows, threads);
 }
 
 void PackedWeight::dequantize(float* out, int threads) const {

@@ -39,6 +39,24 @@ struct InputFormat {
   Rounding rounding(float scale, const float* offset) const;
 };
 
+// Rows of inputs as significands, in the layout of a weight: see Input in kernels.h.
+struct RoundedRows {
+  int rows;
+  InputKind kind;
+  void* data;             // [rows][chunk_count · 32]
+  int32_t* segment_sums;  // [rows][segment_count], or null
+  float* group_scales;    // [rows][segment_count], or null
+  float* row_scales;      // [rows]
+  uint8_t* has_nan;       // [rows]: whether all results of a row are NaN
+};
+
+// The scale of inputs. Dynamic if scale is null: the largest magnitude of a group becomes `reach`. offset may be null.
+struct InputScale {
+  const float* scale;
+  const float* offset;
+  float reach;
+};
+
 class PackedWeight {
  public:
   // Throws std::invalid_argument if no kernel can hold the weight.
@@ -49,6 +67,23 @@ class PackedWeight {
   // gives a row of NaN.
   void linear(const float* x, int64_t input_rows, float* y, const float* bias, const float* scale, const float* offset,
               float reach, int threads, Activation activation = Activation::kNone) const;
+
+  // The same in two halves, so that several layers share rounded inputs.
+  //
+  // Bytes of memory, aligned to 64, that hold so many rounded rows, and a view of it.
+  size_t rounded_bytes(int64_t rows) const;
+  RoundedRows rounded(int64_t rows, void* memory) const;
+  // Some of the rows.
+  RoundedRows slice(const RoundedRows& rows, int first, int count) const;
+  // Whether rows that were rounded for one weight serve the other.
+  bool shares_rows_with(const PackedWeight& other) const;
+  // Rounds rows first … last - 1 of x, whose row 0 is at x; the second form rounds all rows.
+  void round(const float* x, int64_t x_stride, const InputScale& scale, const RoundedRows& rows, int first,
+             int last) const;
+  void round(const float* x, int64_t x_stride, const InputScale& scale, const RoundedRows& rows, int threads) const;
+  // y [rows][y_stride] = finished product. offset is that of the inputs, or null. y must not overlap factor and addend.
+  void multiply(const RoundedRows& rows, const float* offset, const LinearFinish& finish, float* y, int64_t y_stride,
+                int threads) const;
 
   // The values: FP32 (rows, columns).
   void dequantize(float* out, int threads) const;
@@ -62,6 +97,7 @@ class PackedWeight {
   size_t bytes() const { return memory_bytes_; }
 
  private:
+  RoundedRows lay_out(int64_t rows, uintptr_t memory, uintptr_t* end) const;
   bool make_runs(const Portable& portable, const std::vector<bool>& used);
   void cut(const Portable& portable);
   void fill(const Portable& portable);

@@ -63,7 +63,7 @@ const Kernels kNeon = {"neon",
                        plain::linear,
                        plain::encode_rows,
                        plain::dequantize,
-                       plain::activate,
+                       plain::finish,
                        &kNeonCodes,
                        plain::multiply};
 
@@ -126,7 +126,7 @@ const Kernels kNeonDot = {"neon-dot",
                           dotted::linear,
                           plain::encode_rows,
                           plain::dequantize,
-                          plain::activate,
+                          plain::finish,
                           &kNeonCodes,
                           dotted::multiply};
 

@@ -394,8 +394,8 @@ void dequantize(const Weight& w, float* out, int first_block, int last_block) {
   kAvx512.dequantize(w, out, first_block, last_block);
 }
 
-void activate(Activation kind, float* data, int rows, int columns, int64_t stride) {
-  kAvx512.activate(kind, data, rows, columns, stride);
+void finish(const LinearFinish& task, float* y, int64_t stride, int rows, int columns) {
+  kAvx512.finish(task, y, stride, rows, columns);
 }
 
 int64_t multiply(int64_t count) {
@@ -422,7 +422,7 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kAmx;
-const Kernels kAmx = {"amx", kGrain, input_kind, linear, encode, dequantize, activate, &kAvx512Codes, multiply};
+const Kernels kAmx = {"amx", kGrain, input_kind, linear, encode, dequantize, finish, &kAvx512Codes, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END
