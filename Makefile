@@ -14,7 +14,7 @@ help:
 	@echo "make lint    ruff, formatting and type checks, as CI runs them"
 	@echo "make format  mend formatting and imports"
 	@echo "make rtl     write the accelerator's Verilog; verilate, synth: check and measure it (see docs/accelerator.md)"
-	@echo "make bench   measure speed and accuracy into benchmarks/results (about half an hour)"
+	@echo "make bench   measure speed and accuracy into benchmarks/results (about an hour)"
 	@echo "make docs    build the documentation into docs/_build, warnings being errors"
 	@echo "make dist    build the source archive and this platform's wheel into dist/, and check them"
 	@echo "make sanitize  run the kernel tests with the address and undefined-behaviour sanitizers"
@@ -49,10 +49,10 @@ synth: $(VENV)/installed
 	$(BIN)/python hardware/synthesize.py
 
 # Into benchmarks/results. One that fails does not stop the others; after an interruption, those that are done are kept.
-BENCHMARKS := vision encoder generate quantizer linear ptq_vision ptq_sentences accuracy_bits
+BENCHMARKS := models vision encoder generate quantizer linear ptq_vision ptq_sentences accuracy_bits
 
 bench: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxruntime
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	@failed=; for name in $(BENCHMARKS); do \
 		echo; echo "$$name"; $(BIN)/python -W ignore benchmarks/$$name.py || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }

@@ -1,8 +1,8 @@
 """Image classifiers of 224×224 pixels: FP32 against W4A8, layer by layer and fused.
 
 The models take turns in one process, in a new order every round. Times are medians; ratios are medians of the paired
-rounds with their quartiles. All models are channels-last, with batch norms merged into the convolutions. ResNet-18 is
-defined in the script and has random weights, since speed does not depend on them. EfficientNet-Lite0 is the demo's.
+rounds with their quartiles. All models are channels-last, with batch norms merged into the convolutions. ResNet-18 has
+random weights, since speed does not depend on them. EfficientNet-Lite0 is the demo's.
 ``fused`` is ``dybit.fuse``.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from networks import resnet18
 from results import Column, Results, compared, parser
 from torch import Tensor, nn
 
@@ -33,35 +34,6 @@ COLUMNS = (
     Column("fused_ms", "fused, ms", 1),
     Column("fused_ratio", "times as fast", 2, "×"),
 )
-
-
-class Block(nn.Module):
-    """Two convolutions and a way around them."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.around: nn.Module = nn.Identity()
-        if stride != 1 or channels != out:
-            self.around = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) to features."""
-        y = torch.relu_(self.norm1(self.conv1(x)))
-        return torch.relu_(self.norm2(self.conv2(y)) + self.around(x))
-
-
-def resnet18() -> nn.Module:
-    """He et al. 2016 (arXiv 1512.03385), for 1000 classes."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(True)]
-    layers.append(nn.MaxPool2d(3, 2, 1))
-    channels = 64
-    for out in (64, 128, 256, 512):
-        layers += [Block(channels, out, 1 if out == 64 else 2), Block(out, out, 1)]
-        channels = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)).eval()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": resnet18, "EfficientNet-Lite0": efficientnet_lite0}

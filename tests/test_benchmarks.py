@@ -6,16 +6,21 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from dybit.errors import DyBitError
+from dybit.kernels import extension
 from dybit.measure.timing import Timing
 from dybit.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = sorted(file for file in FOLDER.glob("*.py") if file.name != "results.py")
+SHARED = {"results", "networks", "forward_memory"}  # modules that the benchmarks import
+SCRIPTS = sorted(file for file in FOLDER.glob("*.py") if file.stem not in SHARED)
 _spec = importlib.util.spec_from_file_location("benchmark_results", FOLDER / "results.py")
 results = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = results
@@ -178,11 +183,58 @@ def test_a_benchmark_stores_its_rows(tmp_path, name, options, count, figure):
     assert data["complete"] and len(data["rows"]) == count and all(row[figure] > 0 for row in data["rows"])
 
 
-def test_uniform_recipes_of_the_search_by_name_or_word(monkeypatch):
+def imported(monkeypatch, name):
+    """A benchmark as a module."""
     monkeypatch.syspath_prepend(FOLDER)
-    spec = importlib.util.spec_from_file_location("benchmark_search", FOLDER / "search.py")
-    search = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(search)
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_whole_models_beside_their_peers(tmp_path, monkeypatch):
+    """A small network through the whole script, with ONNX Runtime and OpenVINO if it is installed."""
+    models = imported(monkeypatch, "models")
+    small = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, 4), nn.Flatten(), nn.Linear(784, 10))
+    monkeypatch.setattr(models, "CASES", {"small": models.Case(lambda: small.eval(), pretrained=True)})
+    monkeypatch.setattr(models, "pictures", lambda split, count, batch: [torch.rand(batch, 3, 224, 224)] * count)
+    monkeypatch.setattr(models, "peak_of_forward", lambda *_: 5_000_000)
+    monkeypatch.setattr(models, "rates", lambda threads: (200.0, 20.0))
+    words = ["--models", "small", "--threads", "1", "--rounds", "5", "--algorithm", "rtn", "--judged", "16"]
+    monkeypatch.setattr(sys, "argv", ["models.py", *words, "--results", str(tmp_path)])
+    threads = torch.get_num_threads()
+    models.main()
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
+    names = [row["contestant"] for row in rows if row["inputs"] == "8 images"]
+    assert {"torch FP32", "ONNX Runtime INT8", "dybit W4A8", "dybit W4A8, not fused", "dybit W4A4"} <= set(names)
+    assert names[0] == "torch FP32" and len(rows) == 2 * len(names)
+    found = {row["contestant"]: row for row in rows if row["inputs"] == "1 image"}
+    assert len(found["dybit W4A8"]["int8"]) == 3 and found["dybit W4A8"]["floor"] > 0
+    assert found["dybit W4A8"]["memory"] == found["torch FP32"]["memory"] == 5 and "memory" not in found["dybit W4A4"]
+    assert found["dybit W8A8"]["sqnr"] > found["dybit W4A4"]["sqnr"] and found["ONNX Runtime INT8"]["agreement"]
+
+
+def test_networks_have_their_shapes(monkeypatch):
+    networks = imported(monkeypatch, "networks")
+    sizes = {"resnet18": 11_689_512, "mobilenet_v2": 3_504_872, "deit_tiny": 5_717_416}  # of the papers' models
+    for name, size in sizes.items():
+        model = networks.settle(getattr(networks, name)(), [torch.rand(2, 3, 224, 224)])
+        assert sum(p.numel() for p in model.parameters()) == size and not model.training
+        with torch.no_grad():
+            assert model(torch.rand(1, 3, 224, 224)).shape == (1, 1000)
+
+
+def test_memory_of_a_forward(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    memory = importlib.import_module("forward_memory")  # by the name under which a new process finds it
+    found = memory.peak_of_forward(partial(nn.Linear, 4096, 1024), None, torch.ones(4096, 4096), 1, extension.isa())
+    assert found is None or 32e6 < found < 64e6  # 16.8 MB of weights and as many of outputs
+
+
+def test_uniform_recipes_of_the_search_by_name_or_word(monkeypatch):
+    search = imported(monkeypatch, "search")
     assert search.names_of(["8/8", "4/8"], None) == {"W8A8", "W4A8"}
     assert search.names_of(["8/8", "4/8"], ["4/8"]) == search.names_of(["8/8", "4/8"], ["W4A8"]) == {"W4A8"}
     with pytest.raises(DyBitError, match="--against must name candidates, among 8/8, 4/8, not 5/5"):

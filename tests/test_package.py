@@ -39,7 +39,7 @@ FOLDERS = {
     "measure": "numpy torch",
     "mixed_precision": "numpy torch scipy safetensors",
     "interchange": "numpy torch safetensors gguf",
-    "onnx": "numpy torch ml_dtypes onnx onnx_ir onnxruntime onnxscript",
+    "onnx": "numpy torch ml_dtypes nncf onnx onnx_ir onnxruntime onnxscript openvino",
     "integrations": "torch transformers safetensors",
     "report": "numpy jinja2 plotly matplotlib",
     "demo": None,

@@ -22,9 +22,23 @@ def test_the_number_of_rounds_is_limited():
 
 def test_quartiles_and_paired_ratios():
     first, second = np.array([4.0, 2.0, 6.0]), np.array([2.0, 2.0, 2.0])
-    found = timing._timing(second, first)
+    found = timing.paired(second, first)
     assert (found.median, found.ratio, found.ratio_low, found.ratio_high) == (2, 2, 1.5, 2.5)
-    assert timing._timing(first, first).ratio == 1
+    assert timing.paired(first, first).ratio == 1
+
+
+def test_a_pause_comes_before_every_turn_and_a_run_that_is_not_timed_after_it(monkeypatch):
+    events = []
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: events.append(seconds))
+    ticks = iter(range(100))
+
+    def clock():
+        events.append("clock")
+        return next(ticks)
+
+    times = timing.take_turns({"a": lambda: events.append("a")}, 0, 1, clock=clock, pause=0.25)
+    assert events == ["a"] + [0.25, "a", "clock", "a", "clock"] * 5
+    assert times["a"].tolist() == [1.0] * 5
 
 
 def test_no_gradients_are_recorded():

@@ -81,7 +81,7 @@ def _cpu() -> str:
 def compare(
     contestants: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 200
 ) -> dict[str, Timing]:
-    """Times contestants in turns, in a new order every round, so that disturbances affect all alike.
+    """Times contestants in turns, as :func:`take_turns`, and summarizes their times.
 
     With one thread it measures the thread's processor time, which excludes the time slices of other programs. With
     several threads it measures wall-clock time.
@@ -91,9 +91,35 @@ def compare(
         seconds: Approximate total time; at least five rounds run.
         rounds: The largest number of rounds.
     """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = take_turns(contestants, seconds, rounds, clock=clock)
+    first = next(iter(times.values()))
+    return {name: paired(value, first) for name, value in times.items()}
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    seconds: float,
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    pause: float = 0.0,
+) -> dict[str, np.ndarray]:
+    """Times contestants in turns, in a new order every round, so that disturbances affect all alike.
+
+    Args:
+        contestants: What to run, by name.
+        seconds: Approximate total time; at least five rounds run.
+        rounds: The largest number of rounds.
+        clock: Returns seconds.
+        pause: Seconds to wait before every turn, for other libraries whose idle threads spin for some milliseconds. A
+            run that is not timed follows, which wakes the contestant's own threads.
+
+    Returns:
+        Seconds of every round, by name: float64 of shape (rounds,).
+    """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     shuffle, order = random.Random(0), list(names)
     with torch.inference_mode():
         for name in names:
@@ -104,14 +130,22 @@ def compare(
         ):
             shuffle.shuffle(order)
             for name in order:
+                if pause:
+                    time.sleep(pause)
+                    contestants[name]()
                 begin = clock()
                 contestants[name]()
                 times[name].append(clock() - begin)
-    first = np.array(times[names[0]])
-    return {name: _timing(np.array(value), first) for name, value in times.items()}
+    return {name: np.array(value) for name, value in times.items()}
 
 
-def _timing(times: np.ndarray, first: np.ndarray) -> Timing:
+def paired(times: np.ndarray, base: np.ndarray) -> Timing:
+    """Summarizes the times of a contestant.
+
+    Args:
+        times: Seconds of every round, (rounds,).
+        base: Those of the contestant that it is compared with, in the same rounds.
+    """
     low, median, high = (float(q) for q in np.percentile(times, [25, 50, 75]))
-    ratios = [float(q) for q in np.percentile(first / np.maximum(times, 1e-12), [25, 50, 75])]
+    ratios = [float(q) for q in np.percentile(base / np.maximum(times, 1e-12), [25, 50, 75])]
     return Timing(median, low, high, ratios[1], ratios[0], ratios[2], len(times))

@@ -46,7 +46,7 @@ def capture(model: nn.Module, batches: Sequence[Any], opset: int) -> ir.Model:
     """
     failed: DyBitError | None = None
     whole = widened(batches[0])
-    calls = [_tensors(batch) for batch in batches]
+    calls = [tensors(batch) for batch in batches]
     with evaluating(model):
         outputs = _output_names(run_batch(model, batches[0], "the first batch"))
     for batch, axes in ((whole, _axes(calls, texts=True)), (whole, _axes(calls, texts=False)), (batches[0], None)):
@@ -63,7 +63,7 @@ def _trace(model: nn.Module, batch: Any, axes: Axes | None, outputs: list[str], 
     try:
         program = torch.onnx.export(
             _Flat(model, batch),
-            tuple(x.clone() for x in _tensors(batch)),  # torch marks tensors as dynamic, also for the next attempt
+            tuple(x.clone() for x in tensors(batch)),  # torch marks tensors as dynamic, also for the next attempt
             input_names=_input_names(model, batch),
             output_names=outputs,
             dynamic_shapes=(axes,) if axes else None,
@@ -138,7 +138,7 @@ def _names(tree: Any, fallback: str) -> list[str]:  # noqa: ANN401
     return names if len(set(names)) == len(names) else [f"{fallback}_{i}" for i in range(len(names))]
 
 
-def _tensors(batch: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def tensors(batch: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
     """The tensors of a batch, in order."""
     return tuple(x for x in pytree.tree_leaves(arguments(batch)) if isinstance(x, Tensor))
 
