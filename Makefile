@@ -88,7 +88,7 @@ fuzz: $(VENV)/installed
 ARM_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 HEADERS := $(wildcard csrc/*.h csrc/*/*.inc)
-COMPARED := $(patsubst %.cc,%.o,$(filter-out csrc/module.cc,$(wildcard csrc/*.cc csrc/*/*.cc)) tests/kernels/compare.cc)
+COMPARED := $(patsubst %.cc,%.o,$(filter-out csrc/module%.cc,$(wildcard csrc/*.cc csrc/*/*.cc)) tests/kernels/compare.cc)
 
 COMPILE = @mkdir -p $(@D); set -x; $(1) -std=c++20 -O3 -ffp-contract=off -fno-trapping-math -fvisibility=hidden -Wall -Wextra \
 	-Wno-maybe-uninitialized -pthread -Icsrc -c $< -o $@

@@ -19,7 +19,6 @@ struct DepthwiseTask;
 struct FinishTask;
 
 constexpr int kMaxLevels = 256;
-constexpr int kLanes = 16;  // of a sum: element i belongs to lane i mod 16
 
 struct Codebook {
   // boundaries: count - 1 in increasing order; values and codes: count, by level.

@@ -75,7 +75,10 @@ struct EncodeTask {
 // `top`, the largest value of the format, would overflow. NaN if a value is NaN or infinite.
 float dynamic_scale(uint32_t largest, float reach, float top);
 
+constexpr int kLanes = 16;  // of a sum: element i belongs to lane i mod 16
+
 struct CodeKernels;  // codes.h
+struct RowKernels;   // row_kernels.h
 
 struct Kernels {
   const char* name;
@@ -89,22 +92,27 @@ struct Kernels {
   // Activation, factor and addend, in place; factor and addend are those of the first result.
   void (*finish)(const LinearFinish&, float* y, int64_t stride, int rows, int columns);
   const CodeKernels* codes;
+  const RowKernels* rows;
   // Multiplies bytes in registers at full speed and returns how many. Null without an instruction for it.
   int64_t (*multiply)(int64_t count);
 };
 
 extern const Kernels kScalar;
 extern const CodeKernels kScalarCodes;
+extern const RowKernels kScalarRows;
 #if defined(__aarch64__) || defined(_M_ARM64)
 extern const Kernels kNeon;
 extern const Kernels kNeonDot;
 extern const CodeKernels kNeonCodes;
+extern const RowKernels kNeonRows;
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const CodeKernels kAvx2Codes;
 extern const CodeKernels kAvx512Codes;
+extern const RowKernels kAvx2Rows;
+extern const RowKernels kAvx512Rows;
 #endif
 // Only with a compiler that knows the instructions. AMX also needs a way to ask the system for it.
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))

@@ -13,6 +13,7 @@
 #include "depthwise.h"
 #include "dispatch.h"
 #include "feed_forward.h"
+#include "module_parts.h"
 #include "packed_weight.h"
 #include "peak.h"
 
@@ -279,5 +280,6 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("kind", [](const dybit::PackedWeight& self) { return int(self.kind()); })
       .def_prop_ro("nbytes", &dybit::PackedWeight::bytes);
   m.def("feed_forward", &feed_forward, released);
+  define_rows(m);
   define_convolutions(m);  // after the weights that they take
 }

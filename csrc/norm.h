@@ -9,7 +9,7 @@ namespace dybit {
 
 // s = x + addend;  y = (s - mean) / sqrt(variance + eps) · (weight + weight_shift) + bias.
 // Root mean square: y = s / sqrt(mean of s² + eps) · (weight + weight_shift) + bias.
-// sum may be x or addend, and y may be any of them, if the strides are equal.
+// sum and y may each be x or addend, with their strides.
 struct NormTask {
   const float* x;  // [rows][x_stride]
   int64_t x_stride;
@@ -27,8 +27,8 @@ struct NormTask {
   int64_t y_stride;
 };
 
-// Rounds y for `consumer` into `rounded`, if they are not null. Divides by a deviation that is within 1e-6 of the exact
-// one for up to 2^16 columns, even if the mean is 10^4 times as large. All instruction sets give the same bits.
+// Rounds y for `consumer` into `rounded`, if they are not null. Within 3e-7 · ((|n| + 1/2) · |weight| + |bias|) of the
+// exact result, n being the number that the weight multiplies. All instruction sets give the same bits.
 void norm(const NormTask& task, const PackedWeight* consumer, const InputScale& scale, const RoundedRows* rounded,
           int rows, int threads);
 

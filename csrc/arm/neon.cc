@@ -65,6 +65,7 @@ const Kernels kNeon = {"neon",
                        plain::dequantize,
                        plain::finish,
                        &kNeonCodes,
+                       &kNeonRows,
                        plain::multiply};
 
 }  // namespace dybit
@@ -128,6 +129,7 @@ const Kernels kNeonDot = {"neon-dot",
                           plain::dequantize,
                           plain::finish,
                           &kNeonCodes,
+                          &kNeonRows,
                           dotted::multiply};
 
 }  // namespace dybit

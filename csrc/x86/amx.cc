@@ -422,7 +422,8 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kAmx;
-const Kernels kAmx = {"amx", kGrain, input_kind, linear, encode, dequantize, finish, &kAvx512Codes, multiply};
+const Kernels kAmx = {"amx", kGrain, input_kind, linear, encode,
+                      dequantize, finish, &kAvx512Codes, &kAvx512Rows, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

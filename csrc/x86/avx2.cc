@@ -26,7 +26,8 @@ constexpr bool kVnni = false;
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode_rows, dequantize, finish, &kAvx2Codes, multiply};
+const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode_rows,
+                       dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -19,43 +19,7 @@ namespace {
 
 #include "generic/unroll.inc"
 
-struct Indices {
-  __m512i v;
-  DYBIT_INLINE static Indices load_bytes(const uint8_t* p) {
-    return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
-  }
-  DYBIT_INLINE void store_bytes(uint8_t* p) const { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
-  template <class T>
-  DYBIT_INLINE void store_as(T* p) const {
-    if constexpr (sizeof(T) == 1)
-      store_bytes(reinterpret_cast<uint8_t*>(p));
-    else
-      _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v));
-  }
-};
-
-struct Lanes {
-  __m512 v;
-  DYBIT_INLINE static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  DYBIT_INLINE static Lanes fill(float x) { return {_mm512_set1_ps(x)}; }
-  DYBIT_INLINE static Lanes first(int count) {
-    return {_mm512_maskz_mov_ps(__mmask16((1u << count) - 1), _mm512_set1_ps(1.0f))};
-  }
-  DYBIT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
-  DYBIT_INLINE Lanes operator+(Lanes b) const { return {_mm512_add_ps(v, b.v)}; }
-  DYBIT_INLINE Lanes operator-(Lanes b) const { return {_mm512_sub_ps(v, b.v)}; }
-  DYBIT_INLINE Lanes operator*(Lanes b) const { return {_mm512_mul_ps(v, b.v)}; }
-  DYBIT_INLINE Lanes operator/(Lanes b) const { return {_mm512_div_ps(v, b.v)}; }
-  DYBIT_INLINE Lanes plus_product(Lanes b, Lanes c) const { return {_mm512_fmadd_ps(v, b.v, c.v)}; }
-  DYBIT_INLINE Lanes minus_product(Lanes b, Lanes c) const { return {_mm512_fnmadd_ps(v, b.v, c.v)}; }
-  DYBIT_INLINE Lanes at_least(Lanes low) const { return {_mm512_max_ps(low.v, v)}; }
-  DYBIT_INLINE Lanes at_most(Lanes high) const { return {_mm512_min_ps(high.v, v)}; }
-  DYBIT_INLINE Indices nearest() const { return {_mm512_cvtps_epi32(v)}; }
-  DYBIT_INLINE Lanes or_nan_of(Lanes b) const {
-    const __mmask16 unknown = _mm512_cmp_ps_mask(b.v, b.v, _CMP_UNORD_Q);
-    return {_mm512_mask_mov_ps(v, unknown, _mm512_set1_ps(__builtin_nanf("")))};
-  }
-};
+#include "x86/avx512_lanes.inc"
 
 // Entry i < 16 · kRegisters of a table in registers: pairs by vpermt2ps, halves chosen by the bits above.
 template <int kRegisters>

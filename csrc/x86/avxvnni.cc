@@ -27,7 +27,8 @@ constexpr bool kVnni = true;
 }  // namespace
 
 extern const Kernels kAvxVnni;
-const Kernels kAvxVnni = {"avxvnni", 1, input_kind, linear, encode_rows, dequantize, finish, &kAvx2Codes, multiply};
+const Kernels kAvxVnni = {"avxvnni", 1, input_kind, linear, encode_rows,
+                          dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

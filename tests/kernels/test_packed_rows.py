@@ -5,13 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import packed, rounded_memory
+from rows import at, place, strided
 
-from dybit.formats import packing
 from dybit.kernels import extension
 from dybit.operators.activations import ACTIVATIONS
-from dybit.operators.input_rounding import InputRounding, input_format
-from dybit.operators.packed_weight import PackedWeight
-from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
+from dybit.operators.input_rounding import InputRounding
 from kernels import ISAS
 
 pytestmark = [
@@ -19,41 +18,21 @@ pytestmark = [
     pytest.mark.skipif(not ISAS, reason="no compiled kernels"),
 ]
 exact = settings(derandomize=True, deadline=None, max_examples=25)
-NONE = (0, 0)
-
-
-def packed(rng, rows, columns, inputs="s8r1", group_size=None, input_group_size=0):
-    spec = TensorSpec("dybit4", (rows, columns), "group" if group_size else "channel", group_size, "fp32")
-    codes = rng.integers(0, 16, (rows, columns), dtype=np.uint8)
-    codes = torch.from_numpy(packing.pack(codes, 4, group_size)).view(spec.packed_shape)
-    scales = torch.from_numpy(rng.uniform(0.5, 2, spec.scale_shape).astype(np.float32))
-    return PackedWeight(QuantizedTensor(spec, codes, scales, None), input_format(inputs), input_group_size)
-
-
-def strided(rng, rows, columns, spare):
-    """Rows with unused numbers between them."""
-    whole = torch.from_numpy(rng.standard_normal((rows, columns + spare)).astype(np.float32))
-    return whole[:, :columns]
-
-
-def at(tensor):
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
 def rounded(weight, x, scale=(0, 0, 1.0), threads=2):
-    memory = torch.empty(weight.compiled.rounded_bytes(len(x)) + 64, dtype=torch.uint8)
-    start = (memory.data_ptr() + 63) // 64 * 64
-    weight.compiled.round(*at(x), len(x), scale, start, threads)
-    return memory, start
+    memory = rounded_memory(weight, len(x))
+    weight.compiled.round(*at(x), len(x), scale, place(memory), threads)
+    return memory
 
 
-def finished(weight, x, start, *, offset=0, bias=None, activation="", factor=None, addend=None, spare=0):
+def finished(weight, x, memory, *, offset=0, bias=None, activation="", factor=None, addend=None, spare=0):
     y = torch.full((len(x), weight.shape[0] + spare), 7.0)
     weight.compiled.multiply(
-        start,
+        place(memory),
         len(x),
         offset,
-        0 if bias is None else bias.data_ptr(),
+        place(bias),
         ACTIVATIONS.index(activation),
         at(factor),
         at(addend),
@@ -71,19 +50,19 @@ def test_two_halves_are_linear_with_what_follows(seed, isa, inputs):
     rng = np.random.default_rng(seed)
     m, n, k = int(rng.choice([0, 1, 2, 5, 33, 300])), int(rng.integers(1, 90)), int(rng.integers(1, 150))
     weight = packed(rng, n, k, inputs, [None, 32][rng.integers(2)])
-    x, bias = strided(rng, m, k, int(rng.integers(3))), strided(rng, 1, n, 0)[0] if rng.integers(2) else None
+    x, bias = strided(rng, m, k, int(rng.integers(3))), strided(rng, 1, n)[0] if rng.integers(2) else None
     activation = ACTIVATIONS[rng.integers(len(ACTIVATIONS))]
     factor, addend = (strided(rng, m, n, int(rng.integers(3))) if rng.integers(2) else None for _ in range(2))
     if m:
         x[rng.integers(m), rng.integers(k)] = np.nan
     offset = torch.tensor([0.25]) if rng.integers(2) else None
     scale = torch.tensor([0.02]) if offset is not None or rng.integers(2) else None
-    given_scale = (*(0 if t is None else t.data_ptr() for t in (scale, offset)), 1.5)
-    _memory, start = rounded(weight, x, given_scale)
+    given_scale = (place(scale), place(offset), 1.5)
+    memory = rounded(weight, x, given_scale)
     found = finished(
         weight,
         x,
-        start,
+        memory,
         offset=given_scale[1],
         bias=bias,
         activation=activation,
@@ -107,10 +86,10 @@ def test_rows_rounded_for_one_weight_serve_another(isa):
         packed(rng, 7, 160, group_size=32, input_group_size=64),
     )
     assert first.compiled.shares_rows_with(second.compiled)
-    x = strided(rng, 9, 160, 0)
-    _memory, start = rounded(first, x)
+    x = strided(rng, 9, 160)
+    memory = rounded(first, x)
     np.testing.assert_array_equal(
-        finished(second, x, start), second.linear(x, None, InputRounding("s8r1", group_size=64))
+        finished(second, x, memory), second.linear(x, None, InputRounding("s8r1", group_size=64))
     )
 
 

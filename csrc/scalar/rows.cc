@@ -1,0 +1,24 @@
+// Functions of FP32 rows without intrinsics: the reference. The other instruction sets give the same bits.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "row_kernels.h"
+#include "target.h"
+
+namespace dybit {
+namespace {
+
+#include "generic/unroll.inc"
+
+#include "scalar/lanes.inc"
+
+#include "generic/rows.inc"
+
+}  // namespace
+
+extern const RowKernels kScalarRows;
+const RowKernels kScalarRows = kRows;
+
+}  // namespace dybit
