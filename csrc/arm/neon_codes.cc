@@ -121,6 +121,7 @@ DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
   return vaddvq_s32(sum);
 }
 
+constexpr bool kDivides = false;
 constexpr int kMixLanes = 1;  // sums of six units in 24 of 32 registers
 #include "generic/codes.inc"
 

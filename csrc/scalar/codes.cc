@@ -47,6 +47,7 @@ int32_t sum_of(const int8_t* values, int count) {
   return sum;
 }
 
+constexpr bool kDivides = true;
 constexpr int kMixLanes = 4;
 #include "generic/codes.inc"
 

@@ -52,6 +52,7 @@ struct Table {
 
 #include "sum_bytes.inc"
 
+constexpr bool kDivides = false;
 constexpr int kMixLanes = 4;
 #include "generic/codes.inc"
 

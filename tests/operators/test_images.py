@@ -60,6 +60,31 @@ def test_images_hold_the_significands_of_the_oracle(name, seed):
     np.testing.assert_array_equal(image.numpy(), expected)
 
 
+@exact
+@given(st.sampled_from(["int8", "uint8", "s8r1", "u8r1", "s4r1", "u3r1"]), st.integers(0, 2**32 - 1))
+def test_rounding_next_to_ties_is_that_of_a_division(name, seed):
+    rng = np.random.default_rng(seed)
+    exponent = rng.choice([0, -20, 30, -98, -101, -120, 98, 101, 118])  # the last of each sign are divided
+    scale = np.float32(rng.uniform(1, 2) * 2.0**exponent)
+    offset = np.float32(0) if rng.integers(2) else np.float32(rng.uniform(-3, 3)) * scale
+    made = ImageFormat(name, (0,) * 4)
+    factor, unit = np.float32(made.inputs.factor), np.float32(made.unit * made.inputs.factor)
+    high = 2**made.inputs.magnitude_bits - 1
+    ties = np.repeat(np.arange(-257, 258) + 0.5, 7)
+    with np.errstate(over="ignore", under="ignore"):
+        x = (ties / made.unit * float(scale) + float(offset)).astype(np.float32)
+        x = (x.view(np.int32) + np.tile(np.arange(-3, 4, dtype=np.int32), 515)).view(np.float32)
+        x[~np.isfinite(x)] = 0
+        x[:8] = [np.inf, -np.inf, 3e38, -3e38, 0, -0.0, 1e-45, -1e-38]
+        expected = np.rint(np.clip((x - offset) / (scale * factor) * unit, -high * made.inputs.signed, high))
+    rounding = InputRounding(name, torch.tensor([scale]), torch.tensor([offset]) if offset else None)
+    given = torch.from_numpy(x.reshape(1, 7, 5, 103))
+    for isa in ISAS:
+        extension.use(isa)
+        image = round_image(given, rounding, (0,) * 4)
+        np.testing.assert_array_equal(image.movedim(-1, 1).numpy().ravel()[: x.size], expected, err_msg=isa)
+
+
 def test_opcheck():
     rounding = (torch.randn(2, 20, 5, 4), torch.tensor([0.02]), None, "int8", (1, 0, 2, 1))
     torch.library.opcheck(torch.ops.dybit.round_image, rounding)
