@@ -57,12 +57,9 @@ struct CodeKernels {
   void (*mix)(const float* const* histograms, int units, const float* table, int cells, float* const* sums);
   // The same for one unit and the cells of a list.
   void (*mix_few)(const float* histogram, const uint16_t* list, int count, const float* table, float* sums);
-  // For convolutions (conv_tasks.h). Rounds to significands at a static scale; kFloat gives them as FP32. Returns
-  // whether there is NaN.
-  bool (*significands)(const Rounding&, InputKind, const float* x, int64_t count, void* out);
-  // sums: [rows][segments] of the gathered significands, if they are signed bytes; or null.
+  // For convolutions (conv_tasks.h). sums: [rows][segments] of the gathered significands, if they are signed bytes; or null.
   void (*gather)(const GatherTask&, const int64_t* origins, int rows, uint8_t* out, int32_t* sums);
-  void (*depthwise)(const DepthwiseTask&, int places, float* out);
+  void (*depthwise)(const DepthwiseTask&);
   // Returns whether a result that is rounded is NaN.
   bool (*finish)(const FinishTask&, int rows);
   // Converts significands to a wider kind: bytes to 16 bits, any kind to FP32.

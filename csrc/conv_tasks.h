@@ -26,16 +26,41 @@ struct GatherTask {
   size_t row_bytes;
 };
 
-// One line of outputs of a convolution with one channel per group. Sums of products are FP32, exact below 2^24.
-struct DepthwiseTask {
-  const float* weights;         // [taps][padded_channels]
-  const float* scales;          // [padded_channels]
-  const float* bias;            // [padded_channels]
-  const float* const* sources;  // [taps]: the input of the first output
-  int taps, channels, padded_channels;
-  int64_t step;  // elements between the inputs of neighbouring outputs
-  float row_scale;
+// How sums of one channel per group become significands of 8 bits, r = 1.
+struct DepthwiseRounding {
+  // [channels, at least 16]: sum · factor + term is a result in steps of 2^-kStepBits of a significand, plus half a
+  // significand, plus half of the span that `near` leaves out.
+  const float *factors, *terms;
+  int32_t near;  // bits of a fraction: if they are all zero, the result may be a tie
+  // Exactly: results are clamped to low and high, divided by the scale, clamped to least and most, and rounded.
+  float low, high, offset, scale, unit, least, most;
+  InputKind kind;
+  int first, last;  // significands: what low and high are rounded to
 };
+constexpr int kStepBits = 14;
+
+// Lines of outputs of a convolution with one channel per group. Sums of products are integers below 2^24. Arrays of
+// channels have at least 16.
+struct DepthwiseTask {
+  InputKind kind;
+  const uint8_t* image;            // the first input of the first output
+  const int64_t* rows;             // [row_count]: bytes from there to the rows of the kernel, in depth and height
+  int row_count, width;            // of the kernel
+  int64_t tap, step, line;         // bytes between the inputs of neighbouring taps, outputs and lines
+  const int8_t* bytes;             // [row_count][width][padded]: the weights, or null if they do not fit
+  const int16_t* weights;          // the same
+  const float *scales, *bias;      // [padded]
+  float row_scale;
+  int channels, padded, lines, places;
+  float* y;                           // [lines][places][channels], or null
+  const DepthwiseRounding* rounding;  // if y is null
+  uint8_t* out;                       // the first significand
+  int64_t out_place, out_line;        // bytes; zeros follow the channels of a place
+};
+
+// Kinds of blocks of channels that a convolution is divided into, the widest first.
+template <class... kKinds>
+struct DepthwiseBlocks {};
 
 // Adds, clamps, stores and rounds results.
 struct FinishTask {

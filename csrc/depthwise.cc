@@ -15,30 +15,54 @@
 namespace dybit {
 namespace {
 
-constexpr int64_t kLittle = 50000;  // elements that do not pay for a second thread
-constexpr int kLeastLines = 4;      // of outputs for a thread
+constexpr int64_t kLittle = 50000;       // elements that do not pay for a second thread
+constexpr int64_t kCallBytes = 1 << 16;  // of inputs of a call: they stay in the L2 cache
+
+// The kind of inputs that holds the significands of a format.
+InputKind kind_of(const InputFormat& format) {
+  const float largest = format.top() * format.unit();
+  if (largest <= 127 && format.is_signed) return InputKind::kSigned8;
+  return largest <= 255 && !format.is_signed ? InputKind::kUnsigned8 : InputKind::kSigned16;
+}
+
+// The same image with at least 16 channels in each place, so that whole blocks can be read.
+Image widened(const Image& image, int64_t places) {
+  static thread_local Scratch wide_memory;
+  Image wide = image;
+  wide.pitch = kLanes;
+  wide.data = wide_memory.take<uint8_t>(places * wide.pixel());
+  for (int64_t i = 0; i < places; ++i)
+    std::memcpy(wide.data + i * wide.pixel(), image.data + i * image.pixel(), size_t(image.pixel()));
+  return wide;
+}
 
 }  // namespace
 
 Depthwise::Depthwise(const float* significands, const float* scales, const ConvGeometry& geometry,
                      const InputFormat& input)
-    : geometry_(geometry), input_(input), padded_channels_((geometry.channels + kLanes - 1) / kLanes * kLanes) {
+    : geometry_(geometry), input_(input), padded_channels_(std::max(geometry.channels, kLanes)) {
   if (geometry.groups != geometry.channels)
     throw std::invalid_argument("the convolution does not have one channel per group");
   const int taps = int(volume(geometry.kernel));
-  weights_.assign(size_t(taps) * padded_channels_, 0.0f);
+  weights_.assign(size_t(taps) * padded_channels_, 0);
   scales_.assign(padded_channels_, 0.0f);
   sums_.assign(padded_channels_, 0.0f);
+  most_.assign(padded_channels_, 0.0);
+  bool narrow = true;
   for (int channel = 0; channel < geometry.channels; ++channel) {
     scales_[channel] = scales[channel];
     float sum = 0;
     for (int tap = 0; tap < taps; ++tap) {
       const float w = significands[tap * geometry.channels + channel];
-      weights_[size_t(tap) * padded_channels_ + channel] = w;
+      if (!(std::fabs(w) <= 32767)) throw std::invalid_argument("a significand of the weight does not fit 16 bits");
+      weights_[size_t(tap) * padded_channels_ + channel] = int16_t(w);
+      narrow &= std::fabs(w) <= 127;
       sum += w;
+      most_[channel] += std::fabs(w) * input.top() * input.unit();
     }
     sums_[channel] = sum * scales[channel];
   }
+  if (narrow) bytes_.assign(weights_.begin(), weights_.end());
 }
 
 // [padded channels], including the contribution of an offset of the inputs.
@@ -51,146 +75,164 @@ std::vector<float> Depthwise::biases(const float* bias, const float* offset) con
   return result;
 }
 
-// The inputs: FP32, rounded line by line, or an image.
-struct Depthwise::Source {
-  const float* x;      // or null
-  const Image* image;  // or null
-  int batch;
-  Extent size;
-  const float* scales;  // of each sample
-  const float* offset;  // of x, or null
-};
+// From sums to significands by one fused multiply-add (DepthwiseRounding).
+//
+// With u = 2^-24, the exact result in significands, which is rounded five times, and this one differ by at most
+// u (2 |product| + |bias| + |product + bias| + 3 |result| + 1), in significands, and less than one step. Where the result
+// is in range, its magnitude is at most 2^m, and those of product and offset follow from the bias. Results out of range
+// saturate either way.
+struct Depthwise::Steps {
+  bool usable;
+  std::vector<float> factors, terms;
+  DepthwiseRounding rounding;
 
-// Computes lines of one plane of the outputs of a sample. Lines of input become FP32 when the first line of outputs
-// needs them. As many lines are kept as one line of outputs reads: a ring for each plane of the kernel.
-class Depthwise::Band {
- public:
-  Band(const Depthwise& conv, const Source& source, int sample, int plane)
-      : g_(conv.geometry_), codes_(*kernels().codes), source_(source), image_(source.image), sample_(sample),
-        plane_(plane), padded_(g_.padded(source.size)),
-        rounding_(conv.input_.rounding(source.scales[sample], source.offset)),
-        stride_(image_ && image_->pitch >= conv.padded_channels_ ? image_->pitch : conv.padded_channels_),
-        lines_((g_.kernel[1] - 1) * g_.dilation[1] + 1), line_(size_t(padded_[2]) * stride_) {
-    static thread_local Scratch ring_memory;
-    const size_t count = line_ * lines_ * g_.kernel[0];
-    ring_ = ring_memory.take<float>(count);
-    // Borders, and channels that pad a place, are not written below and stay zero.
-    if (!image_ || image_->pitch != stride_) std::memset(ring_, 0, count * sizeof(float));
+  Steps(const Depthwise& conv, const Finish& finish, const std::vector<float>& bias, float row_scale)
+      : usable(false), rounding{} {
+    const Rounding& r = finish.rounding;
+    if (!finish.image || finish.y || finish.addend || finish.image->kind == InputKind::kSigned16 || r.max_run != 1 ||
+        !ordinary(r.scale) || !ordinary(row_scale) || std::isnan(finish.low) || std::isnan(finish.high))
+      return;
+    const double unit = std::ldexp(1.0, r.magnitude_bits - 1), per = unit / r.scale, range = 2 * unit;
+    const double offset = std::fabs(r.offset) * per;
+    double reach = 0;
+    factors.assign(conv.padded_channels_, 0.0f);
+    terms.assign(conv.padded_channels_, 0.0f);
+    for (int channel = 0; channel < conv.geometry_.channels; ++channel) {
+      const double scale = conv.scales_[channel], factor = scale * row_scale * per;
+      const double term = (double(bias[channel]) - r.offset) * per;
+      if (scale != 0 && !ordinary(std::fabs(scale))) return;
+      if (!(std::fabs(factor) * conv.most_[channel] + std::fabs(term) + offset < 65536)) return;
+      reach = std::max(reach, 6 * range + 3 * std::fabs(term) + offset + 4);
+      factors[channel] = float(std::ldexp(factor, kStepBits));
+      terms[channel] = float(std::ldexp(term + 0.5, kStepBits));
+    }
+    int margin = 1;
+    while (margin < std::ldexp(1.01 * reach, kStepBits - 24) + 1.5) margin *= 2;
+    if (16 * margin > 1 << kStepBits) return;
+    for (float& term : terms) term += float(margin);
+    const float largest = float(2 * unit - 1);
+    auto rounded = [&](float limit) {
+      const float t = (limit - r.offset) / r.scale * float(unit);
+      return int(std::nearbyint(std::clamp(t, r.is_signed ? -largest : 0.0f, largest)));
+    };
+    const int32_t near = ((1 << kStepBits) - 1) & ~(2 * margin - 1);
+    rounding = {factors.data(), terms.data(),         near,          finish.low,           finish.high,
+                r.offset,       r.scale,              float(unit),   r.is_signed ? -largest : 0.0f,
+                largest,        finish.image->kind, rounded(finish.low), rounded(finish.high)};
+    usable = true;
   }
 
-  // Whether no value is NaN.
-  bool run(const Depthwise& conv, int first, int last, const float* bias, const Finish& finish) {
+  // Products of such numbers are neither subnormal nor infinite.
+  static bool ordinary(float x) { return x >= 0x1p-60f && x <= 0x1p60f; }
+};
+
+// Computes lines of outputs of an image.
+class Depthwise::Lines {
+ public:
+  Lines(const Depthwise& conv, const Image& image, const Extent& size, const std::vector<float>& bias,
+        const Finish& finish, const Steps& steps)
+      : g_(conv.geometry_), codes_(*kernels().codes), image_(image), finish_(finish), steps_(steps),
+        padded_(image.padded(size)), places_(g_.output(size)), corner_(minus(image.before, g_.before)) {
+    for (int d = 0; d < g_.kernel[0]; ++d)
+      for (int h = 0; h < g_.kernel[1]; ++h)
+        rows_.push_back(index_of({d * g_.dilation[0], h * g_.dilation[1], 0}, 0, padded_) * image.pixel());
+    task_ = {};
+    task_.kind = image.kind;
+    task_.rows = rows_.data();
+    task_.row_count = int(rows_.size());
+    task_.width = g_.kernel[2];
+    task_.tap = g_.dilation[2] * image.pixel();
+    task_.step = g_.stride[2] * image.pixel();
+    task_.line = int64_t(g_.stride[1]) * padded_[2] * image.pixel();
+    task_.bytes = conv.bytes_.empty() ? nullptr : conv.bytes_.data();
+    task_.weights = conv.weights_.data();
+    task_.scales = conv.scales_.data();
+    task_.bias = bias.data();
+    task_.channels = g_.channels;
+    task_.padded = conv.padded_channels_;
+    task_.places = places_[2];
+  }
+
+  // Lines of outputs whose inputs make up a call.
+  int step() const { return int(std::clamp<int64_t>(kCallBytes / task_.line, 1, places_[1])); }
+
+  // Returns whether a result that is rounded is NaN.
+  bool run(int sample, int plane, int first, int last, float row_scale) const {
     static thread_local Scratch result_memory;
-    const Extent places = g_.output(source_.size);
-    std::vector<const float*> taps(volume(g_.kernel));
-    const DepthwiseTask task{conv.weights_.data(),
-                             conv.scales_.data(),
-                             bias,
-                             taps.data(),
-                             int(taps.size()),
-                             g_.channels,
-                             conv.padded_channels_,
-                             g_.stride[2] * stride_,
-                             source_.scales[sample_] / conv.input_.unit()};
-    const bool plain = finish.is_plain();
-    float* results = plain ? nullptr : result_memory.take<float>(size_t(places[2]) * g_.channels);
-    for (int row = first, next = first * g_.stride[1]; row < last; ++row) {
-      const int top = row * g_.stride[1];
-      for (next = std::max(next, top); next < top + lines_; ++next) read(next);
-      for (size_t tap = 0; tap < taps.size(); ++tap) {
-        const Extent k = place_at(int64_t(tap), g_.kernel);
-        taps[tap] = slot(k[0], top + k[1] * g_.dilation[1]) + k[2] * g_.dilation[2] * stride_;
-      }
-      const int64_t start = index_of({plane_, row, 0}, sample_, places);
-      codes_.depthwise(task, places[2], plain ? finish.y + start * g_.channels : results);
-      if (plain) continue;
-      const Results given{results, g_.channels, false, start, places[2], 0, g_.channels};
-      unknown_ |= finish_some(codes_, finish, places, g_.channels, given);
+    DepthwiseTask task = task_;
+    const int start[3] = {plane, first, 0};
+    Extent from;
+    for (int d = 0; d < 3; ++d) from[d] = corner_[d] + start[d] * g_.stride[d];
+    task.image = image_.data + index_of(from, sample, padded_) * image_.pixel();
+    task.lines = last - first;
+    task.row_scale = row_scale;
+    const int64_t place = index_of({plane, first, 0}, sample, places_);
+    if (steps_.usable) {
+      const Image& out = *finish_.image;
+      const Extent inner{plane + out.before[0], first + out.before[1], out.before[2]}, whole = out.padded(places_);
+      task.rounding = &steps_.rounding;
+      task.out_place = out.pixel();
+      task.out_line = whole[2] * out.pixel();
+      task.out = out.data + index_of(inner, sample, whole) * out.pixel();
+      codes_.depthwise(task);
+      return false;
     }
-    return !unknown_;
+    const int count = task.lines * task.places;
+    task.y = finish_.is_plain() ? finish_.y + place * g_.channels : result_memory.take<float>(count * g_.channels);
+    codes_.depthwise(task);
+    if (finish_.is_plain()) return false;
+    return finish_some(codes_, finish_, places_, g_.channels,
+                       {task.y, g_.channels, false, place, count, 0, g_.channels});
   }
 
  private:
-  float* slot(int k, int h) const { return ring_ + (size_t(k) * lines_ + h % lines_) * line_; }
-
-  // Line h of the padded input, in every plane that the kernel reads.
-  void read(int h) {
-    for (int k = 0; k < g_.kernel[0]; ++k) {
-      const int d = plane_ * g_.stride[0] + k * g_.dilation[0];
-      image_ ? convert(d, h, slot(k, h)) : round(d, h, slot(k, h));
-    }
-  }
-
-  // A line of the image, border and all.
-  void convert(int d, int h, float* to) const {
-    const Extent whole = image_->padded(source_.size), corner = minus(image_->before, g_.before);
-    const uint8_t* from =
-        image_->data + index_of({corner[0] + d, corner[1] + h, corner[2]}, sample_, whole) * image_->pixel();
-    if (image_->pitch == stride_) {
-      codes_.convert(image_->kind, from, int64_t(line_), InputKind::kFloat, to);
-    } else {
-      for (int w = 0; w < padded_[2]; ++w)
-        codes_.convert(image_->kind, from + w * image_->pixel(), g_.channels, InputKind::kFloat, to + w * stride_);
-    }
-  }
-
-  // A line of FP32 inputs.
-  void round(int d, int h, float* to) {
-    const Extent& size = source_.size;
-    d -= g_.before[0], h -= g_.before[1];
-    if (d < 0 || d >= size[0] || h < 0 || h >= size[1]) {
-      std::memset(to, 0, line_ * sizeof(float));
-      return;
-    }
-    to += g_.before[2] * stride_;
-    const float* from = source_.x + index_of({d, h, 0}, sample_, size) * g_.channels;
-    if (stride_ == g_.channels) {
-      unknown_ |= codes_.significands(rounding_, InputKind::kFloat, from, size[2] * stride_, to);
-    } else {
-      for (int w = 0; w < size[2]; ++w, from += g_.channels)
-        unknown_ |= codes_.significands(rounding_, InputKind::kFloat, from, g_.channels, to + w * stride_);
-    }
-  }
-
   const ConvGeometry& g_;
   const CodeKernels& codes_;
-  const Source& source_;
-  const Image* image_;
-  const int sample_, plane_;
-  const Extent padded_;
-  const Rounding rounding_;
-  const int64_t stride_;  // floats of a place
-  const int lines_;       // of a ring
-  const size_t line_;     // floats of a line
-  float* ring_;
-  bool unknown_ = false;
+  const Image& image_;
+  const Finish& finish_;
+  const Steps& steps_;
+  const Extent padded_, places_, corner_;
+  std::vector<int64_t> rows_;
+  DepthwiseTask task_;
 };
 
 bool Depthwise::run(const ConvInput& input, float* y, const float* bias, int threads) const {
-  const std::vector<float> scales = input.scales(geometry_.channels, input_);
-  return run_bands({input.x, nullptr, input.batch, input.size, scales.data(), input.offset},
-                   biases(bias, input.offset), Finish::plain(y), threads);
+  static thread_local Scratch image_memory;
+  const int channels = geometry_.channels;
+  Image image{nullptr, kind_of(input_), geometry_.before, geometry_.after, channels, std::max(channels, kLanes)};
+  image.data = image_memory.take<uint8_t>(size_t(volume(image.padded(input.size))) * image.pixel() * input.batch);
+  const std::vector<float> scales = input.scales(channels, input_);
+  std::vector<Rounding> roundings;
+  for (float scale : scales) roundings.push_back(input_.rounding(scale, input.offset));
+  if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads)) return false;
+  return run_lines(image, input.batch, input.size, scales.data(), biases(bias, input.offset), Finish::plain(y),
+                   threads);
 }
 
 bool Depthwise::run(const Image& image, int batch, const Extent& size, float scale, const float* offset,
                     const float* bias, const Finish& finish, int threads) const {
   if (finish.image) clear_border(*finish.image, batch, geometry_.output(size));
   const std::vector<float> scales(batch, scale);
-  return run_bands({nullptr, &image, batch, size, scales.data(), nullptr}, biases(bias, offset), finish, threads);
+  return run_lines(image.pitch < kLanes ? widened(image, batch * volume(image.padded(size))) : image, batch, size,
+                   scales.data(), biases(bias, offset), finish, threads);
 }
 
-bool Depthwise::run_bands(const Source& source, const std::vector<float>& bias, const Finish& finish,
-                          int threads) const {
-  const Extent places = geometry_.output(source.size);
-  const int64_t elements = volume(source.size) * geometry_.channels * source.batch;
+bool Depthwise::run_lines(const Image& image, int batch, const Extent& size, const float* scales,
+                          const std::vector<float>& bias, const Finish& finish, int threads) const {
+  const Extent places = geometry_.output(size);
+  if (batch == 0 || volume(places) == 0) return true;
+  const float unit = input_.unit();
+  const Steps steps(*this, finish, bias, scales[0] / unit);  // images have one scale
+  const Lines all(*this, image, size, bias, finish, steps);
+  const bool divide = threads > 1 && volume(size) * geometry_.channels * batch > kLittle;
   const int planes = places[0], lines = places[1];
-  const bool divide = threads > 1 && elements > kLittle;
-  const int bands = divide ? std::clamp(lines / kLeastLines, 1, 2 * threads) : 1;
+  int bands = (lines + all.step() - 1) / all.step();
+  if (divide) bands = std::clamp((2 * threads + batch * planes - 1) / (batch * planes), bands, lines);
   std::atomic<bool> unknown{false};
-  parallel_for(source.batch * planes * bands, divide ? threads : 1, [&](int i) {
+  parallel_for(batch * planes * bands, divide ? threads : 1, [&](int i) {
     const int band = i % bands, plane = i / bands % planes, sample = i / bands / planes;
     const int first = int(int64_t(lines) * band / bands), last = int(int64_t(lines) * (band + 1) / bands);
-    if (!Band(*this, source, sample, plane).run(*this, first, last, bias.data(), finish)) unknown = true;
+    if (all.run(sample, plane, first, last, scales[sample] / unit)) unknown = true;
   });
   return !unknown;
 }

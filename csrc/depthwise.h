@@ -1,4 +1,4 @@
-// Convolutions with one channel per group: products are summed channel by channel, in FP32, exactly.
+// Convolutions with one channel per group: products of significands are summed channel by channel, as integers.
 #pragma once
 
 #include <vector>
@@ -9,8 +9,8 @@ namespace dybit {
 
 class Depthwise {
  public:
-  // significands: [kernel positions][channels]. Sums of their products with inputs must stay below 2^24. scales:
-  // [channels].
+  // significands: [kernel positions][channels], integers of 16 bits. Sums of their products with inputs must stay below
+  // 2^24. scales: [channels].
   Depthwise(const float* significands, const float* scales, const ConvGeometry& geometry, const InputFormat& input);
 
   // As Conv::run.
@@ -19,15 +19,19 @@ class Depthwise {
            const Finish& finish, int threads) const;
 
  private:
-  struct Source;
-  class Band;
-  bool run_bands(const Source& source, const std::vector<float>& bias, const Finish& finish, int threads) const;
+  struct Steps;
+  class Lines;
+  bool run_lines(const Image& image, int batch, const Extent& size, const float* scales, const std::vector<float>& bias,
+                 const Finish& finish, int threads) const;
   std::vector<float> biases(const float* bias, const float* offset) const;
 
   ConvGeometry geometry_;
   InputFormat input_;
-  int padded_channels_;
-  std::vector<float> weights_, scales_, sums_;
+  int padded_channels_;  // 16 at least
+  std::vector<int16_t> weights_;
+  std::vector<int8_t> bytes_;  // the same; empty if one does not fit
+  std::vector<float> scales_, sums_;
+  std::vector<double> most_;  // the largest sum that a channel can have
 };
 
 }  // namespace dybit

@@ -1,5 +1,6 @@
 // Codebooks with NEON (codes.h). The first 5 levels of a search tree are in registers; the others are loaded one by
 // one.
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -8,6 +9,7 @@
 
 #include "codes.h"
 #include "conv_tasks.h"
+#include "scratch.h"
 #include "target.h"
 
 #if defined(__aarch64__) || defined(_M_ARM64)
@@ -123,6 +125,7 @@ DYBIT_INLINE inline int32_t sum_of(const int8_t* values, int count) {
 
 constexpr bool kDivides = false;
 constexpr int kMixLanes = 1;  // sums of six units in 24 of 32 registers
+#include "generic/plain_depthwise.inc"
 #include "generic/codes.inc"
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Codebooks without intrinsics: the reference (codes.h).
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -7,6 +8,7 @@
 
 #include "codes.h"
 #include "conv_tasks.h"
+#include "scratch.h"
 #include "target.h"
 
 namespace dybit {
@@ -49,6 +51,7 @@ int32_t sum_of(const int8_t* values, int count) {
 
 constexpr bool kDivides = true;
 constexpr int kMixLanes = 4;
+#include "generic/plain_depthwise.inc"
 #include "generic/codes.inc"
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Codebooks with AVX2 (codes.h). The first 3 levels of a search tree are in a register; the others are gathered.
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -7,6 +8,7 @@
 
 #include "codes.h"
 #include "conv_tasks.h"
+#include "scratch.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -51,6 +53,7 @@ struct Table {
 };
 
 #include "sum_bytes.inc"
+#include "avx2_depthwise.inc"
 
 constexpr bool kDivides = false;
 constexpr int kMixLanes = 4;

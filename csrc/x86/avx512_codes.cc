@@ -1,4 +1,5 @@
 // Codebooks with AVX-512 (codes.h). Each level of a search tree is a look-up in registers.
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -7,13 +8,14 @@
 
 #include "codes.h"
 #include "conv_tasks.h"
+#include "scratch.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
 #include "target.h"
 
-DYBIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+DYBIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace dybit {
 namespace {
 
@@ -79,6 +81,7 @@ struct Table {
 };
 
 #include "sum_bytes.inc"
+#include "avx512_depthwise.inc"
 
 constexpr bool kDivides = false;
 constexpr int kMixLanes = 4;
