@@ -34,6 +34,7 @@ from results import Column, Results, parser
 
 from dybit.formats import catalogue, packing
 from dybit.kernels import extension
+from dybit.measure.timing import SPINNING
 from dybit.operators import packed_weight
 from dybit.operators.input_rounding import InputRounding, input_format
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
@@ -64,9 +65,6 @@ def last_cache() -> int:
 
 
 COPIES_BYTES = max(160 << 20, min(last_cache() * 5 // 4, 640 << 20))  # of all copies of a weight: more than the cache
-
-
-SPINNING = 0.015  # seconds, at most, that idle threads wait for more before they sleep
 
 
 def copies(nbytes: int, batch: int) -> int:

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from forward_memory import fused, peak_of_forward
-from linear import SPINNING, bandwidth, integer_peak
+from linear import bandwidth, integer_peak
 from networks import deit_tiny, mobilenet_v2, resnet18, settle
 from ptq_sentences import embed, halves, judge
 from results import Column, Results, parser
@@ -45,7 +45,7 @@ from dybit.errors import DyBitError, MissingExtraError
 from dybit.kernels import extension
 from dybit.layers.quantized import quantized_layers
 from dybit.measure.fidelity import agreement, sqnr
-from dybit.measure.timing import paired, take_turns
+from dybit.measure.timing import SPINNING, paired, take_turns
 from dybit.measure.trace import trace
 from dybit.models.running import output_tensor, run_batch
 from dybit.onnx.peers import Peers

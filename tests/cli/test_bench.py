@@ -1,5 +1,6 @@
 """Tests of `dybit bench`; none depends on how fast anything is."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -50,6 +51,29 @@ def test_a_model(tmp_path):
     assert data["timings"]["conv"]["dybit"]["rounds"] >= 5 and "whole model" in data["timings"]
 
 
+PEERS = ("searched:mlp", "--data", "searched:mlp_batches", "--seconds", "0", "--peers")
+
+
+def test_peers(tmp_path, monkeypatch):
+    monkeypatch.setitem(importlib.import_module("dybit.onnx.peers")._PACKAGES, "OpenVINO", (("no_such_package",), ()))
+    result = invoke("bench", *PEERS, "--calibration", "searched:mlp_batches", "--json", str(tmp_path / "x.json"))
+    assert result.exit_code == 0, result.stderr
+    for kind in ("FP32", "INT8"):
+        assert f"whole model (ONNX Runtime {kind})" in result.stdout
+        assert f"OpenVINO {kind} is left out: no_such_package not installed" in result.stderr
+    timings = json.loads((tmp_path / "x.json").read_text())["timings"]
+    assert set(timings["whole model"]) == {"fp32", "dybit", "ONNX Runtime FP32", "ONNX Runtime INT8"}
+    assert set(timings["0"]) == {"fp32", "dybit"}
+    assert "INT8" not in good(*PEERS)
+
+
+def test_no_peer_is_installed(monkeypatch):
+    packages = {"ONNX Runtime": (("no_such_package",), ()), "OpenVINO": (("no_such_package",), ())}
+    monkeypatch.setattr(importlib.import_module("dybit.onnx.peers"), "_PACKAGES", packages)
+    result = invoke("bench", *PEERS)
+    assert result.exit_code == 2 and "neither is installed" in result.stderr.splitlines()[-1]
+
+
 def test_slower_layers_can_stay_in_floating_point(tmp_path, slow):
     result = invoke("bench", *MODEL, "--only-if-faster", "-o", str(tmp_path / "r.json"))
     assert result.exit_code == 0 and "layers are slower than in FP32" in result.stderr
@@ -74,6 +98,8 @@ def test_shapes_and_threads():
         (("--shapes", "1x2"), "--shapes must be.*'1x2'"),
         (("--shapes", "1x0x2"), "--shapes must be"),
         ((*MODEL, "--only-if-faster"), "-o FILE"),
+        (("--shapes", "1x2x3", "--peers"), "--peers needs MODEL"),
+        ((*MODEL, "--calibration", "searched:batches"), "--calibration DATA needs --peers"),
         ((*MODEL, "-o", "x.json"), "-o FILE needs --only-if-faster"),
         ((*MODEL, "--weights", "none"), "keeps every layer in floating point"),
     ],

@@ -41,6 +41,28 @@ def test_a_pause_comes_before_every_turn_and_a_run_that_is_not_timed_after_it(mo
     assert times["a"].tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize(
+    ("threads", "alone", "clock", "pause"),
+    [
+        (1, True, "thread_time", 0),
+        (1, False, "perf_counter", 0),
+        (2, True, "perf_counter", 0),
+        (2, False, "perf_counter", 1),
+    ],
+)
+def test_other_libraries_are_timed_by_the_wall_clock(monkeypatch, threads, alone, clock, pause):
+    given = {}
+
+    def turns(contestants, seconds, rounds, **settings):
+        given.update(settings)
+        return {"a": np.ones(5)}
+
+    monkeypatch.setattr(timing, "take_turns", turns)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    compare({"a": lambda: None}, alone=alone)
+    assert given == {"clock": getattr(timing.time, clock), "pause": pause * timing.SPINNING}
+
+
 def test_no_gradients_are_recorded():
     states = []
     compare({"a": lambda: states.append(torch.is_grad_enabled())}, seconds=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dybit.measure.timing import Timing
+    from dybit.onnx import Peers
 
+_Shapes = Annotated[
+    str | None,
+    typer.Option(
+        help="Time linear layers of these shapes (rows x inputs x outputs), such as 1x4096x4096,128x384x1536."
+    ),
+]
+_WithPeers = Annotated[
+    bool, typer.Option("--peers", help="Time the model in ONNX Runtime and OpenVINO too, as far as they are installed.")
+]
+_Calibration = Annotated[
+    str | None, typer.Option(metavar="DATA", help="Calibration inputs of --peers, which INT8 needs.")
+]
 _SHAPE = re.compile(r"(\d+)[x×](\d+)[x×](\d+)", re.IGNORECASE)
 
 
@@ -34,12 +47,7 @@ def bench(
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Inputs, as in dybit evaluate; the first batch is timed.")
     ] = None,
-    shapes: Annotated[
-        str | None,
-        typer.Option(
-            help="Time linear layers of these shapes (rows x inputs x outputs), such as 1x4096x4096,128x384x1536."
-        ),
-    ] = None,
+    shapes: _Shapes = None,
     weights: options.Weights = None,
     activations: options.Activations = None,
     embeddings: options.Embeddings = None,
@@ -53,6 +61,8 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Recipe file of --only-if-faster.")
     ] = None,
+    peers: _WithPeers = False,
+    calibration: _Calibration = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Approximate seconds to time each layer.")] = 0.5,
     threads: Annotated[int | None, typer.Option(min=1, help="Number of torch threads. [torch's default]")] = None,
@@ -63,7 +73,8 @@ def bench(
 
     FP32 and quantized layers run in turns in one process. The table shows median times, and the median and quartiles of
     the ratio FP32 / DyBit: above 1 is faster than FP32. With one thread, times are processor time. Scales are absolute
-    maxima, which take less time to find and do not affect speed.
+    maxima, which take less time to find and do not affect speed. With --peers, the whole model is timed by the wall
+    clock. The other runtimes get the FP32 model as ONNX, and quantize it to INT8 by their own tools.
 
     Example: dybit bench dybit.demo:minilm --data dybit.demo:minilm_batches --activations 8
     """
@@ -71,6 +82,8 @@ def bench(
         raise DyBitError("give either MODEL or --shapes")
     if only_if_faster != (output is not None) or (only_if_faster and model is None):
         raise DyBitError("--only-if-faster needs MODEL, and -o FILE for the recipe; -o FILE needs --only-if-faster")
+    if (peers and model is None) or (calibration is not None and not peers):
+        raise DyBitError("--peers needs MODEL; --calibration DATA needs --peers")
     plan = options.make_recipe(recipe, **options.recipe_fields(locals()))
     from dybit.measure.timing import machine
     from dybit.safe_files import write_json
@@ -82,7 +95,9 @@ def bench(
         else:
             network, batch = _network(str(model), data, tokenizer, batch_size)
             names = {}
-        layers, whole, faster = _time(network, batch, plan, seconds, shapes is None, only_if_faster)
+        loading = {"model": str(model), "tokenizer": tokenizer, "batch_size": batch_size}
+        with _peers(network, batch, calibration, loading) if peers else nullcontext() as others:
+            layers, whole, faster = _time(network, batch, plan, seconds, shapes is None, only_if_faster, others)
         out().print(f"{model or 'linear layers'} on {machine()}", style="bold", soft_wrap=True)
         _print(layers, whole, names)
         if json is not None:
@@ -120,6 +135,16 @@ def _network(model: str, data: str | None, tokenizer: str | None, batch_size: in
     return network, batches[0]
 
 
+def _peers(network: nn.Module, batch: Any, calibration: str | None, loading: dict[str, Any]) -> Peers:  # noqa: ANN401
+    """The model in the other runtimes."""
+    from dybit.onnx import Peers
+
+    data = []
+    if calibration is not None:
+        data = sources.load_batches(calibration, "--calibration", split="calibration", **loading)
+    return Peers(network, [batch, *data[:1]], data)
+
+
 def _time(
     network: nn.Module,
     batch: Any,  # noqa: ANN401
@@ -127,8 +152,9 @@ def _time(
     seconds: float,
     with_whole: bool,
     only_if_faster: bool,
+    peers: Peers | None,
 ) -> tuple[Times, Times, Recipe]:
-    """The times of the layers, of the whole model, and the recipe without the layers that are slower."""
+    """The times of the layers, of the whole model and its peers, and the recipe without the layers that are slower."""
     from dybit import quantize_
     from dybit.measure.timing import compare
     from dybit.mixed_precision.measured_model import Subject
@@ -160,7 +186,14 @@ def _time(
             if only_if_faster and 0 < len(slower) < len(layers):
                 chosen = replace(faster, method=quick.method, criterion=quick.criterion)
                 models["only if faster"] = quantize_(copy.deepcopy(network).eval(), chosen, [batch])
-            whole["whole model"] = compare({k: partial(run_batch, m, batch) for k, m in models.items()}, 8 * seconds)
+            runs = {k: partial(run_batch, m, batch) for k, m in models.items()}
+            if peers is None:
+                whole["whole model"] = compare(runs, 8 * seconds)
+            else:
+                runs |= {name: partial(run, batch) for name, run in peers.runs().items()}
+                whole["whole model"] = compare(runs, 8 * seconds, alone=False)
+                for reason in peers.skipped.values():
+                    note(reason)
     return layers, whole, faster
 
 
@@ -185,7 +218,7 @@ def _linears(shapes: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def _print(layers: Times, whole: Times, names: dict[str, str]) -> None:
-    table = grid("layer", ">FP32 ms", ">DyBit ms", ">times faster", ">quartiles", "")
+    table = grid("layer", ">FP32 ms", ">ms", ">times faster", ">quartiles", "")
     rows = {name: times for name, times in layers.items()} | whole
     for name, times in rows.items():
         for label in list(times)[1:]:

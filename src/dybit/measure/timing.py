@@ -15,6 +15,7 @@ import torch
 
 from dybit.kernels import extension
 
+SPINNING = 0.015  # seconds, at most, that idle threads of torch and of others wait for work before they sleep
 _LEAST_ROUNDS = 5
 
 
@@ -79,7 +80,7 @@ def _cpu() -> str:
 
 
 def compare(
-    contestants: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 200
+    contestants: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 200, *, alone: bool = True
 ) -> dict[str, Timing]:
     """Times contestants in turns, as :func:`take_turns`, and summarizes their times.
 
@@ -90,9 +91,13 @@ def compare(
         contestants: What to run, by name; ratios are against the first.
         seconds: Approximate total time; at least five rounds run.
         rounds: The largest number of rounds.
+        alone: Whether all of them run in torch's threads. Otherwise it measures wall-clock time, and with several
+            threads every turn waits until idle ones sleep.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times = take_turns(contestants, seconds, rounds, clock=clock)
+    single = torch.get_num_threads() == 1
+    clock = time.thread_time if single and alone else time.perf_counter
+    pause = 0.0 if single or alone else SPINNING
+    times = take_turns(contestants, seconds, rounds, clock=clock, pause=pause)
     first = next(iter(times.values()))
     return {name: paired(value, first) for name, value in times.items()}
 

@@ -1,4 +1,4 @@
-"""ONNX: quantized models as small files that other runtimes compute alike, and integer models of others as recipes.
+"""ONNX: quantized models as files for other runtimes, integer models of others as recipes, and FP32 in other runtimes.
 
 Names are loaded when they are first touched; they need ``pip install "dybit[onnx]"``.
 """
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from dybit.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from dybit.onnx.peers import Peers as Peers
     from dybit.onnx.reader import read as read
     from dybit.onnx.writer import Exported as Exported
     from dybit.onnx.writer import export as export
 
 PRESETS = ("portable", "fast-cpu", "fp4")
-_HOMES = {"Exported": "writer", "export": "writer", "read": "reader"}
+_HOMES = {"Exported": "writer", "Peers": "peers", "export": "writer", "read": "reader"}
 _NEEDED = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
 __all__ = ["PRESETS", *sorted(_HOMES)]
 
