@@ -158,7 +158,7 @@ CASES = {
 def measure(name: str, case: Case, size: int, seconds: float, results: Results) -> None:
     """Adds the rows of a model."""
     exact, calibration = case.make(), case.calibration()
-    batch = case.calibration()[0]
+    batch = calibration[0]
     wanted = case.outputs(exact, size)
     weights = case.outputs(quantize_(copy.deepcopy(exact), case.recipe, calibration), size)
     whole, first = torch.cat(wanted), None

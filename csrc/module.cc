@@ -22,11 +22,6 @@ using namespace nb::literals;
 
 namespace {
 
-template <class T>
-const T* pointer(uintptr_t address) {
-  return reinterpret_cast<const T*>(address);
-}
-
 dybit::PackedWeight* make(uintptr_t packed, int64_t rows, int64_t columns, int bits, int64_t group_size,
                           uintptr_t scale, bool scale_by_row, bool scale_by_group, uintptr_t choice,
                           bool choice_by_row, bool choice_by_group, uintptr_t significands, uintptr_t steps, int books,
@@ -40,11 +35,6 @@ dybit::PackedWeight* make(uintptr_t packed, int64_t rows, int64_t columns, int b
                                  pointer<float>(steps),          books};
   const dybit::InputFormat input{magnitude_bits > 0, magnitude_bits, max_run, is_signed, input_group_size};
   return new dybit::PackedWeight(portable, input, dybit::kernels());
-}
-
-template <class T>
-T* writable(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 // Rows, columns, elements of a group.
@@ -146,18 +136,10 @@ void feed_forward(const std::vector<Passed>& first, const Passed& down, int acti
                       dybit::Activation(activation), pointer<float>(x), rows, writable<float>(y), threads);
 }
 
-// Scale, offset (addresses, 0: none) and reach.
-using Scaled = std::tuple<uintptr_t, uintptr_t, float>;
-
 void round_rows(const dybit::PackedWeight& self, uintptr_t x, int64_t x_stride, int64_t rows, const Scaled& scale,
                 uintptr_t memory, int threads) {
-  self.round(pointer<float>(x), x_stride,
-             {pointer<float>(std::get<0>(scale)), pointer<float>(std::get<1>(scale)), std::get<2>(scale)},
-             self.rounded(rows, writable<void>(memory)), threads);
+  self.round(pointer<float>(x), x_stride, input_scale(scale), self.rounded(rows, writable<void>(memory)), threads);
 }
-
-// Address (0: none) and stride.
-using Strided = std::tuple<uintptr_t, int64_t>;
 
 void multiply_rows(const dybit::PackedWeight& self, uintptr_t memory, int64_t rows, uintptr_t offset, uintptr_t bias,
                    int activation, const Strided& factor, const Strided& addend, const Strided& y, int threads) {
