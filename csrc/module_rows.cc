@@ -1,7 +1,13 @@
 // The part of the Python module with functions of FP32 rows. It takes addresses, strides and sizes.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/tuple.h>
 
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "attention.h"
 #include "module_parts.h"
 #include "norm.h"
 
@@ -37,10 +43,40 @@ void norm(int rows, int columns, const Strided& x, const Strided& addend, const 
   dybit::norm(task, consumer, input_scale(scale), consumer ? &view : nullptr, rows, threads);
 }
 
+// Address and strides of batch, head and token.
+using Heads = std::tuple<uintptr_t, std::array<int64_t, 3>>;
+
+// sizes: batch, heads, kv_heads, queries, keys, head_size, value_size. mask: address, whether it is boolean, and strides
+// of batch, head, query and key.
+void attention(const std::array<int, 7>& sizes, const Heads& q, const Heads& k, const Heads& v, float scale,
+               bool causal, int causal_offset, const std::tuple<uintptr_t, bool, std::array<int64_t, 4>>& mask,
+               const Heads& out, int threads) {
+  dybit::AttentionTask task{};
+  auto strides_of = [](const Heads& heads, int64_t* strides) {
+    std::copy_n(std::get<1>(heads).begin(), 3, strides);
+    return std::get<0>(heads);
+  };
+  task.q = pointer<float>(strides_of(q, task.q_strides));
+  task.k = pointer<float>(strides_of(k, task.k_strides));
+  task.v = pointer<float>(strides_of(v, task.v_strides));
+  task.out = writable<float>(strides_of(out, task.out_strides));
+  std::tie(task.batch, task.heads, task.kv_heads, task.queries, task.keys, task.head_size, task.value_size) =
+      std::tuple_cat(sizes);
+  task.scale = scale, task.causal = causal, task.causal_offset = causal_offset;
+  const auto& [mask_at, is_boolean, mask_strides] = mask;
+  if (is_boolean)
+    task.bool_mask = pointer<uint8_t>(mask_at);
+  else
+    task.mask = pointer<float>(mask_at);
+  std::copy_n(mask_strides.begin(), 4, task.mask_strides);
+  dybit::attention(task, threads);
+}
+
 }  // namespace
 
 void define_rows(nb::module_& m) {
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("norm", &norm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), released);
+  m.def("attention", &attention, released);
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "row_kernels.h"
+#include "scratch.h"
 #include "target.h"
 
 #if defined(__aarch64__) || defined(_M_ARM64)
@@ -17,6 +18,7 @@ namespace {
 
 #include "neon_lanes.inc"
 
+constexpr int kTileLanes = 1, kTileSums = 6;  // 6 sums in 24 registers
 #include "generic/rows.inc"
 
 }  // namespace

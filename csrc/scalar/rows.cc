@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "row_kernels.h"
+#include "scratch.h"
 #include "target.h"
 
 namespace dybit {
@@ -14,6 +15,7 @@ namespace {
 
 #include "scalar/lanes.inc"
 
+constexpr int kTileLanes = 1, kTileSums = 6;
 #include "generic/rows.inc"
 
 }  // namespace

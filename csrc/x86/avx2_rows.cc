@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "row_kernels.h"
+#include "scratch.h"
 #include "target.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -18,6 +19,7 @@ namespace {
 
 #include "avx2_lanes.inc"
 
+constexpr int kTileLanes = 1, kTileSums = 6;  // 6 sums and 1 vector in 14 registers, 1 number
 #include "generic/rows.inc"
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "row_kernels.h"
+#include "scratch.h"
 #include "target.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -18,6 +19,7 @@ namespace {
 
 #include "avx512_lanes.inc"
 
+constexpr int kTileLanes = 4, kTileSums = 24;  // 6 × 4 sums, 4 vectors, 1 number
 #include "generic/rows.inc"
 
 }  // namespace

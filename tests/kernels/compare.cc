@@ -9,10 +9,12 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "codes.h"
 #include "conv.h"
 #include "depthwise.h"
 #include "dispatch.h"
+#include "norm.h"
 #include "packed_weight.h"
 
 using namespace dybit;
@@ -449,6 +451,69 @@ void convolutions() {
   }
 }
 
+void attentions() {
+  for (int i = 0; i < 60 * kTimes; ++i) {
+    AttentionTask task{};
+    task.batch = between(1, 2), task.kv_heads = between(1, 2), task.heads = task.kv_heads * one_of({1, 1, 3});
+    task.queries = one_of({1, 2, 5, 25, 50}), task.keys = one_of({0, 1, 15, 16, 17, 65, 100, 300, 520});
+    task.head_size = one_of({1, 16, 20, 32, 64}), task.value_size = one_of({1, 16, 33, 64, 80});
+    task.scale = one_of({0.1f, 1.0f, -0.3f, 0.0f});
+    task.causal = below(2), task.causal_offset = one_of({0, task.keys - task.queries, -3});
+    const bool tame = below(4);
+    auto heads = [&](int count, int tokens, int size, int64_t (&strides)[3]) {  // the heads of a token side by side
+      strides[1] = size, strides[2] = count * size + below(3), strides[0] = tokens * strides[2];
+      std::vector<float> x = numbers(task.batch * strides[0], tame);
+      if (tame)
+        for (float& value : x) value = std::clamp(value, -5.0f, 5.0f);
+      return x;
+    };
+    const std::vector<float> q = heads(task.heads, task.queries, task.head_size, task.q_strides);
+    const std::vector<float> k = heads(task.kv_heads, task.keys, task.head_size, task.k_strides);
+    const std::vector<float> v = heads(task.kv_heads, task.keys, task.value_size, task.v_strides);
+    std::vector<float> y = heads(task.heads, task.queries, task.value_size, task.out_strides);
+    task.q = q.data(), task.k = k.data(), task.v = v.data(), task.out = y.data();
+    // Masks of queries and keys.
+    std::vector<float> mask = numbers(task.queries * task.keys);
+    std::vector<uint8_t> seen(mask.size());
+    for (size_t j = 0; j < mask.size(); ++j)
+      if (!(seen[j] = below(4))) mask[j] = -INFINITY;
+    task.mask_strides[2] = task.keys, task.mask_strides[3] = 1;
+    if (below(3) == 0) task.mask_strides[2] = 1, task.mask_strides[3] = task.queries;
+    const int masked_by = below(3);
+    if (masked_by == 1) task.mask = mask.data();
+    if (masked_by == 2) task.bool_mask = seen.data();
+    const std::string what = "attention, " + std::to_string(task.queries) + " queries, " + std::to_string(task.keys) +
+                             " keys of " + std::to_string(task.head_size);
+    compare(what, [&](const Kernels& set) {
+      use(set.name);
+      attention(task, between(1, 2));
+      std::vector<float> found = y;
+      for (float& value : found) value = value == value ? value : NAN;
+      return found;
+    });
+  }
+}
+
+void norms() {
+  for (int i = 0; i < 30 * kTimes; ++i) {
+    const int rows = between(1, 5), columns = one_of({1, 15, 16, 17, 100, 384, 1000}), stride = columns + below(3);
+    const std::vector<float> x = numbers(rows * stride, below(4)), addend = numbers(rows * stride);
+    const std::vector<float> weight = numbers(columns), bias = numbers(columns);
+    std::vector<float> sum(rows * stride), y(rows * stride);
+    const NormTask task{x.data(), stride, below(2) ? addend.data() : nullptr, stride, sum.data(), stride,
+                        below(2) ? weight.data() : nullptr, below(2) ? bias.data() : nullptr, 1e-5f, bool(below(2)),
+                        float(below(2)), columns, y.data(), stride};
+    compare("norm of " + std::to_string(columns), [&](const Kernels& set) {
+      use(set.name);
+      norm(task, nullptr, {}, nullptr, rows, 1);
+      std::vector<float> found = y;
+      found.insert(found.end(), sum.begin(), sum.end());
+      for (float& value : found) value = value == value ? value : NAN;
+      return found;
+    });
+  }
+}
+
 }  // namespace
 
 int main(int count, char** names) {
@@ -466,6 +531,8 @@ int main(int count, char** names) {
   for (int i = 0; i < kTimes; ++i) roundings();
   gathers();
   convolutions();
+  attentions();
+  norms();
   std::printf("%lld comparisons, %lld failures\nscalar results: %016llx\n", (long long)comparisons, (long long)failures,
               (unsigned long long)hash);
   return failures != 0;
