@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "attention.h"
+#include "elementwise.h"
 #include "module_parts.h"
 #include "norm.h"
 
@@ -72,6 +73,27 @@ void attention(const std::array<int, 7>& sizes, const Heads& q, const Heads& k, 
   dybit::attention(task, threads);
 }
 
+void unary(int kind, uintptr_t x, int64_t count, uintptr_t y, int threads) {
+  dybit::unary(dybit::Unary(kind), pointer<float>(x), count, writable<float>(y), threads);
+}
+
+void clamp(uintptr_t x, int64_t count, float low, float high, uintptr_t y, int threads) {
+  dybit::clamp(pointer<float>(x), count, low, high, writable<float>(y), threads);
+}
+
+using Triple = std::array<int64_t, 3>;
+using Spread = std::tuple<uintptr_t, Triple>;  // address and strides
+
+void binary(int kind, const Triple& sizes, const Spread& a, const Spread& b, const Spread& y, int threads) {
+  auto operand = [](const Spread& s) { return dybit::Operand{pointer<float>(std::get<0>(s)), std::get<1>(s)}; };
+  dybit::binary(dybit::Binary(kind), sizes, operand(a), operand(b), writable<float>(std::get<0>(y)), std::get<1>(y),
+                threads);
+}
+
+void softmax(uintptr_t x, int64_t rows, int columns, uintptr_t y, int threads) {
+  dybit::softmax(pointer<float>(x), rows, columns, writable<float>(y), threads);
+}
+
 }  // namespace
 
 void define_rows(nb::module_& m) {
@@ -79,4 +101,8 @@ void define_rows(nb::module_& m) {
   m.def("norm", &norm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), released);
   m.def("attention", &attention, released);
+  m.def("unary", &unary, released);
+  m.def("clamp", &clamp, released);
+  m.def("binary", &binary, released);
+  m.def("softmax", &softmax, released);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "elementwise.h"
 #include "norm.h"
 
 namespace dybit {
@@ -13,6 +14,16 @@ struct PackedHead {
   float* values;
 };
 
+// y = a op b for rows of numbers. A step is 0 or 1.
+struct BinaryRows {
+  const float* a;
+  int64_t a_stride, a_step;
+  const float* b;
+  int64_t b_stride, b_step;
+  float* y;
+  int64_t y_stride, rows, columns;
+};
+
 // All sets give the same bits.
 struct RowKernels {
   void (*norm)(const NormTask&, int rows);  // y is not null
@@ -20,6 +31,10 @@ struct RowKernels {
   // Rows of all query heads of a kv head, by query, then by head. The head is null if rows are few: head_size and
   // value_size are multiples of kLanes then.
   void (*attend)(const AttentionTask&, int batch, int kv_head, const PackedHead*, int first_row, int last_row);
+  void (*unary)(Unary, const float* x, int64_t count, float* y);
+  void (*clamp)(const float* x, int64_t count, float low, float high, float* y);
+  void (*binary)(Binary, const BinaryRows&);
+  void (*softmax)(const float* x, int64_t rows, int columns, float* y);
 };
 
 }  // namespace dybit
