@@ -11,6 +11,7 @@
 #include "elementwise.h"
 #include "module_parts.h"
 #include "norm.h"
+#include "pooling.h"
 
 namespace nb = nanobind;
 
@@ -94,6 +95,36 @@ void softmax(uintptr_t x, int64_t rows, int columns, uintptr_t y, int threads) {
   dybit::softmax(pointer<float>(x), rows, columns, writable<float>(y), threads);
 }
 
+using Pair = std::array<int, 2>;
+
+// sizes: images, channels, and height and width of x and of y.
+dybit::PoolTask pool_task(const std::array<int, 6>& sizes, const Spread& x, const Spread& y) {
+  return {sizes[0],
+          sizes[1],
+          {sizes[2], sizes[3]},
+          {sizes[4], sizes[5]},
+          pointer<float>(std::get<0>(x)),
+          std::get<1>(x),
+          writable<float>(std::get<0>(y)),
+          std::get<1>(y)};
+}
+
+// window: kernel, stride, padding and dilation.
+void max_pool(const std::array<int, 6>& sizes, const Spread& x, const Spread& y, const std::array<Pair, 4>& window,
+              int threads) {
+  dybit::max_pool(pool_task(sizes, x, y), {window[0], window[1], window[2], window[3]}, threads);
+}
+
+void average_pool(const std::array<int, 6>& sizes, const Spread& x, const Spread& y, const std::array<Pair, 3>& window,
+                  bool count_include_pad, int divisor, int threads) {
+  dybit::average_pool(pool_task(sizes, x, y), {window[0], window[1], window[2], {1, 1}}, count_include_pad, divisor,
+                      threads);
+}
+
+void adaptive_average_pool(const std::array<int, 6>& sizes, const Spread& x, const Spread& y, int threads) {
+  dybit::adaptive_average_pool(pool_task(sizes, x, y), threads);
+}
+
 }  // namespace
 
 void define_rows(nb::module_& m) {
@@ -105,4 +136,7 @@ void define_rows(nb::module_& m) {
   m.def("clamp", &clamp, released);
   m.def("binary", &binary, released);
   m.def("softmax", &softmax, released);
+  m.def("max_pool", &max_pool, released);
+  m.def("average_pool", &average_pool, released);
+  m.def("adaptive_average_pool", &adaptive_average_pool, released);
 }

@@ -24,6 +24,14 @@ struct BinaryRows {
   int64_t y_stride, rows, columns;
 };
 
+// Numbers of an image that make one output of each channel.
+struct PoolBlock {
+  const float* x;
+  int rows, columns;
+  int64_t row_stride, column_stride;
+  int channels;
+};
+
 // All sets give the same bits.
 struct RowKernels {
   void (*norm)(const NormTask&, int rows);  // y is not null
@@ -35,6 +43,8 @@ struct RowKernels {
   void (*clamp)(const float* x, int64_t count, float low, float high, float* y);
   void (*binary)(Binary, const BinaryRows&);
   void (*softmax)(const float* x, int64_t rows, int columns, float* y);
+  void (*largest)(const PoolBlock&, float* y);
+  void (*mean)(const PoolBlock&, float divisor, float* y);
 };
 
 }  // namespace dybit
