@@ -1,8 +1,8 @@
 """Sentence encoder MiniLM-L6: FP32 against W4A8.
 
 The models take turns in one process, in a new order every round. Times are medians; ratios are medians of the paired
-rounds with their quartiles. Attention and norms run in torch on all sides. ``fused`` is ``dybit.fuse``. Embeddings stay
-in FP32. Needs the models of the demo.
+rounds with their quartiles. Attention and norms run in torch, except in ``fused``, which is ``dybit.fuse``. Embeddings
+stay in FP32. Needs the models of the demo.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
     with Results(__file__, __doc__, COLUMNS, options, {"W4A8": RECIPE}) as results:
         exact = minilm()
         quantized = quantize_(copy.deepcopy(exact), RECIPE)
-        models = {"fp32": exact, "dybit": quantized, "fused": fuse(quantized)}
+        ids = torch.randint(1000, 20000, (2, 128))
+        models = {"fp32": exact, "dybit": quantized, "fused": fuse(quantized, (ids, torch.ones_like(ids)))}
         for threads in dict.fromkeys(options.threads):
             torch.set_num_threads(threads)
             for batch in options.batch:

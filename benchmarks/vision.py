@@ -67,7 +67,7 @@ def contestants(exact: nn.Module, batch: int) -> tuple[dict[str, nn.Module], Ten
     picture = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     picture = picture.to(memory_format=torch.channels_last)
     quantized = quantize_(copy.deepcopy(exact), RECIPE, calibration=[picture[:1]])
-    return {"fp32": exact, "dybit": quantized, "fused": fuse(quantized)}, picture
+    return {"fp32": exact, "dybit": quantized, "fused": fuse(quantized, picture)}, picture
 
 
 if __name__ == "__main__":

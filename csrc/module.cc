@@ -1,20 +1,10 @@
 // The Python module. It takes addresses and sizes; dybit/kernels/ and dybit/operators/ check them.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/array.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
-
-#include <array>
-#include <tuple>
+#include "module_parts.h"
 
 #include "codes.h"
-#include "conv.h"
 #include "depthwise.h"
 #include "dispatch.h"
 #include "feed_forward.h"
-#include "module_parts.h"
-#include "packed_weight.h"
 #include "peak.h"
 
 namespace nb = nanobind;
@@ -171,14 +161,6 @@ dybit::Image image(const Picture& p) {
           std::get<4>(p),                    std::get<5>(p)};
 }
 
-// Magnitude bits, longest run, signed, scale, offset.
-using Rounded = std::tuple<int, int, bool, float, float>;
-
-dybit::Rounding rounding(const Rounded& r) {
-  const float offset = std::get<4>(r);
-  return dybit::InputFormat{true, std::get<0>(r), std::get<1>(r), std::get<2>(r), 0}.rounding(std::get<3>(r), &offset);
-}
-
 template <class T>
 bool convolve_image(const T& self, const Picture& x, int batch, const dybit::Extent& size, float scale,
                     uintptr_t offset, uintptr_t bias, uintptr_t y, uintptr_t addend, float low, float high,
@@ -264,4 +246,5 @@ NB_MODULE(_kernels, m) {
   m.def("feed_forward", &feed_forward, released);
   define_rows(m);
   define_convolutions(m);  // after the weights that they take
+  define_program(m);
 }

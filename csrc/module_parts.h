@@ -1,11 +1,19 @@
-// The parts of the Python module that lie in files of their own, and what they share.
+// The parts of the Python module that lie in files of their own, and what they share: Python passes addresses, sizes and
+// tuples.
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstdint>
 #include <tuple>
 
+#include "conv.h"
+#include "image.h"
 #include "packed_weight.h"
 
 template <class T>
@@ -28,4 +36,13 @@ inline dybit::InputScale input_scale(const Scaled& s) {
   return {pointer<float>(std::get<0>(s)), pointer<float>(std::get<1>(s)), std::get<2>(s)};
 }
 
+// Magnitude bits, longest run, signed, scale, offset.
+using Rounded = std::tuple<int, int, bool, float, float>;
+
+inline dybit::Rounding rounding(const Rounded& r) {
+  const float offset = std::get<4>(r);
+  return dybit::InputFormat{true, std::get<0>(r), std::get<1>(r), std::get<2>(r), 0}.rounding(std::get<3>(r), &offset);
+}
+
+void define_program(nanobind::module_& m);
 void define_rows(nanobind::module_& m);

@@ -62,7 +62,7 @@ def test_peers(tmp_path, monkeypatch):
         assert f"whole model (ONNX Runtime {kind})" in result.stdout
         assert f"OpenVINO {kind} is left out: no_such_package not installed" in result.stderr
     timings = json.loads((tmp_path / "x.json").read_text())["timings"]
-    assert set(timings["whole model"]) == {"fp32", "dybit", "ONNX Runtime FP32", "ONNX Runtime INT8"}
+    assert set(timings["whole model"]) == {"fp32", "dybit", "fused", "ONNX Runtime FP32", "ONNX Runtime INT8"}
     assert set(timings["0"]) == {"fp32", "dybit"}
     assert "INT8" not in good(*PEERS)
 

@@ -6,7 +6,7 @@ from fused_networks import network
 
 import dybit
 from dybit import fuse
-from dybit.runtime.fuse import Fused
+from dybit.runtime.image_fusion import Fused
 from dybit.runtime.image_layers import FusedConv
 
 

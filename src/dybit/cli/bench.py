@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dybit.measure.timing import Timing
     from dybit.onnx import Peers
+    from dybit.runtime.program import Report
 
 _Shapes = Annotated[
     str | None,
@@ -97,9 +98,12 @@ def bench(
             names = {}
         loading = {"model": str(model), "tokenizer": tokenizer, "batch_size": batch_size}
         with _peers(network, batch, calibration, loading) if peers else nullcontext() as others:
-            layers, whole, faster = _time(network, batch, plan, seconds, shapes is None, only_if_faster, others)
+            found = _time(network, batch, plan, seconds, shapes is None, only_if_faster, others)
+        layers, whole, faster, report = found
         out().print(f"{model or 'linear layers'} on {machine()}", style="bold", soft_wrap=True)
         _print(layers, whole, names)
+        if report is not None:
+            out().print(f"\nthe fused model, by operator: {report}", highlight=False, soft_wrap=True)
         if json is not None:
             figures = {name: {k: asdict(t) for k, t in times.items()} for name, times in (layers | whole).items()}
             write_json(json, {"machine": asdict(machine()), "recipe": plan.to_dict(), "timings": figures})
@@ -153,12 +157,16 @@ def _time(
     with_whole: bool,
     only_if_faster: bool,
     peers: Peers | None,
-) -> tuple[Times, Times, Recipe]:
-    """The times of the layers, of the whole model and its peers, and the recipe without the layers that are slower."""
+) -> tuple[Times, Times, Recipe, Report | None]:
+    """The times of the layers, of the whole model and its peers.
+
+    Also the recipe without the layers that are slower, and where the time of the fused model goes.
+    """
     from dybit import quantize_
     from dybit.measure.timing import compare
     from dybit.mixed_precision.measured_model import Subject
     from dybit.models.running import run_batch
+    from dybit.runtime.program import FusedProgram
 
     quick = replace(plan, method="absmax", criterion="weight") if plan.method == "mse" else plan
     subject = Subject(network, [batch], quick)
@@ -180,9 +188,11 @@ def _time(
         rules = kept | {k: None if v is None else dict(v) for k, v in plan.rules if k not in kept}
         faster = replace(plan, rules=tuple(rules.items()))
         whole: Times = {}
+        report: Report | None = None
         if with_whole:
             bar.start("timing the whole model")
-            models = {"fp32": subject.model, "dybit": quantize_(copy.deepcopy(network).eval(), quick, [batch])}
+            quantized = quantize_(copy.deepcopy(network).eval(), quick, [batch])
+            models = {"fp32": subject.model, "dybit": quantized} | _fused(quantized, batch)
             if only_if_faster and 0 < len(slower) < len(layers):
                 chosen = replace(faster, method=quick.method, criterion=quick.criterion)
                 models["only if faster"] = quantize_(copy.deepcopy(network).eval(), chosen, [batch])
@@ -194,7 +204,20 @@ def _time(
                 whole["whole model"] = compare(runs, 8 * seconds, alone=False)
                 for reason in peers.skipped.values():
                     note(reason)
-    return layers, whole, faster
+            if isinstance(fused := models.get("fused"), FusedProgram):
+                report = fused.report()
+    return layers, whole, faster, report
+
+
+def _fused(model: nn.Module, batch: Any) -> dict[str, nn.Module]:  # noqa: ANN401
+    """The fused model by its name in the table; nothing if it cannot be fused."""
+    from dybit import fuse
+
+    try:
+        return {"fused": fuse(model, batch)}
+    except DyBitError as error:
+        note(str(error))
+        return {}
 
 
 def _linears(shapes: str) -> tuple[nn.Module, tuple[Any, ...]]:

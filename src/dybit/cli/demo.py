@@ -221,7 +221,7 @@ def _run(
     same = _same(quantized, loaded, reference.batches[0])
     if not keep:
         shutil.rmtree(path)
-    fast = dybit.fuse(loaded)
+    fast = dybit.fuse(loaded, reference.batches[0])
     bar.start(f"{name} {trial.name}: judging", len(reference.batches))
     fidelity = reference.judge(fast, bar.update)
     return _Outcome(trial, ", ".join(algorithms), fidelity, stored, seconds, same), fast

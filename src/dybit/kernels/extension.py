@@ -9,6 +9,7 @@ import logging
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from dybit.errors import DyBitError
 
@@ -71,6 +72,17 @@ def multiply_bytes(count: int, threads: int) -> int:
         DyBitError: There is no extension.
     """
     return int(_needed().multiply_bytes(count, threads))
+
+
+def new_program(arena_bytes: int) -> Any:  # noqa: ANN401  # the extension's own class
+    """Returns a program without steps, whose runs have so much memory of their own (csrc/program.h).
+
+    The methods that add steps take places and sizes, unchecked. What they refer to must live as long as the program.
+
+    Raises:
+        DyBitError: There is no extension.
+    """
+    return _needed().Program(arena_bytes)
 
 
 def _needed() -> ModuleType:

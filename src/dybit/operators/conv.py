@@ -20,7 +20,7 @@ from dybit.operators.conv_geometry import ConvGeometry
 from dybit.operators.dispatch import check_values, no_view, read_spec, unwatched
 from dybit.operators.input_rounding import InputRounding
 from dybit.operators.packed_conv import packed_conv_for
-from dybit.tensors.quantized_tensor import QuantizedTensor
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 # x (batch, channels, *size). weight to tensor_scale: the buffers of a QuantizedTensor; spec: TensorSpec.key. stride to
 # groups: see ConvGeometry. input_scale, input_offset, input_format and reach: see InputRounding. A dynamic scale
@@ -61,7 +61,7 @@ def _compute(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None, geometry: ConvGeometry, rounding: InputRounding
 ) -> Tensor:
     """Computes the convolution by the kernels or in plain torch, without gradients."""
-    _check(x, bias, weight, geometry.groups, rounding.format)
+    _check(x, bias, weight.spec, geometry.groups, rounding.format)
     places = geometry.output_size(x.shape[0], x.shape[2:], weight.spec.shape[2:])
     layout = _layout(x)
     y = _by_kernel(x, weight, bias, geometry, rounding, places, layout)
@@ -115,8 +115,8 @@ def _layout(x: Tensor) -> torch.memory_format:
     return layout
 
 
-def _check(x: Tensor, bias: Tensor | None, weight: QuantizedTensor, groups: int, input_format: str) -> None:
-    shape = weight.spec.shape
+def _check(x: Tensor, bias: Tensor | None, spec: TensorSpec, groups: int, input_format: str) -> None:
+    shape = spec.shape
     if len(catalogue.family(input_format).books) != 1:
         raise DyBitError(f"input_format must be a single format, not the family {input_format!r}")
     if not x.is_floating_point():
@@ -125,13 +125,15 @@ def _check(x: Tensor, bias: Tensor | None, weight: QuantizedTensor, groups: int,
         raise DyBitError(
             f"x must have {len(shape)} dimensions and {shape[1] * groups} channels, but has shape {tuple(x.shape)}"
         )
-    if bias is not None and tuple(bias.shape) != (weight.spec.rows,):
-        raise DyBitError(f"bias must have shape ({weight.spec.rows},), not {tuple(bias.shape)}")
+    if bias is not None and tuple(bias.shape) != (spec.rows,):
+        raise DyBitError(f"bias must have shape ({spec.rows},), not {tuple(bias.shape)}")
 
 
 def _shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401  # as the operator
-    _, _, _, _, _, _, spec, *geometry = rest[:11]
-    shape = read_spec(spec).shape
+    _, _, _, bias, _, _, key, *geometry = rest[:11]
+    spec = read_spec(key)
+    _check(x, bias, spec, geometry[-1], rest[11])
+    shape = spec.shape
     size = ConvGeometry.of(*geometry).output_size(x.shape[0], x.shape[2:], shape[2:])
     return torch.empty(x.shape[0], shape[0], *size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
@@ -190,7 +192,7 @@ def conv(
     if unwatched(x, bias):
         return _compute(x, weight, bias, geometry, replace(rounding, group_size=0) if rounding.group_size else rounding)
     if transforming():
-        _check(x, bias, weight, geometry.groups, rounding.format)
+        _check(x, bias, weight.spec, geometry.groups, rounding.format)
         return _by_torch(x, weight, bias, geometry, replace(rounding, group_size=0))
     y = _operator(
         x,

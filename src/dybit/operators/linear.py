@@ -100,6 +100,7 @@ def _check(x: Tensor, bias: Tensor | None, spec: TensorSpec) -> None:
 
 
 def _shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401  # as the operator
+    _check(x, rest[3], read_spec(rest[6]))
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

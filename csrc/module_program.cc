@@ -1,0 +1,245 @@
+// Programs in the Python module. Each method of the class adds a step.
+#include <algorithm>
+
+#include "attention.h"
+#include "copy.h"
+#include "depthwise.h"
+#include "elementwise.h"
+#include "module_parts.h"
+#include "norm.h"
+#include "program.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using dybit::Memory;
+using dybit::Program;
+
+using At = std::tuple<int, int64_t>;  // a dybit::Place
+dybit::Place place(const At& at) { return {std::get<0>(at), std::get<1>(at)}; }
+
+// A place, kind, zeros before and after in three dimensions, channels, elements of a place.
+using Picture = std::tuple<At, int, dybit::Extent, dybit::Extent, int, int>;
+
+dybit::Image image(const Picture& p, const Memory& memory) {
+  return {memory.at<uint8_t>(place(std::get<0>(p))), dybit::InputKind(std::get<1>(p)), std::get<2>(p), std::get<3>(p),
+          std::get<4>(p),                            std::get<5>(p)};
+}
+
+// Rounds FP32 (batch, *size, channels) to an image.
+void round_image(Program& self, const At& x, int batch, const dybit::Extent& size, const Rounded& format,
+                 const Picture& out) {
+  self.add([=, x = place(x), r = rounding(format)](const Memory& memory, int threads) {
+    return dybit::round_to_image(memory.at<float>(x), batch, size, &r, false, image(out, memory), threads);
+  });
+}
+
+// A convolution of an image: results are added to `addend`, clamped, and stored as FP32, as an image, or both.
+template <class T>
+void convolve_image(Program& self, const T& conv, const Picture& x, int batch, const dybit::Extent& size, float scale,
+                    const At& offset, const At& bias, const At& y, const At& addend, float low, float high,
+                    const Picture& out, const Rounded& format) {
+  self.add([=, &conv, offset = place(offset), bias = place(bias), y = place(y), addend = place(addend),
+            r = rounding(format)](const Memory& memory, int threads) {
+    const dybit::Image result = image(out, memory);
+    const dybit::Finish finish{memory.at<float>(y), memory.at<float>(addend), low, high,
+                               result.data ? &result : nullptr, r};
+    return conv.run(image(x, memory), batch, size, scale, memory.at<float>(offset), memory.at<float>(bias), finish,
+                    threads);
+  });
+}
+
+// A convolution of FP32 (batch, *size, channels).
+template <class T>
+void convolve(Program& self, const T& conv, const At& x, int batch, const dybit::Extent& size, const At& y,
+              const At& bias, const At& scale, const At& offset, float reach) {
+  self.add([=, &conv, x = place(x), y = place(y), bias = place(bias), scale = place(scale),
+            offset = place(offset)](const Memory& memory, int threads) {
+    const dybit::ConvInput input{memory.at<float>(x),      batch,                      size,
+                                 memory.at<float>(scale), memory.at<float>(offset), reach};
+    return conv.run(input, memory.at<float>(y), memory.at<float>(bias), threads);
+  });
+}
+
+// A place and the distance of its rows.
+using Rows = std::tuple<At, int64_t>;
+
+// Places of scale and offset, and the reach.
+using Scaled = std::tuple<At, At, float>;
+
+dybit::InputScale scale(const Scaled& s, const Memory& memory) {
+  return {memory.at<float>(place(std::get<0>(s))), memory.at<float>(place(std::get<1>(s))), std::get<2>(s)};
+}
+
+// Some rounded rows of a weight's inputs.
+dybit::RoundedRows rounded_rows(const dybit::PackedWeight& weight, const At& at, int64_t all,
+                                const dybit::RowRange& rows, const Memory& memory) {
+  const dybit::Place from = place(at);
+  if (from.slot == dybit::Place::kLocal) return weight.rounded(rows.count, memory.at<void>(from));
+  return weight.slice(weight.rounded(all, memory.at<void>(from)), int(rows.first), int(rows.count));
+}
+
+float* rows_at(const Rows& at, const dybit::RowRange& rows, const Memory& memory) {
+  return memory.at<float>(place(std::get<0>(at)), rows, std::get<1>(at));
+}
+
+// Rounds rows for the weight, and for those that share its rows.
+void round_rows(Program& self, const dybit::PackedWeight& weight, const Rows& x, int64_t all, const Scaled& scaled,
+                const At& out) {
+  self.add(all, [=, &weight](const Memory& memory, const dybit::RowRange& rows, int threads) {
+    weight.round(rows_at(x, rows, memory), std::get<1>(x), scale(scaled, memory),
+                 rounded_rows(weight, out, all, rows, memory), threads);
+  });
+}
+
+// y = activation(rows · weightᵀ + bias) · factor + addend
+void multiply(Program& self, const dybit::PackedWeight& weight, const At& given, int64_t all, const At& offset,
+              const At& bias, int activation, const Rows& factor, const Rows& addend, const Rows& y) {
+  self.add(all, [=, &weight](const Memory& memory, const dybit::RowRange& rows, int threads) {
+    const dybit::LinearFinish finish{memory.at<float>(place(bias)),    dybit::Activation(activation),
+                                     rows_at(factor, rows, memory), std::get<1>(factor),
+                                     rows_at(addend, rows, memory), std::get<1>(addend)};
+    weight.multiply(rounded_rows(weight, given, all, rows, memory), memory.at<float>(place(offset)), finish,
+                    rows_at(y, rows, memory), std::get<1>(y), threads);
+  });
+}
+
+// Weight and bias, epsilon, whether it is a root mean square, what is added to the weight.
+using NormParameters = std::tuple<At, At, float, bool, float>;
+
+// The norm of x + addend. Stores the sum and the result where they have places, and rounds the result for `consumer`.
+void norm(Program& self, int64_t all, int columns, const Rows& x, const Rows& addend, const Rows& sum,
+          const NormParameters& parameters, const Rows& y, const dybit::PackedWeight* consumer, const Scaled& scaled,
+          const At& out) {
+  self.add(all, [=](const Memory& memory, const dybit::RowRange& rows, int threads) {
+    const auto& [weight, bias, eps, root_mean_square, shift] = parameters;
+    const dybit::NormTask task{rows_at(x, rows, memory),
+                               std::get<1>(x),
+                               rows_at(addend, rows, memory),
+                               std::get<1>(addend),
+                               rows_at(sum, rows, memory),
+                               std::get<1>(sum),
+                               memory.at<float>(place(weight)),
+                               memory.at<float>(place(bias)),
+                               eps,
+                               root_mean_square,
+                               shift,
+                               columns,
+                               rows_at(y, rows, memory),
+                               std::get<1>(y)};
+    dybit::RoundedRows rounded{};
+    if (consumer) rounded = rounded_rows(*consumer, out, all, rows, memory);
+    dybit::norm(task, consumer, scale(scaled, memory), consumer ? &rounded : nullptr, int(rows.count), threads);
+  });
+}
+
+// A place and the strides of batch, head and token.
+using Heads = std::tuple<At, std::array<int64_t, 3>>;
+
+// Batch, heads, heads of keys, queries, keys, size of a head, size of a value.
+using HeadSizes = std::array<int, 7>;
+
+// A place, whether it is of bool, and the strides of batch, head, query and key.
+using Mask = std::tuple<At, bool, std::array<int64_t, 4>>;
+
+void attention(Program& self, const Heads& q, const Heads& k, const Heads& v, const HeadSizes& sizes, float scale,
+               bool causal, int causal_offset, const Mask& mask, const Heads& out) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::AttentionTask task{};
+    auto take = [&](const Heads& from, auto*& data, int64_t* strides) {
+      data = memory.at<float>(place(std::get<0>(from)));
+      std::copy_n(std::get<1>(from).begin(), 3, strides);
+    };
+    take(q, task.q, task.q_strides);
+    take(k, task.k, task.k_strides);
+    take(v, task.v, task.v_strides);
+    take(out, task.out, task.out_strides);
+    task.batch = sizes[0], task.heads = sizes[1], task.kv_heads = sizes[2], task.queries = sizes[3];
+    task.keys = sizes[4], task.head_size = sizes[5], task.value_size = sizes[6];
+    task.scale = scale, task.causal = causal, task.causal_offset = causal_offset;
+    const dybit::Place masked = place(std::get<0>(mask));
+    if (std::get<1>(mask))
+      task.bool_mask = memory.at<uint8_t>(masked);
+    else
+      task.mask = memory.at<float>(masked);
+    std::copy_n(std::get<2>(mask).begin(), 4, task.mask_strides);
+    dybit::attention(task, threads);
+    return true;
+  });
+}
+
+void unary(Program& self, int kind, const At& x, int64_t count, const At& y) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::unary(dybit::Unary(kind), memory.at<float>(place(x)), count, memory.at<float>(place(y)), threads);
+    return true;
+  });
+}
+
+void clamp(Program& self, const At& x, int64_t count, float low, float high, const At& y) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::clamp(memory.at<float>(place(x)), count, low, high, memory.at<float>(place(y)), threads);
+    return true;
+  });
+}
+
+using Triple = std::array<int64_t, 3>;
+using Spread = std::tuple<At, Triple>;  // a place and strides
+
+void binary(Program& self, int kind, const Triple& sizes, const Spread& a, const Spread& b, const Spread& y) {
+  self.add([=](const Memory& memory, int threads) {
+    auto operand = [&](const Spread& s) {
+      return dybit::Operand{memory.at<float>(place(std::get<0>(s))), std::get<1>(s)};
+    };
+    dybit::binary(dybit::Binary(kind), sizes, operand(a), operand(b), memory.at<float>(place(std::get<0>(y))),
+                  std::get<1>(y), threads);
+    return true;
+  });
+}
+
+void softmax(Program& self, const At& x, int64_t rows, int columns, const At& y) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::softmax(memory.at<float>(place(x)), rows, columns, memory.at<float>(place(y)), threads);
+    return true;
+  });
+}
+
+using Sizes = std::array<int64_t, dybit::kCopyDimensions>;
+
+void copy(Program& self, const Sizes& sizes, int element_bytes, const At& x, const Sizes& x_strides, const At& y,
+          const Sizes& y_strides) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::copy({sizes, x_strides, y_strides, element_bytes}, memory.at<void>(place(x)), memory.at<void>(place(y)),
+                threads);
+    return true;
+  });
+}
+
+}  // namespace
+
+void define_program(nb::module_& m) {
+  nb::class_<Program>(m, "Program")
+      .def(nb::new_([](size_t arena_bytes) { return new Program(arena_bytes); }))
+      .def("run",
+           [](const Program& self, const std::vector<uintptr_t>& tensors, int threads, uintptr_t seconds) {
+             return self.run(tensors, threads, writable<double>(seconds));
+           },
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("round_image", &round_image)
+      .def("conv_image", &convolve_image<dybit::Conv>)
+      .def("depthwise_image", &convolve_image<dybit::Depthwise>)
+      .def("conv", &convolve<dybit::Conv>)
+      .def("depthwise", &convolve<dybit::Depthwise>)
+      .def("begin_rows", &Program::begin_rows)
+      .def("end_rows", &Program::end_rows)
+      .def("round_rows", &round_rows)
+      .def("multiply", &multiply)
+      .def("norm", &norm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg().none(), nb::arg(), nb::arg())
+      .def("attention", &attention)
+      .def("unary", &unary)
+      .def("clamp", &clamp)
+      .def("binary", &binary)
+      .def("softmax", &softmax)
+      .def("copy", &copy);
+}
