@@ -46,6 +46,8 @@ UNARIES = {
 def test_functions_of_one_tensor(name):
     function = UNARIES[name]
     x = torch.cat([SPECIAL, torch.linspace(-7, 7, 51)]).repeat(2).view(2, 64)
+    if name == "gelu":
+        x[x.isinf()] = 9.0  # torch: NaN
     check(function, x, steps=[name])
     images = torch.randn(2, 3, 5, 4)
     for given_images in (images, images.to(memory_format=torch.channels_last)):
