@@ -2,6 +2,7 @@
 // and also runs under emulation. Arguments: the sets that must be present besides the scalar one. The last line of
 // output is a hash of the scalar results, which is the same on every architecture.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -14,8 +15,10 @@
 #include "conv.h"
 #include "depthwise.h"
 #include "dispatch.h"
+#include "elementwise.h"
 #include "norm.h"
 #include "packed_weight.h"
+#include "pooling.h"
 
 using namespace dybit;
 
@@ -43,6 +46,12 @@ std::vector<float> numbers(int64_t count, bool finite = true) {
     if (below(40) == 0) value = one_of({0.0f, -0.0f, 1e-41f, -1e-38f, 1e30f, -1e30f});
     if (!finite && below(40) == 0) value = one_of({INFINITY, -INFINITY, float(NAN)});
   }
+  return x;
+}
+
+// NaN's sign depends on the instruction set.
+std::vector<float> with_one_nan(std::vector<float> x) {
+  for (float& value : x) value = value == value ? value : NAN;
   return x;
 }
 
@@ -487,9 +496,7 @@ void attentions() {
     compare(what, [&](const Kernels& set) {
       use(set.name);
       attention(task, between(1, 2));
-      std::vector<float> found = y;
-      for (float& value : found) value = value == value ? value : NAN;
-      return found;
+      return with_one_nan(y);
     });
   }
 }
@@ -508,9 +515,53 @@ void norms() {
       norm(task, nullptr, {}, nullptr, rows, 1);
       std::vector<float> found = y;
       found.insert(found.end(), sum.begin(), sum.end());
-      for (float& value : found) value = value == value ? value : NAN;
-      return found;
+      return with_one_nan(found);
     });
+  }
+}
+
+void elementwise() {
+  for (int i = 0; i < 10 * kTimes; ++i) {
+    const int rows = between(1, 4), columns = one_of({1, 7, 16, 33, 1100});
+    const int64_t count = int64_t(rows) * columns;
+    const std::vector<float> a = numbers(count, below(4)), b = numbers(count, below(4));
+    std::vector<float> y(count);
+    auto check = [&](const std::string& what, auto&& run) {
+      compare(what + " of " + std::to_string(columns), [&](const Kernels& set) {
+        use(set.name);
+        run();
+        return with_one_nan(y);
+      });
+    };
+    for (int kind = 0; kind < kUnaries; ++kind)
+      check("unary " + std::to_string(kind), [&] { unary(Unary(kind), a.data(), count, y.data(), 1); });
+    const std::array<int64_t, 3> whole{0, columns, 1}, row{0, 0, 1}, column{0, columns, 0};
+    for (int kind = 0; kind < kBinaries; ++kind)
+      check("binary " + std::to_string(kind), [&] {
+        const Operand first{a.data(), one_of({whole, column})}, second{b.data(), one_of({whole, row, column})};
+        binary(Binary(kind), {1, rows, columns}, first, second, y.data(), whole, 1);
+      });
+    check("clamp", [&] { clamp(a.data(), count, -1.0f, 2.0f, y.data(), 1); });
+    check("softmax", [&] { softmax(a.data(), rows, columns, y.data(), 1); });
+  }
+}
+
+void poolings() {
+  for (int i = 0; i < 10 * kTimes; ++i) {
+    const int channels = one_of({1, 15, 16, 70, 130}), side = between(3, 9), out = (side - 1) / 2 + 1;
+    const std::vector<float> x = numbers(int64_t(side) * side * channels, below(4));
+    std::vector<float> y(size_t(out) * out * channels);
+    const PoolTask task{1, channels, {side, side}, {out, out}, x.data(), {0, int64_t(side) * channels, channels},
+                        y.data(), {0, int64_t(out) * channels, channels}};
+    const PoolWindow window{{3, 3}, {2, 2}, {1, 1}, {1, 1}};
+    for (int kind = 0; kind < 3; ++kind)
+      compare("pooling " + std::to_string(kind) + " of " + std::to_string(channels), [&](const Kernels& set) {
+        use(set.name);
+        if (kind == 0) max_pool(task, window, 1);
+        if (kind == 1) average_pool(task, window, below(2), below(2), 1);
+        if (kind == 2) adaptive_average_pool(task, 1);
+        return with_one_nan(y);
+      });
   }
 }
 
@@ -533,6 +584,8 @@ int main(int count, char** names) {
   convolutions();
   attentions();
   norms();
+  elementwise();
+  poolings();
   std::printf("%lld comparisons, %lld failures\nscalar results: %016llx\n", (long long)comparisons, (long long)failures,
               (unsigned long long)hash);
   return failures != 0;
