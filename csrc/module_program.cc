@@ -7,6 +7,7 @@
 #include "elementwise.h"
 #include "module_parts.h"
 #include "norm.h"
+#include "pooling.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -204,6 +205,21 @@ void softmax(Program& self, const At& x, int64_t rows, int columns, const At& y)
   });
 }
 
+using Pair = std::array<int, 2>;
+
+// sizes: images, channels, height and width of x, and of y. window: kernel, stride, padding, dilation.
+void max_pool(Program& self, const std::array<int, 6>& sizes, const Spread& x, const Spread& y,
+              const std::array<Pair, 4>& window) {
+  self.add([=](const Memory& memory, int threads) {
+    const auto& [images, channels, height, width, out_height, out_width] = sizes;
+    dybit::max_pool({images, channels, {height, width}, {out_height, out_width},
+                     memory.at<float>(place(std::get<0>(x))), std::get<1>(x),
+                     memory.at<float>(place(std::get<0>(y))), std::get<1>(y)},
+                    {window[0], window[1], window[2], window[3]}, threads);
+    return true;
+  });
+}
+
 using Sizes = std::array<int64_t, dybit::kCopyDimensions>;
 
 void copy(Program& self, const Sizes& sizes, int element_bytes, const At& x, const Sizes& x_strides, const At& y,
@@ -241,5 +257,6 @@ void define_program(nb::module_& m) {
       .def("clamp", &clamp)
       .def("binary", &binary)
       .def("softmax", &softmax)
+      .def("max_pool", &max_pool)
       .def("copy", &copy);
 }

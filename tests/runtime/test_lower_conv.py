@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from dybit import Recipe, quantize_
 from dybit.kernels import extension
-from dybit.runtime.lower_conv import is_last
 from dybit.runtime.program import FusedProgram
 
 ISAS = extension.available()[1:]
@@ -114,12 +113,3 @@ def test_other_inputs(mode):
     fused = FusedProgram(model, (x,), {})
     with torch.no_grad():
         same(fused(x), model(x))
-
-
-def test_channels_last_in_memory():
-    x = torch.randn(2, 3, 4, 5)
-    assert is_last(x.to(memory_format=torch.channels_last))
-    assert not is_last(x)
-    assert is_last(torch.randn(2, 4, 4, 4, 3).permute(0, 4, 1, 2, 3))
-    assert not is_last(torch.randn(4, 5))
-    assert not is_last(3)

@@ -92,6 +92,21 @@ def test_copies_into_another_layout():
     check(lambda x: x.transpose(0, 1).contiguous(), torch.arange(60).view(3, 4, 5), steps=["copy"])  # integers too
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (2, 3)},
+        {"kernel_size": 2, "stride": (1, 2), "dilation": 2, "ceil_mode": True},
+    ],
+)
+def test_max_pooling(options):
+    x = torch.randn(2, 5, 9, 8)
+    x[0, 1, 3, 3] = torch.nan
+    for images in (x, x.to(memory_format=torch.channels_last)):
+        check(lambda x: functional.max_pool2d(x, **options), images, steps=["max_pool"], rtol=0, atol=0)
+
+
 def test_softmax_of_the_last_dimension():
     x = torch.randn(3, 4, 37) * 20
     x[0, 0, 3:] = -torch.inf

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dybit.runtime.capture import Shapes, capture
-from dybit.runtime.lowering import Lowering, rows_of
+from dybit.runtime.lowering import Lowering, is_last, rows_of
 
 
 def lowered(forward, *inputs, rules=()):
@@ -104,3 +104,12 @@ def test_the_first_rule_that_applies_counts():
     lowering.run([{target: rule(False, 1)}, {target: rule(True, 2)}, {target: rule(True, 3)}])
     assert seen == [1, 2]
     assert not lowering.steps
+
+
+def test_channels_last_in_memory():
+    x = torch.randn(2, 3, 4, 5)
+    assert is_last(x.to(memory_format=torch.channels_last))
+    assert not is_last(x)
+    assert is_last(torch.randn(2, 4, 4, 4, 3).permute(0, 4, 1, 2, 3))
+    assert not is_last(torch.randn(4, 5))
+    assert not is_last(3)

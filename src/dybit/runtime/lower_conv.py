@@ -16,7 +16,7 @@ from dybit.operators.images import ImageFormat, image_format, three
 from dybit.operators.input_rounding import InputRounding, input_format
 from dybit.operators.packed_conv import PackedConv, packed_conv_for
 from dybit.runtime.lower_tensors import clamp_limits
-from dybit.runtime.lowering import Buffer, Lowering, Place, View
+from dybit.runtime.lowering import Buffer, Lowering, Place, View, is_last
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _ATEN = torch.ops.aten
@@ -226,11 +226,6 @@ def _new_image(like: Tensor, sharers: list[_Conv]) -> tuple[Buffer, ImageFormat]
 def _picture(made: ImageFormat, channels: int, size: tuple[int, ...]) -> tuple[Any, ...]:
     """Returns the extension's arguments of an image behind its place."""
     return (*made.layout, channels, made.shape(1, channels, size)[-1])
-
-
-def is_last(x: Any) -> bool:  # noqa: ANN401
-    """Whether a value is images, channels-last in memory."""
-    return isinstance(x, Tensor) and x.ndim in (4, 5) and x.permute(0, *range(2, x.ndim), 1).is_contiguous()
 
 
 def _is_float_last(x: Tensor) -> bool:

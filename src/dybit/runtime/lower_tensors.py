@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from dybit.runtime.lowering import Lowering, Place, View
+from dybit.runtime.lowering import Lowering, Place, View, is_last
 
 _ATEN = torch.ops.aten
 _F32 = torch.float32
@@ -69,6 +69,7 @@ class TensorRules:
             _ATEN.softmax.int: self._softmax,
             _ATEN._softmax.default: self._softmax,
             _ATEN.cat.default: self._cat,
+            _ATEN.max_pool2d.default: self._max_pool,
         }
 
     def _takes(self, node: fx.Node, *operands: Any) -> bool:  # noqa: ANN401
@@ -172,6 +173,25 @@ class TensorRules:
         low.add("softmax", node, [view], [y], emit)
         return True
 
+    def _max_pool(self, node: fx.Node) -> bool:
+        low = self._lowering
+        args: tuple[Any, ...] = node.args
+        x, kernel, *rest = args
+        stride, padding, dilation = (*rest[:3], *([], 0, 1)[len(rest) :])[:3]
+        window = [_pair(part) for part in (kernel, stride or kernel, padding, dilation)]
+        given, value = low.values[x], low.values[node]
+        if not self._takes(node, x) or given.ndim != 4 or not (is_last(given) and is_last(value)):
+            return False
+        sizes = (value.shape[0], value.shape[1], *given.shape[2:], *value.shape[2:])
+        view, y = low.view(x), low.own(node)
+
+        def emit(program: Any, at: Place) -> None:  # noqa: ANN401
+            placed = ((at(v), (v.like.stride(0), v.like.stride(2), v.like.stride(3))) for v in (view, y))
+            program.max_pool(sizes, *placed, window)
+
+        low.add("max_pool", node, [view], [y], emit)
+        return True
+
     def _cat(self, node: fx.Node) -> bool:
         low = self._lowering
         parts, value = cast("list[fx.Node]", node.args[0]), low.values[node]
@@ -230,6 +250,11 @@ def clamp_limits(node: fx.Node) -> tuple[float, float] | None:
     found = [default if x is None else x for x, default in zip(given, _CLAMPS[target], strict=True)]
     numbers = [float(x) for x in found if isinstance(x, int | float)]
     return (numbers[0], numbers[1]) if len(numbers) == 2 and numbers[0] <= numbers[1] else None
+
+
+def _pair(x: int | list[int]) -> tuple[int, int]:
+    """Returns a parameter of height and width."""
+    return (x, x) if isinstance(x, int) else (x[0], x[-1])
 
 
 def _name(node: fx.Node) -> str:

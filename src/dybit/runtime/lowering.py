@@ -291,9 +291,9 @@ class Lowering:
         return self._views.get(x, self.values[x])
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the last dimensions of a tensor lie in memory without gaps, in order."""
-    return x.is_contiguous()
+def is_last(x: Any) -> bool:  # noqa: ANN401
+    """Whether a value is images, channels-last in memory."""
+    return isinstance(x, Tensor) and x.ndim in (4, 5) and x.permute(0, *range(2, x.ndim), 1).is_contiguous()
 
 
 def _buffer(x: Buffer | View) -> Buffer:
