@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from dybit.mixed_precision.cost import CpuCost as CpuCost
     from dybit.mixed_precision.cost import SizeCost as SizeCost
     from dybit.mixed_precision.search import search as search
-    from dybit.models.checkpoint import load as load
     from dybit.models.checkpoint import save as save
     from dybit.models.preparation import dequantize_ as dequantize_
     from dybit.ptq.quantize import quantize_ as quantize_
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from dybit.qat.prepare import prepare_qat_ as prepare_qat_
     from dybit.recipe import Recipe as Recipe
     from dybit.runtime.fuse import fuse as fuse
+    from dybit.runtime.load import load as load
 
 _HOMES = {
     "AcceleratorCost": "accelerator.cost",
@@ -54,7 +54,7 @@ _HOMES = {
     "Speedup": "mixed_precision.constraint",
     "dequantize_": "models.preparation",
     "fuse": "runtime.fuse",
-    "load": "models.checkpoint",
+    "load": "runtime.load",
     "prepare_qat_": "qat.prepare",
     "quantize_": "ptq.quantize",
     "save": "models.checkpoint",

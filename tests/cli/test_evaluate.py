@@ -77,6 +77,10 @@ def test_a_checkpoint(tmp_path):
     text = good("evaluate", path, "--model", "yours:net", "--data", "yours:data")
     assert re.search(r"size on disk (\S+ \S+), ratio", made)[1] == re.search(r"^q +(\S+ \S+)", text, re.MULTILINE)[1]
     assert "seconds to quantize" not in text and "size: on disk" in text
+    assert (
+        good("evaluate", path, "--model", "yours:net", "--data", "yours:data", "--fused").splitlines()[-4:-1]
+        == (text.splitlines()[-4:-1])
+    )
     direct = good("evaluate", "yours:net", "--data", "yours:data")
     assert "seconds to quantize" in direct
     figures = [re.search(r"^(?:q|W4) .*", part, re.MULTILINE)[0].split()[4:9] for part in (text, direct)]

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,6 +75,7 @@ class Row:
 _Target = Annotated[
     str, typer.Argument(metavar="DIR|MODEL", help="A dybit checkpoint (with --model), or a model to quantize.")
 ]
+_Model = Annotated[str | None, typer.Option(help="FP32 original of a checkpoint, as MODEL in dybit quantize.")]
 _Data = Annotated[str | None, typer.Option(metavar="DATA", help="Inputs: module:function, or .npy/.safetensors.")]
 _Formats = Annotated[
     str | None, typer.Option(help="Weight formats, separated by commas, one row each. fp32 is the original.")
@@ -85,9 +87,7 @@ _Calibration = Annotated[str | None, typer.Option(metavar="DATA", help="Data to 
 @guarded
 def evaluate(
     target: _Target,
-    model: Annotated[
-        str | None, typer.Option(help="FP32 original of a checkpoint, as MODEL in dybit quantize.")
-    ] = None,
+    model: _Model = None,
     data: _Data = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs of language models: a text file.")] = None,
     formats: _Formats = None,
@@ -110,6 +110,9 @@ def evaluate(
     batches: options.Batches = None,
     batch_size: options.BatchSize = 16,
     outputs: Annotated[str, typer.Option(help="Kind of outputs: logits, embeddings, values, or auto.")] = "auto",
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Fuse the quantized models: faster, as they would run.")
+    ] = False,
 ) -> None:
     """Compare quantized models with FP32 on real inputs.
 
@@ -147,10 +150,8 @@ def evaluate(
     prepared = None
     if calibration is not None and not checkpoint:
         prepared = sources.load_batches(calibration, "--calibration", split="calibration", **loading)
-    if checkpoint:
-        lines, kind = _judge_checkpoint(target, original, inputs, kind)
-    else:
-        lines, kind = _judge_plans(original, inputs, plans, prepared, kind)
+    judge = partial(_judge_checkpoint, target) if checkpoint else partial(_judge_plans, plans, prepared)
+    lines, kind = judge(original, inputs, kind, fused)
     _print(lines, kind, float_bytes(original.state_dict()), f"{source} on {spec}, {len(inputs)} batches")
 
 
@@ -220,11 +221,13 @@ def short_name(recipe: Recipe) -> str:
     return f"{weights}{space}A{recipe.activations}"
 
 
-def _judge_checkpoint(path: str, original: nn.Module, inputs: list[Any], kind: Kind | None) -> tuple[list[Line], Kind]:
+def _judge_checkpoint(
+    path: str, original: nn.Module, inputs: list[Any], kind: Kind | None, fused: bool
+) -> tuple[list[Line], Kind]:
     import dybit
     from dybit.measure.fidelity import Reference
 
-    quantized = dybit.load(path, copy.deepcopy(original))
+    quantized = dybit.load(path, copy.deepcopy(original), fused=inputs[0] if fused else False)
     with progress("running the original", len(inputs)) as bar, Reference(original, inputs, kind, bar.update) as kept:
         bar.start("running the checkpoint", len(inputs))
         fidelity = kept.judge(quantized, bar.update)
@@ -236,9 +239,10 @@ def _judge_checkpoint(path: str, original: nn.Module, inputs: list[Any], kind: K
 
 
 def _judge_plans(
-    original: nn.Module, inputs: list[Any], plans: Sequence[Row], data: list[Any] | None,
-    kind: Kind | None,
+    plans: Sequence[Row], data: list[Any] | None, original: nn.Module, inputs: list[Any],
+    kind: Kind | None, fused: bool,
 ) -> tuple[list[Line], Kind]:  # fmt: skip
+    from dybit import fuse
     from dybit.measure.fidelity import Reference
 
     lines = []
@@ -254,6 +258,8 @@ def _judge_plans(
                 from dybit.models.preparation import dequantize_
 
                 dequantize_(model)
+            elif fused:
+                model = fuse(model, inputs[0])
             bar.start(f"running {name}", len(inputs))
             try:
                 lines.append(Line(name, kept.judge(model, bar.update), stored, seconds))
