@@ -554,11 +554,13 @@ void poolings() {
     const PoolTask task{1, channels, {side, side}, {out, out}, x.data(), {0, int64_t(side) * channels, channels},
                         y.data(), {0, int64_t(out) * channels, channels}};
     const PoolWindow window{{3, 3}, {2, 2}, {1, 1}, {1, 1}};
+    const bool count_include_pad = below(2);
+    const int divisor = below(2);
     for (int kind = 0; kind < 3; ++kind)
       compare("pooling " + std::to_string(kind) + " of " + std::to_string(channels), [&](const Kernels& set) {
         use(set.name);
         if (kind == 0) max_pool(task, window, 1);
-        if (kind == 1) average_pool(task, window, below(2), below(2), 1);
+        if (kind == 1) average_pool(task, window, count_include_pad, divisor, 1);
         if (kind == 2) adaptive_average_pool(task, 1);
         return with_one_nan(y);
       });
