@@ -18,7 +18,6 @@ constexpr size_t kTileBytes = size_t(1) << 18;  // of gathered rows: they stay i
 constexpr int kLeastTile = 96;                  // rows: fewer do not pay for unpacking the weights
 constexpr int kMostTile = 1536;                 // rows
 constexpr int kPartBlocks = 4;                  // whose results are finished while they are in the L1 cache
-constexpr int64_t kLittleWork = 200000;         // products that do not pay for a second thread
 
 }  // namespace
 
@@ -98,16 +97,7 @@ std::vector<float> Conv::biases(const float* bias, const float* offset) const {
   return result;
 }
 
-struct Conv::Run {
-  int batch;
-  Extent size;
-  const float* scales;  // of each sample
-  const float* offset;  // or null
-  const float* bias;    // or null
-  int threads;
-};
-
-// One call of a convolution, whose rows are multiplied tile by tile.
+// One call of a convolution, whose rows are gathered and multiplied tile by tile.
 class Conv::Multiplication {
  public:
   Multiplication(const Conv& conv, const Run& run, const Image& image, const Finish& finish)
@@ -122,7 +112,6 @@ class Conv::Multiplication {
 
   bool all() {
     const int64_t total = volume(places_) * run_.batch;
-    if (total == 0) return true;
     const int most = finish_.is_plain() ? kMostTile : kLeastTile;
     const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes_) / 6 * 6, kLeastTile, most);
     const int64_t tiles = (total + tile - 1) / tile;
@@ -220,6 +209,12 @@ class Conv::Multiplication {
   std::atomic<bool> unknown_{false};
 };
 
+bool Conv::multiply(const Run& run, const Image& image, const Finish& finish) const {
+  if (volume(geometry_.output(run.size)) * run.batch == 0) return true;
+  bool known;
+  return run_panels(run, image, finish, &known) ? known : Multiplication(*this, run, image, finish).all();
+}
+
 bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads) const {
   if (!alike_) return false;
   static thread_local Scratch image_memory;
@@ -231,9 +226,7 @@ bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads)
   std::vector<Rounding> roundings;
   for (float scale : scales) roundings.push_back(first.input().rounding(scale, input.offset));
   if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads)) return false;
-  const Finish finish = Finish::plain(y);
-  return Multiplication(*this, {input.batch, input.size, scales.data(), input.offset, bias, threads}, image, finish)
-      .all();
+  return multiply({input.batch, input.size, scales.data(), input.offset, bias, threads}, image, Finish::plain(y));
 }
 
 bool Conv::run(const Image& image, int batch, const Extent& size, float scale, const float* offset, const float* bias,
@@ -251,7 +244,7 @@ bool Conv::run(const Image& image, int batch, const Extent& size, float scale, c
     weights_[0]->kernels().codes->convert(image.kind, image.data, count, kind, given.data);
   }
   if (finish.image) clear_border(*finish.image, batch, geometry_.output(size));
-  return Multiplication(*this, {batch, size, scales.data(), offset, bias, threads}, given, finish).all();
+  return multiply({batch, size, scales.data(), offset, bias, threads}, given, finish);
 }
 
 }  // namespace dybit

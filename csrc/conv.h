@@ -3,11 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "conv_tasks.h"
 #include "image.h"
 #include "packed_weight.h"
+#include "panels.h"
 
 namespace dybit {
 
@@ -48,15 +51,39 @@ class Conv {
            const Finish& finish, int threads) const;
 
  private:
-  struct Run;
+  struct Run {
+    int batch;
+    Extent size;
+    const float* scales;  // of each sample
+    const float* offset;  // or null
+    const float* bias;    // or null
+    int threads;
+  };
+  // The weights of all groups in words, for images of a pitch.
+  struct Unpacked {
+    int pitch;
+    std::vector<Word> words;
+    std::vector<PanelWeight> groups;
+  };
   class Multiplication;
+  class PanelProduct;
+  static constexpr int64_t kLittleWork = 200000;  // products that do not pay for a second thread
+
+  bool multiply(const Run& run, const Image& image, const Finish& finish) const;
   std::vector<float> biases(const float* bias, const float* offset) const;
   std::vector<GatherRun> runs(const PackedWeight& weight, int group, const Extent& padded, const Image& image) const;
   bool whole_rows() const;
+  std::vector<Word> words(int pitch) const;
+  const Unpacked* unpacked(int pitch) const;
+  // Returns false and does nothing if the kernels or the inputs do not allow it. *known: whether no result that is
+  // rounded is NaN.
+  bool run_panels(const Run& run, const Image& image, const Finish& finish, bool* known) const;
 
   std::vector<const PackedWeight*> weights_;
   ConvGeometry geometry_;
   bool alike_ = true;
+  mutable std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  // of what follows
+  mutable std::vector<std::unique_ptr<Unpacked>> unpacked_;
 };
 
 }  // namespace dybit

@@ -40,6 +40,21 @@ void clear_border(const Image& image, int batch, const Extent& size) {
   }
 }
 
+void find_places(const Image& image, const Extent& size, int64_t start, int rows, uint8_t** out) {
+  const Extent padded = image.padded(size);
+  Cursor cursor(start, size);
+  auto place = [&] {
+    const Extent& p = cursor.place;
+    const Extent inner{p[0] + image.before[0], p[1] + image.before[1], p[2] + image.before[2]};
+    return image.data + index_of(inner, cursor.sample, padded) * image.pixel();
+  };
+  uint8_t* at = place();
+  for (int row = 0; row < rows; ++row) {
+    out[row] = at;
+    at = cursor.advance(1, size) ? place() : at + image.pixel();
+  }
+}
+
 bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& places, int channels,
                  const Results& results) {
   const Image* image = finish.image;
@@ -59,19 +74,14 @@ bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& p
                   last - first,
                   image && last == channels ? image->pitch - first : last - first};
   if (!image) return codes.finish(task, rows);
-  const Extent padded = image->padded(places);
   Cursor cursor(results.start, places);
-  auto target = [&] {
-    const Extent& p = cursor.place;
-    const Extent inner{p[0] + image->before[0], p[1] + image->before[1], p[2] + image->before[2]};
-    return image->data + index_of(inner, cursor.sample, padded) * image->pixel() + int64_t(first) * image->element();
-  };
   // If nothing lies between the places of a line, they are finished as one row.
   if (image->pitch == channels && results.stride == channels && first == 0 && last == channels) {
     bool unknown = false;
     for (int row = 0, count; row < rows; row += count) {
       count = std::min(rows - row, places[2] - cursor.place[2]);
-      uint8_t* to = target();
+      uint8_t* to;
+      find_places(*image, places, results.start + row, 1, &to);
       task.images = &to;
       task.channels = task.padded = count * channels;
       unknown |= codes.finish(task, 1);
@@ -84,11 +94,8 @@ bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& p
   }
   static thread_local Scratch target_memory;
   auto** targets = target_memory.take<uint8_t*>(rows);
-  uint8_t* to = target();
-  for (int row = 0; row < rows; ++row) {
-    targets[row] = to;
-    to = cursor.advance(1, places) ? target() : to + image->pixel();
-  }
+  find_places(*image, places, results.start, rows, targets);
+  for (int row = 0; row < rows; ++row) targets[row] += int64_t(first) * image->element();
   task.images = targets;
   return codes.finish(task, rows);
 }

@@ -53,6 +53,9 @@ struct Results {
   int first, last;  // channels
 };
 
+// Where the places from `start` on lie in an image: out[rows].
+void find_places(const Image& image, const Extent& size, int64_t start, int rows, uint8_t** out);
+
 // Finishes results of a convolution with `channels` channels in all. Returns whether a result that is rounded is NaN.
 bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& places, int channels,
                  const Results& results);

@@ -79,6 +79,7 @@ constexpr int kLanes = 16;  // of a sum: element i belongs to lane i mod 16
 
 struct CodeKernels;  // codes.h
 struct RowKernels;   // row_kernels.h
+struct PanelKernels;  // panel_kernels.h
 
 struct Kernels {
   const char* name;
@@ -95,6 +96,7 @@ struct Kernels {
   const RowKernels* rows;
   // Multiplies bytes in registers at full speed and returns how many. Null without an instruction for it.
   int64_t (*multiply)(int64_t count);
+  const PanelKernels* panels = nullptr;  // or null
 };
 
 extern const Kernels kScalar;
@@ -113,11 +115,14 @@ extern const CodeKernels kAvx2Codes;
 extern const CodeKernels kAvx512Codes;
 extern const RowKernels kAvx2Rows;
 extern const RowKernels kAvx512Rows;
+extern const PanelKernels kAvx2Panels;
+extern const PanelKernels kAvx512Panels;
 #endif
 // Only with a compiler that knows the instructions. AMX also needs a way to ask the system for it.
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #define DYBIT_AVX_VNNI
 extern const Kernels kAvxVnni;
+extern const PanelKernels kAvxVnniPanels;
 #if defined(__linux__)
 #define DYBIT_AMX
 extern const Kernels kAmx;

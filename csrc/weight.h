@@ -32,6 +32,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace dybit {
 
@@ -103,6 +104,26 @@ struct Weight {
   const float* scales_at(int block, int s) const { return scales + (size_t(block) * segment_count + s) * kBlockRows; }
   const uint8_t* choices_at(int block, int s) const {
     return choices + (choice_by_segment ? size_t(block) * segment_count + s : size_t(block)) * kBlockRows;
+  }
+  // One significand of a chunk.
+  int significand(const uint8_t* chunk, int row, int column, int choice) const {
+    const int8_t* table = tables + choice * 16;
+    const int r = row % 4, s = column / 16, byte = row / 4 * 16 + column % 16;
+    switch (storage) {
+      case Storage::kCodes2: return table[chunk[r / 2 * 64 + byte] >> (r % 2 * 4 + s * 2) & 3];
+      case Storage::kCodes3:
+        return table[(chunk[r / 2 * 64 + byte] >> (r % 2 * 4 + s * 2) & 3) |
+                     (chunk[128 + byte] >> (r * 2 + s) & 1) << 2];
+      case Storage::kCodes4: return table[chunk[r * 64 + byte] >> (s * 4) & 15];
+      case Storage::kBytes: return int8_t(chunk[(s * 4 + r) * 64 + byte]);
+      case Storage::kRuns:
+        return runs[choice].at(chunk[(s * 4 + r) * 64 + row / 4 * 16 + column % 8 * 2 + column / 8 % 2]);
+      default: {
+        int16_t value;
+        std::memcpy(&value, chunk + (column / 8 * 4 + r) * 64 + row / 4 * 16 + column % 8 * 2, 2);
+        return value;
+      }
+    }
   }
   // Rows of a block that are not padding.
   int rows_of(int block) const {

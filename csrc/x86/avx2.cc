@@ -27,7 +27,7 @@ constexpr bool kVnni = false;
 
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode_rows,
-                       dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply};
+                       dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply, &kAvx2Panels};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -28,7 +28,7 @@ constexpr bool kVnni = true;
 
 extern const Kernels kAvxVnni;
 const Kernels kAvxVnni = {"avxvnni", 1, input_kind, linear, encode_rows,
-                          dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply};
+                          dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply, &kAvxVnniPanels};
 
 }  // namespace dybit
 DYBIT_TARGET_END
