@@ -10,9 +10,9 @@
 namespace dybit {
 namespace {
 
-constexpr size_t kTileBytes = size_t(1) << 18;  // of inputs: they stay in the L2 cache
+constexpr size_t kTileBytes = size_t(1) << 18;    // of inputs: they stay in the L2 cache
 constexpr int kLeastTile = 96, kMostTile = 1536;  // rows
-constexpr int kFewRows = 4;                       // do not pay for reading unpacked weights
+constexpr int kFewRows = 4;                       // so many do not pay for reading unpacked weights
 
 // An element of a row that a column of the weight is multiplied with.
 struct Element {
@@ -82,7 +82,7 @@ class Conv::PanelProduct {
         image_(image), finish_(finish), padded_(image.padded(run.size)), places_(g_.output(run.size)),
         unit_(conv.weights_[0]->input().unit()), biases_(conv.biases(run.bias, run.offset)) {}
 
-  // Finds the words in the image. Returns false if they are too few or too far apart.
+  // Finds the words in the image. Returns false if a row has none, if rows are few, or if offsets do not fit 32 bits.
   bool prepare() {
     if (unpacked_.words.empty() || volume(places_) * run_.batch <= kFewRows) return false;
     if (volume(padded_) * image_.pixel() > std::numeric_limits<int32_t>::max()) return false;

@@ -388,7 +388,7 @@ void convolutions() {
   for (int i = 0; i < 120 * kTimes; ++i) {
     const bool depthwise = i % 3 == 2;
     const int groups = depthwise ? 1 : between(1, 2), channels = groups * one_of({1, 3, 8, 16, 32, 37});
-    const int outputs = one_of({1, 5, 16, 33}), batch = between(1, 2);
+    const int outputs = one_of({1, 5, 16, 33, 64, 70, 150}), batch = between(1, 2);
     const bool flat = below(2);  // one or two dimensions
     const Extent size{flat ? 1 : between(3, 5), between(4, 9), between(4, 9)};
     const Extent kernel{flat ? 1 : between(1, 3), one_of({1, 3}), one_of({1, 3})};
@@ -402,9 +402,10 @@ void convolutions() {
     const int taps = int(volume(kernel)), columns = taps * channels / groups;
     format.group_size = columns;
     std::vector<WeightCase> weights;
-    const int largest = one_of({16, 16, 127});
+    const int largest = one_of({16, 16, 16, 60, 127, 5000});
+    const int group = below(3) ? columns : one_of({8, 32, 40});  // several segments
     for (int g = 0; g < groups; ++g)
-      weights.emplace_back(4, outputs, columns, columns, largest, WeightCase::kRandom);
+      weights.emplace_back(4, outputs, columns, group, largest, WeightCase::kRandom);
     std::vector<float> x = numbers(batch * volume(size) * channels);
     for (float& value : x) value = std::clamp(value, -5.0f, 5.0f);
     const int all = depthwise ? channels : outputs * groups;
@@ -417,7 +418,16 @@ void convolutions() {
     const Extent places = geometry.output(size);
     const int64_t count = batch * volume(places) * all;
     const float scale_of_inputs = 0.04f;
-    const bool fixed = below(2), fused = below(2), stores = below(2);
+    const bool fixed = below(2), fused = below(3), stores = below(2), adds = below(2);
+    const int pitch = channels + below(3), result_pitch = below(2) ? all + 5 : (all + 31) / 32 * 32;
+    const Extent wider{before[0] + below(2), before[1] + below(2), before[2] + below(2)};
+    // Levels that are integers, that are not, and a scale for which results are divided.
+    const Rounding ends[] = {{8, 1, false, false, 1.0f, 0.05f, 0.0f},  {7, 1, true, false, 1.0f, 0.2f, 0.0f},
+                             {7, 1, true, false, 1.0f, 0.2f, 0.7f},    {5, 2, true, false, 1.0f, 2.0f, 0.0f},
+                             {7, 7, true, false, 1.0f, 2.0f, 0.0f},    {8, 1, false, false, 1.0f, 1e-33f, 0.0f}};
+    const Rounding end = ends[below(6)];
+    const InputKind to = kinds_of(end)[0];
+    const float low = one_of({-INFINITY, 0.0f, -1.0f, 0.5f}), high = one_of({INFINITY, 6.0f, 1.0f});
     const std::vector<float> addend = numbers(count);
     const std::string what = (depthwise ? "depthwise of " : "conv of ") + std::to_string(channels) + " channels";
     compare(what, [&](const Kernels& set) {
@@ -430,15 +440,14 @@ void convolutions() {
       held.reserve(groups);
       for (const WeightCase& w : weights) pointers.push_back(&held.emplace_back(w.portable(), format, set));
       const InputKind kind = held[0].kind();
-      const InputKind to = InputKind::kUnsigned8;
-      std::vector<uint8_t> data(element_bytes(kind) * batch * volume(geometry.padded(size)) * channels);
-      std::vector<uint8_t> results(batch * volume(places) * (all + 5), 99);
-      const Image image{data.data(), kind, before, before, channels, channels};
-      const Image result{results.data(), to, {}, {}, all, all + 5};
+      const int64_t pixels = batch * volume(padded_by(wider, size, before));
+      std::vector<uint8_t> data(element_bytes(kind) * pixels * pitch);
+      std::vector<uint8_t> results(element_bytes(to) * batch * volume(places) * result_pitch, 99);
+      const Image image{data.data(), kind, wider, before, channels, pitch};
+      const Image result{results.data(), to, {}, {}, all, result_pitch};
       const Rounding rounding{format.magnitude_bits, format.max_run, format.is_signed, false, 1.0f,
                               scale_of_inputs,       0.0f};
-      const Finish finish{stores ? y.data() : nullptr, below(2) ? addend.data() : nullptr, 0.0f, 6.0f, &result,
-                          {8, 1, false, false, 1.0f, 0.05f, 0.0f}};
+      const Finish finish{stores ? y.data() : nullptr, adds ? addend.data() : nullptr, low, high, &result, end};
       bool good = !fused || round_to_image(x.data(), batch, size, &rounding, false, image, 1);
       auto run = [&](const auto& conv) {
         if (fused)

@@ -163,6 +163,62 @@ def test_nan_is_refused():
     assert conv_image(*given)[0].isnan().all()  # in floating point it stays what it is
 
 
+@pytest.mark.parametrize("following", [NEXT, InputRounding("u8r2", torch.tensor([0.1]))])
+@pytest.mark.parametrize("keep", [False, True])
+def test_nan_is_found_in_every_channel_and_row(following, keep):
+    given = arguments(out=150, following=following)
+    given[10] = keep
+    given[9] = (-INFINITY, INFINITY)
+    for channel in (0, 63, 64, 149):
+        given[3] = torch.zeros(150)
+        given[3][channel] = float("nan")
+        with pytest.raises(UnknownError, match="NaN"):
+            on_all(lambda: conv_image(*given))
+    given[3], given[1] = None, torch.zeros(2, 150, 6, 6)
+    given[1][1, 149, 5, 5] = float("nan")
+    with pytest.raises(UnknownError, match="NaN"):
+        on_all(lambda: conv_image(*given))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 33])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("name", ["int8", "uint8", "s8"])
+def test_few_and_odd_channels(channels, kernel, name):
+    torch.manual_seed(0)
+    shape = (70, channels, *kernel)
+    weight = quantize(torch.randn(shape), TensorSpec("dybit4", shape, "channel"))
+    none, laid = (0,) * 4, (ConvGeometry((2, 1), (0,) * 4, (1, 1)), InputRounding(name, torch.tensor([0.02])))
+    image = round_image(torch.randn(2, channels, 9, 8), laid[1], none)
+    (y, out), plain = on_all(lambda: conv_image(image, None, weight, None, *laid, none, NEXT, none))
+    torch.testing.assert_close(y, plain[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(out, round_image(y, NEXT, none))
+    alone, _ = on_all(lambda: conv_image(image, None, weight, None, *laid, none, NEXT, none, keep=False))
+    assert torch.equal(alone[1], out)
+
+
+@pytest.mark.parametrize(("limits", "offset"), [((0.5, 6.0), None), ((-2.0, -0.5), None), ((0.0, 6.0), 0.7)])
+def test_places_without_a_channel_are_zero(limits, offset):
+    given = arguments(out=40)
+    given[7] = InputRounding("int8", torch.tensor([0.1]), None if offset is None else torch.tensor([offset]))
+    given[8], given[9] = (0,) * 4, limits
+    for keep in (False, True):
+        given[10] = keep
+        (_, image), plain = on_all(lambda: conv_image(*given))
+        assert image.shape[-1] == 64 and not image[..., 40:].any()
+        assert (image != plain[1]).float().mean() < 0.01  # plain torch sums in floating point
+
+
+@pytest.mark.parametrize("group_size", [36, 100])
+def test_weights_of_several_groups_of_columns(group_size):
+    torch.manual_seed(0)
+    shape = (70, 20, 3, 3)
+    weight = quantize(torch.randn(shape), TensorSpec("dybit4", shape, "group", group_size))
+    given = arguments()
+    given[2], given[3], given[4] = weight, None, ConvGeometry((1, 1), (1,) * 4, (1, 1))
+    (y, _), plain = on_all(lambda: conv_image(*given))
+    torch.testing.assert_close(y, plain[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
