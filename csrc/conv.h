@@ -1,5 +1,7 @@
-// Convolutions of codes. Inputs are rounded once to an image, gathered into the rows of a product, and multiplied by
-// packed weights. Results are FP32, or an image for the next convolution.
+// Convolutions of codes. Inputs are rounded once to an image and multiplied by the weights. Results are FP32, or an
+// image for the next convolution. With PanelKernels (conv_panels.cc), inputs are read where they lie and results are
+// finished in registers. Without them, or with few rows, inputs are gathered into rows, and packed weights are
+// unpacked for each tile.
 #pragma once
 
 #include <cstdint>

@@ -82,9 +82,9 @@ class Conv::PanelProduct {
         image_(image), finish_(finish), padded_(image.padded(run.size)), places_(g_.output(run.size)),
         unit_(conv.weights_[0]->input().unit()), biases_(conv.biases(run.bias, run.offset)) {}
 
-  // Finds the words in the image. Returns false if a row has none, if rows are few, or if offsets do not fit 32 bits.
+  // Finds the words in the image. Returns false if a row has none, or if offsets do not fit 32 bits.
   bool prepare() {
-    if (unpacked_.words.empty() || volume(places_) * run_.batch <= kFewRows) return false;
+    if (unpacked_.words.empty()) return false;
     if (volume(padded_) * image_.pixel() > std::numeric_limits<int32_t>::max()) return false;
     offsets_.reserve(unpacked_.words.size());
     for (const Word& word : unpacked_.words) {
@@ -170,6 +170,7 @@ class Conv::PanelProduct {
 };
 
 bool Conv::run_panels(const Run& run, const Image& image, const Finish& finish, bool* known) const {
+  if (volume(geometry_.output(run.size)) * run.batch <= kFewRows) return false;
   const Unpacked* made = unpacked(image.pitch);
   if (!made) return false;
   PanelProduct product(*this, *made, run, image, finish);

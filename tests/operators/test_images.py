@@ -85,6 +85,26 @@ def test_rounding_next_to_ties_is_that_of_a_division(name, seed):
         np.testing.assert_array_equal(image.movedim(-1, 1).numpy().ravel()[: x.size], expected, err_msg=isa)
 
 
+@exact
+@given(st.sampled_from(["s8r2", "u8r2", "s8r4", "u8r7", "s5r3", "u3r2", "u4"]), st.integers(0, 2**32 - 1))
+def test_rounding_to_tapered_levels_is_that_of_a_division(name, seed):
+    rng = np.random.default_rng(seed)
+    fmt = Format.parse(name)
+    scale = np.float32(rng.uniform(1, 2) * 2.0 ** rng.choice([0, -20, 30, -90, -101, 90, 101]))
+    levels = np.unique(fmt.values)
+    points = np.concatenate([levels, (levels[1:] + levels[:-1]) / 2, [levels[-1] * 1.5, -levels[-1] * 3]])
+    x = np.repeat((points * np.float64(scale)).astype(np.float32), 7)  # and what lies beside them
+    x = (x.view(np.int32) + np.tile(np.arange(-3, 4, dtype=np.int32), points.size)).view(np.float32)
+    x[~np.isfinite(x)] = 0
+    with np.errstate(over="ignore", under="ignore"):
+        expected = fmt.significands[fmt.encode(x / scale)]
+    rounding, given = InputRounding(name, torch.tensor([scale])), torch.from_numpy(x.reshape(1, 1, 1, -1))
+    for isa in ISAS:
+        extension.use(isa)
+        found = round_image(given, rounding, (0,) * 4)
+        np.testing.assert_array_equal(found.numpy().ravel(), expected, err_msg=isa)
+
+
 def test_opcheck():
     rounding = (torch.randn(2, 20, 5, 4), torch.tensor([0.02]), None, "int8", (1, 0, 2, 1))
     torch.library.opcheck(torch.ops.dybit.round_image, rounding)
