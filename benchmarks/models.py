@@ -5,7 +5,8 @@ medians of the paired rounds with their quartiles. With more than one thread eve
 and is preceded by one that is not timed. INT8 of ONNX Runtime is static for convolutional networks and dynamic for
 others; that of OpenVINO is NNCF's, with SmoothQuant for others. The column of INT8 compares with the faster of the two.
 
-``W4A8`` is ``Recipe(weights=4, activations=8)`` and nothing else, fused by ``dybit.fuse`` unless the row says not. The
+``W4A8`` is ``Recipe(weights=4, activations=8)`` and nothing else, fused by ``dybit.fuse`` unless the row says not. INT8
+inputs are static in convolutional networks, and dynamic in groups of 64 columns in others, as the guide advises. The
 floor is the time to multiply all bytes in registers plus the time to read the stored weights, at rates that are
 measured in the same run. Memory is the peak that the model and its forward add to a process of their own.
 
@@ -52,10 +53,13 @@ from dybit.onnx.peers import Peers
 
 Run = Callable[[Any], Tensor]  # a batch to the first output
 DEFAULT = "W4A8"
+STATIC, DYNAMIC = "W4A8, static INT8 inputs", "W4A8, dynamic INT8 inputs"  # of convolutional networks, of others
 RECIPES = {
     DEFAULT: Recipe(weights=4, activations=8),
     "W8A8": Recipe(weights=8, activations=8),
     "W4A4": Recipe(weights=4, activations=4),
+    STATIC: Recipe(weights=4, activations="int8"),
+    DYNAMIC: Recipe(weights=4, activations="int8", activation_mode="dynamic", activation_group_size=64),
 }
 INT8 = ("ONNX Runtime INT8", "OpenVINO INT8")
 COLUMNS = (
@@ -91,11 +95,13 @@ class Case:
         make: Makes the model, in FP32.
         pretrained: Whether the rounding of its weights is worth an algorithm.
         text: Whether it takes tokens.
+        of_tokens: Whether it computes tokens, by linear layers.
     """
 
     make: Callable[[], nn.Module]
     pretrained: bool = False
     text: bool = False
+    of_tokens: bool = False
 
     def calibration(self) -> list[Any]:
         """Batches to calibrate with."""
@@ -130,11 +136,11 @@ class Case:
 
 
 CASES = {
-    "MiniLM-L6": Case(minilm, pretrained=True, text=True),
+    "MiniLM-L6": Case(minilm, pretrained=True, text=True, of_tokens=True),
     "EfficientNet-Lite0": Case(efficientnet_lite0, pretrained=True),
     "ResNet-18": Case(partial(settled, resnet18)),
     "MobileNetV2": Case(partial(settled, mobilenet_v2)),
-    "DeiT-tiny": Case(partial(settled, deit_tiny)),
+    "DeiT-tiny": Case(partial(settled, deit_tiny), of_tokens=True),
 }
 
 
@@ -202,6 +208,8 @@ def contestants(case: Case, algorithm: str, folder: Path) -> Contestants:
         skipped.append(str(error))
     ours: dict[str, Ours] = {}
     for name, recipe in RECIPES.items():
+        if name == (STATIC if case.of_tokens else DYNAMIC):
+            continue
         chain = algorithm if case.pretrained else None
         model = quantize_(copy.deepcopy(exact), recipe, calibration, algorithm=chain)
         specs = [spec for layer in quantized_layers(model).values() for spec in layer.weight_specs.values()]
