@@ -51,18 +51,6 @@ void convolve_image(Program& self, const T& conv, const Picture& x, int batch, c
   });
 }
 
-// A convolution of FP32 (batch, *size, channels).
-template <class T>
-void convolve(Program& self, const T& conv, const At& x, int batch, const dybit::Extent& size, const At& y,
-              const At& bias, const At& scale, const At& offset, float reach) {
-  self.add([=, &conv, x = place(x), y = place(y), bias = place(bias), scale = place(scale),
-            offset = place(offset)](const Memory& memory, int threads) {
-    const dybit::ConvInput input{memory.at<float>(x),      batch,                      size,
-                                 memory.at<float>(scale), memory.at<float>(offset), reach};
-    return conv.run(input, memory.at<float>(y), memory.at<float>(bias), threads);
-  });
-}
-
 // A place and the distance of its rows.
 using Rows = std::tuple<At, int64_t>;
 
@@ -244,8 +232,6 @@ void define_program(nb::module_& m) {
       .def("round_image", &round_image)
       .def("conv_image", &convolve_image<dybit::Conv>)
       .def("depthwise_image", &convolve_image<dybit::Depthwise>)
-      .def("conv", &convolve<dybit::Conv>)
-      .def("depthwise", &convolve<dybit::Depthwise>)
       .def("begin_rows", &Program::begin_rows)
       .def("end_rows", &Program::end_rows)
       .def("round_rows", &round_rows)

@@ -232,7 +232,7 @@ class _Watch:
         self._hooks += [getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS]
         self._forwards = [(vars(module), vars(module).get("forward")) for module in modules]
         self._model = model
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self._tensors: dict[str, tuple[dict[str, Any], str, Tensor, int]] = {}  # by path
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns arguments in the order of the signature."""
@@ -250,7 +250,7 @@ class _Watch:
                 if tensor is not None:
                     if tensor.is_inference():
                         raise CaptureError(f"{path!r} was made in inference mode, so changes to it cannot be seen")
-                    self._tensors.append((held, name, tensor, tensor._version))
+                    self._tensors.setdefault(path, (held, name, tensor, tensor._version))
 
     def is_bare(self) -> bool:
         """Whether no module has hooks or another forward than before."""
@@ -258,7 +258,7 @@ class _Watch:
 
     def is_unchanged(self) -> bool:
         """Whether parameters and buffers are the same tensors, not written to."""
-        return all(held.get(name) is x and x._version == version for held, name, x, version in self._tensors)
+        return all(held.get(name) is x and x._version == version for held, name, x, version in self._tensors.values())
 
 
 def _kind(x: Any) -> Any:  # noqa: ANN401
