@@ -247,4 +247,5 @@ NB_MODULE(_kernels, m) {
   define_rows(m);
   define_convolutions(m);  // after the weights that they take
   define_program(m);
+  define_cache(m);
 }

@@ -44,5 +44,6 @@ inline dybit::Rounding rounding(const Rounded& r) {
   return dybit::InputFormat{true, std::get<0>(r), std::get<1>(r), std::get<2>(r), 0}.rounding(std::get<3>(r), &offset);
 }
 
+void define_cache(nanobind::module_& m);
 void define_program(nanobind::module_& m);
 void define_rows(nanobind::module_& m);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "elementwise.h"
 #include "norm.h"
 
@@ -45,6 +46,7 @@ struct RowKernels {
   void (*softmax)(const float* x, int64_t rows, int columns, float* y);
   void (*largest)(const PoolBlock&, float* y);
   void (*mean)(const PoolBlock&, float divisor, float* y);
+  void (*attend_cached)(const CachedTask&, int kv_head, int first_row, int last_row);  // rows as those of attend
 };
 
 }  // namespace dybit
