@@ -47,6 +47,8 @@ struct RowKernels {
   void (*largest)(const PoolBlock&, float* y);
   void (*mean)(const PoolBlock&, float divisor, float* y);
   void (*attend_cached)(const CachedTask&, int kv_head, int first_row, int last_row);  // rows as those of attend
+  // to[column][row] = from[row][column]
+  void (*transpose)(const float* from, int64_t from_stride, int rows, int columns, float* to, int64_t to_stride);
 };
 
 }  // namespace dybit
