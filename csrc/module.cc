@@ -4,7 +4,6 @@
 #include "codes.h"
 #include "depthwise.h"
 #include "dispatch.h"
-#include "feed_forward.h"
 #include "peak.h"
 
 namespace nb = nanobind;
@@ -110,14 +109,6 @@ void define_codes(nb::module_& m) {
            released);
 }
 
-// The weight, the addresses of bias, scale and offset (0: none), and the reach.
-using Passed = std::tuple<const dybit::PackedWeight*, uintptr_t, uintptr_t, uintptr_t, float>;
-
-dybit::Product product(const Passed& p) {
-  return {std::get<0>(p), pointer<float>(std::get<1>(p)), pointer<float>(std::get<2>(p)),
-          pointer<float>(std::get<3>(p)), std::get<4>(p)};
-}
-
 // `first` has one or two products.
 void feed_forward(const std::vector<Passed>& first, const Passed& down, int activation, uintptr_t x, int64_t rows,
                   uintptr_t y, int threads) {
@@ -148,9 +139,8 @@ dybit::ConvGeometry geometry(const Extents& e, int channels, int groups, bool ch
 
 template <class T>
 bool convolve(const T& self, uintptr_t x, int batch, const dybit::Extent& size, uintptr_t y, uintptr_t bias,
-              uintptr_t scale, uintptr_t offset, float reach, bool planar, int threads) {
-  const dybit::ConvInput input{pointer<float>(x),      batch, size,  pointer<float>(scale),
-                               pointer<float>(offset), reach, planar};
+              uintptr_t scale, uintptr_t offset, float reach, int threads) {
+  const dybit::ConvInput input{pointer<float>(x), batch, size, pointer<float>(scale), pointer<float>(offset), reach};
   return self.run(input, writable<float>(y), pointer<float>(bias), threads);
 }
 
@@ -249,4 +239,5 @@ NB_MODULE(_kernels, m) {
   define_convolutions(m);  // after the weights that they take
   define_program(m);
   define_cache(m);
+  define_decoder(m);
 }

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "conv.h"
+#include "feed_forward.h"
 #include "image.h"
 #include "packed_weight.h"
 
@@ -36,6 +37,14 @@ inline dybit::InputScale input_scale(const Scaled& s) {
   return {pointer<float>(std::get<0>(s)), pointer<float>(std::get<1>(s)), std::get<2>(s)};
 }
 
+// The weight, the addresses of bias, scale and offset (0: none), and the reach.
+using Passed = std::tuple<const dybit::PackedWeight*, uintptr_t, uintptr_t, uintptr_t, float>;
+
+inline dybit::Product product(const Passed& p) {
+  return {std::get<0>(p), pointer<float>(std::get<1>(p)), pointer<float>(std::get<2>(p)),
+          pointer<float>(std::get<3>(p)), std::get<4>(p)};
+}
+
 // Magnitude bits, longest run, signed, scale, offset.
 using Rounded = std::tuple<int, int, bool, float, float>;
 
@@ -45,5 +54,6 @@ inline dybit::Rounding rounding(const Rounded& r) {
 }
 
 void define_cache(nanobind::module_& m);
+void define_decoder(nanobind::module_& m);
 void define_program(nanobind::module_& m);
 void define_rows(nanobind::module_& m);

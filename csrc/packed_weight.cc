@@ -412,4 +412,17 @@ void PackedWeight::dequantize(float* out, int threads) const {
   parallel_for(weight_.blocks, threads, [&](int i) { kernels_.dequantize(weight_, out, i, i + 1); });
 }
 
+void PackedWeight::dequantize_row(int row, float* out) const {
+  const int block = row / kBlockRows, n = row % kBlockRows;
+  for (int s = 0; s < weight_.segment_count; ++s) {
+    const Segment& segment = weight_.segments[s];
+    const int choice = weight_.choices_at(block, s)[n];
+    const float scale = weight_.scales_at(block, s)[n];
+    const uint8_t* const codes = weight_.codes_at(block, s);
+    for (int k = 0; k < segment.length; ++k)
+      out[segment.start + k] =
+          float(weight_.significand(codes + k / kChunk * weight_.chunk_bytes, n, k % kChunk, choice)) * scale;
+  }
+}
+
 }  // namespace dybit

@@ -87,6 +87,7 @@ class PackedWeight {
 
   // The values: FP32 (rows, columns).
   void dequantize(float* out, int threads) const;
+  void dequantize_row(int row, float* out) const;  // (columns,)
 
   const Weight& weight() const { return weight_; }
   const Kernels& kernels() const { return kernels_; }

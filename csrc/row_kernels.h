@@ -47,8 +47,8 @@ struct RowKernels {
   void (*largest)(const PoolBlock&, float* y);
   void (*mean)(const PoolBlock&, float divisor, float* y);
   void (*attend_cached)(const CachedTask&, int kv_head, int first_row, int last_row);  // rows as those of attend
-  // to[column][row] = from[row][column]
-  void (*transpose)(const float* from, int64_t from_stride, int rows, int columns, float* to, int64_t to_stride);
+  // Rotary positions in place: numbers i and i + pairs of each head become x·cosine - y·sine and y·cosine + x·sine.
+  void (*rotate)(float* x, int heads, int64_t head_stride, const float* cosine, const float* sine, int pairs);
 };
 
 }  // namespace dybit

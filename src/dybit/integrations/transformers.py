@@ -52,6 +52,7 @@ from dybit.models.plan import Plan, Ties, plan_layers, weight_spec
 from dybit.models.preparation import bypass_fast_path_, dequantize_, folded_pairs, make_plain_
 from dybit.ptq.rounding.nearest import layer_input, quantize_layer
 from dybit.recipe import Recipe
+from dybit.runtime.fuse import fusers
 from dybit.safe_files import crc32, label
 from dybit.tensors.encoding import quantize
 
@@ -71,6 +72,16 @@ _CAST = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16
 
 
 register_quantization_config(METHOD)(DyBitConfig)
+
+
+def _fuse_decoder(model: nn.Module) -> nn.Module | None:
+    """Fuses a decoder. Its module imports parts of transformers that are not there yet when dybit is registered."""
+    from dybit.integrations.decoder import fuse_decoder
+
+    return fuse_decoder(model)
+
+
+fusers.append(_fuse_decoder)
 
 
 @register_quantizer(METHOD)

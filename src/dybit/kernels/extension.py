@@ -96,6 +96,26 @@ def new_kv_cache(kv_heads: int, key_size: int, value_size: int) -> Any:  # noqa:
     return _needed().KVCache(kv_heads, key_size, value_size)
 
 
+def new_decoder(*arguments: Any) -> Any:  # noqa: ANN401  # the extension's own class
+    """Returns a decoder without layers (csrc/decoder.h).
+
+    Its methods take addresses and sizes. What they refer to must live as long as the decoder.
+
+    Raises:
+        DyBitError: There is no extension.
+    """
+    return _needed().Decoder(*arguments)
+
+
+def left_padding(mask: int, sequences: int, length: int, starts: int) -> bool:
+    """Whether each sequence of an int64 mask is zeros and then ones; writes where these begin as int32.
+
+    Raises:
+        DyBitError: There is no extension.
+    """
+    return bool(_needed().left_padding(mask, sequences, length, starts))
+
+
 def _needed() -> ModuleType:
     extension = load()
     if extension is None:

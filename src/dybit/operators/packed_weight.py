@@ -181,7 +181,8 @@ class Product:
         if scale is not None and factor != 1:
             scale = scale * factor
         self.weight = weight
-        self._kept = (bias, scale, rounding.offset)  # the extension holds their addresses
+        # The extension holds their addresses. A parameter may get other memory; its detached tensor does not.
+        self._kept = (None if bias is None else bias.detach(), scale, rounding.offset)
         #: Arguments of the extension: its own object, addresses and reach.
         self.given = (
             weight.compiled,

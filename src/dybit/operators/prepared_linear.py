@@ -5,6 +5,8 @@ A small product takes the kernels little longer than Python needs to look up the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from dybit.operators.activations import activate
 from dybit.operators.dispatch import unwatched
 from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.operators.linear import linear, packed_for
-from dybit.operators.packed_cache import LayerSnapshot
+from dybit.operators.packed_cache import Snapshot
 from dybit.operators.packed_weight import Product
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
@@ -25,21 +27,26 @@ class PreparedLinear:
         weight: The weight.
         bias: Of shape (rows,), or None.
         rounding: How inputs are rounded.
-
-    Attributes:
-        snapshot: Of the tensors above.
     """
 
-    __slots__ = ("_bias", "_columns", "_most", "_product", "_rounding", "_rows", "_weight", "snapshot")
+    __slots__ = ("_bias", "_columns", "_most", "_rounding", "_rows", "_snapshot", "_weight", "product")
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, rounding: InputRounding = KEPT) -> None:
         self._weight, self._bias, self._rounding = weight, bias, rounding
-        self.snapshot = LayerSnapshot(weight, bias, rounding)
+        stored = {f"weight{suffix}": part for suffix, part in weight.parts().items()}
+        own = {"input_scale": rounding.scale, "input_offset": rounding.offset}
+        self._snapshot = Snapshot(stored | own), Snapshot({"bias": bias})
         self._rows, self._columns = weight.spec.rows, weight.spec.columns
         packed = packed_for(weight, rounding)
         known = bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.is_contiguous())
-        self._product = Product(packed, bias, rounding) if packed is not None and known else None
+        #: The product for the kernels; None if they do not support it.
+        self.product = Product(packed, bias, rounding) if packed is not None and known else None
         self._most = 0 if packed is None else packed.most_rows
+
+    def holds(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
+        """Whether buffers and bias of a layer are the prepared ones, unchanged since."""
+        stored, own = self._snapshot
+        return self._bias is bias and stored.holds(buffers) and (bias is None or own.holds({"bias": bias}))
 
     def __deepcopy__(self, memo: object) -> None:
         """Returns None: a copy of the layer prepares its own. The bias may be computed, and then cannot be copied."""
@@ -59,7 +66,7 @@ class PreparedLinear:
         Raises:
             DyBitError: As for :func:`dybit.operators.linear.linear`, or the activation is unknown.
         """
-        product = self._product
+        product = self.product
         if product is None or not self._takes(x):
             return activate(linear(x, self._weight, self._bias, self._rounding), activation)
         return product.of(x.view(-1, self._columns), activation).view(*x.shape[:-1], self._rows)
@@ -108,13 +115,13 @@ def feed_forward(
 
 def _products(x: Tensor, first: PreparedLinear, *others: PreparedLinear) -> list[Product] | None:
     """Returns the products that the kernels compute one after the other; None if they do not support them."""
-    if first._product is None or not first._takes(x):
+    if first.product is None or not first._takes(x):
         return None
     rows, recorded = x.numel() // first._columns, torch.is_grad_enabled()
-    products = [first._product]
+    products = [first.product]
     for other in others:
         learns = recorded and other._bias is not None and other._bias.requires_grad
-        if other._product is None or rows > other._most or learns:
+        if other.product is None or rows > other._most or learns:
             return None
-        products.append(other._product)
+        products.append(other.product)
     return products

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from dybit.runtime.image_fusion import fuse_layers
 from dybit.runtime.program import FusedProgram
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+#: Fuse models of other libraries without an example; they return None for a model that they do not know.
+fusers: list[Callable[[nn.Module], nn.Module | None]] = []
 
 
 def fuse(model: nn.Module, example: Example | None = None) -> nn.Module:
@@ -30,7 +33,10 @@ def fuse(model: nn.Module, example: Example | None = None) -> nn.Module:
     operators between them. Norms, attention and activations differ from torch's in the last bits, as torch's own do
     between machines; a rounded value may then fall on the next code.
 
-    Without an example, or if the model cannot be captured, each layer takes up what follows it
+    A language model of transformers needs no example: one call of the kernels computes all layers, and ``generate``
+    works as before (:data:`dybit.runtime.decoder.FAMILIES`). Logits differ from the model's by the order of sums.
+
+    Without an example, or if the model cannot be captured, each layer of other models takes up what follows it
     (:func:`dybit.runtime.image_fusion.fuse_layers`), and the rest stays as it is.
 
     Args:
@@ -39,7 +45,8 @@ def fuse(model: nn.Module, example: Example | None = None) -> nn.Module:
             name. Other sizes may follow. Sizes of 0 and 1 are captured on their own, when they first appear.
 
     Returns:
-        A model with the signature of ``model``: a :class:`dybit.runtime.program.FusedProgram`, or as
+        A model with the signature of ``model``: a :class:`dybit.runtime.program.FusedProgram`, a decoder of the same
+        class as ``model``, or as
         :func:`dybit.runtime.image_fusion.fuse_layers` returns it. It cannot be saved with :func:`dybit.save`; save
         ``model``.
 
@@ -53,7 +60,7 @@ def fuse(model: nn.Module, example: Example | None = None) -> nn.Module:
     if is_fused(model):
         raise DyBitError("model is already fused")
     if example is None:
-        return fuse_layers(model)
+        return next((found for fuser in fusers if (found := fuser(model)) is not None), None) or fuse_layers(model)
     args, kwargs = _arguments(example)
     if extension.load() is None:
         return fuse_layers(model)  # there are no kernels to run a program of
