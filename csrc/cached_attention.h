@@ -5,11 +5,10 @@
 
 namespace dybit {
 
-constexpr int kPageTokens = 64;
-
-// Consecutive tokens: keys [kv head][key_size][kPageTokens] and values [kv head][kPageTokens][padded value_size].
+// Consecutive tokens in a page: keys and values of the first head. A page may have unused tokens at its end.
 struct CachedPart {
-  const float *keys, *values;
+  const uint8_t *keys, *values;
+  int key_bits, value_bits;  // how they are held: as the side's format says, as BF16 or as FP32
   int count;
 };
 
@@ -17,10 +16,11 @@ struct CachedTask {
   const CacheQueries* queries;
   const CacheAttention* attention;
   const CacheShape* shape;
+  const CacheSide *keys, *values;
+  int page_tokens;
   int length;  // tokens of all parts
   const CachedPart* parts;
   int part_count;
-  size_t key_head, value_head;  // floats of a head
 };
 
 }  // namespace dybit

@@ -1,4 +1,9 @@
 // The keys and values of one attention layer for several sequences, and attention over them.
+//
+// Tokens lie in pages. A page that fills up is rounded to codes once enough newer tokens follow; until then its numbers are
+// BF16. What has become codes never changes. Keys of a head lie by channel, [key_size][tokens of a page], and a group is
+// the tokens of a channel; values lie by token, [tokens of a page][value_size], and a group is some channels of a token
+// (the layout of KIVI, Liu et al., ICML 2024).
 #pragma once
 
 #include <cstddef>
@@ -6,10 +11,20 @@
 #include <memory>
 #include <vector>
 
+#include "cache_codes.h"
+
 namespace dybit {
 
 struct CacheShape {
   int kv_heads, key_size, value_size;
+};
+
+struct CacheOptions {
+  CacheFormat keys, values;
+  int key_group = 32;    // tokens that share a scale, and of a page: 16, 32, 64 or 128
+  int value_group = 64;  // most channels that share a scale: 16, 32, 64 or 128
+  int residual = 0;      // newest tokens that stay BF16 even if their page is full
+  bool rotate_keys = false, rotate_values = false;  // by a Hadamard matrix before they are rounded
 };
 
 // New tokens of a sequence. Strides are those of head and token, in elements; the numbers of a head are contiguous.
@@ -35,7 +50,18 @@ struct CacheAttention {
   float soft_cap = 0;  // scores become soft_cap · tanh(score / soft_cap); 0: they stay
 };
 
-// Tokens of all heads. Sequences share pages that neither of them changes any more.
+// Keys or values: how a head is held in a page.
+struct CacheSide {
+  CacheFormat format;
+  CacheBlock block;
+  bool rotated;
+
+  int open_bits() const { return format.bits == CacheFormat::kFloat ? CacheFormat::kFloat : CacheFormat::kHalf; }
+  int bits(bool sealed) const { return sealed ? format.bits : open_bits(); }
+  size_t bytes(int bits) const { return block.bytes(format, bits); }
+};
+
+// Tokens of all heads: the keys of every head, then the values. Sequences share pages that neither of them changes.
 struct CachePage {
   explicit CachePage(size_t bytes);
 
@@ -49,7 +75,8 @@ struct CachePage {
 // Neither method locks: one thread at a time uses a cache. Sequences, lengths and indices are not checked.
 class KVCache {
  public:
-  explicit KVCache(const CacheShape& shape);
+  // Throws std::invalid_argument if an option is out of range.
+  explicit KVCache(const CacheShape& shape, const CacheOptions& options = {});
 
   const CacheShape& shape() const { return shape_; }
   int sequences() const { return int(sequences_.size()); }
@@ -74,18 +101,30 @@ class KVCache {
   struct Part {
     std::shared_ptr<CachePage> page;
     int count;
+    bool sealed;  // in the formats of the sides
   };
   struct Sequence {
     std::vector<Part> parts;
     int length = 0;
   };
+  // New tokens on their way to a page.
+  struct Arrival {
+    CachePage* page;
+    int token, count, first;
+    const CacheRows* rows;
+  };
 
-  CachePage& open_page(Sequence& sequence);  // with a place for a token, and of this sequence alone
-  void append_floats(CachePage& page, int token, int count, const CacheRows& rows, int first) const;
+  size_t values_at(bool sealed) const { return shape_.kv_heads * keys_.bytes(keys_.bits(sealed)); }
+  size_t page_bytes(bool sealed) const {
+    return values_at(sealed) + shape_.kv_heads * values_.bytes(values_.bits(sealed));
+  }
+  CachePage* open_page(Sequence& sequence) const;  // with a place for a token, and of this sequence alone
+  void store(const Arrival& arrival, int head) const;
+  void seal(const CacheRows* rows, int count, int threads);
 
   CacheShape shape_;
-  int value_pitch_;  // floats of a token's value
-  size_t key_head_, value_head_;  // floats of a head in a page
+  CacheSide keys_, values_;
+  int page_tokens_, residual_, value_pitch_;  // the pitch in numbers of a token's value
   std::vector<Sequence> sequences_;
 };
 

@@ -47,14 +47,27 @@ void attend(const KVCache& self, const std::vector<Queries>& given, int heads, f
   self.attend(queries.data(), int(queries.size()), {heads, scale, window, soft_cap}, threads);
 }
 
+// Bits (32: FP32, 16: BF16), levels of each book, reaches, centred.
+using Format = std::tuple<int, std::vector<std::vector<float>>, std::vector<float>, bool>;
+
+dybit::CacheFormat format(const Format& f) { return {std::get<0>(f), std::get<1>(f), std::get<2>(f), std::get<3>(f)}; }
+
+// Tokens of a group of keys, channels of a group of values, residual, whether keys are rotated, and values.
+using Options = std::tuple<int, int, int, bool, bool>;
+
+KVCache* make(int kv_heads, int key_size, int value_size, const Format& keys, const Format& values,
+              const Options& options) {
+  const auto& [key_group, value_group, residual, rotate_keys, rotate_values] = options;
+  return new KVCache({kv_heads, key_size, value_size}, {format(keys), format(values), key_group, value_group, residual,
+                                                        rotate_keys, rotate_values});
+}
+
 }  // namespace
 
 void define_cache(nb::module_& m) {
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<KVCache>(m, "KVCache")
-      .def(nb::new_([](int kv_heads, int key_size, int value_size) {
-        return new KVCache({kv_heads, key_size, value_size});
-      }))
+      .def(nb::new_(&make))
       .def_prop_ro("sequences", &KVCache::sequences)
       .def_prop_ro("nbytes", &KVCache::bytes)
       .def("length", &KVCache::length)

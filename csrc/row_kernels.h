@@ -33,6 +33,14 @@ struct PoolBlock {
   int channels;
 };
 
+// Rows for a page of a cache: number [row][column] comes to place row · row_pitch + column · column_pitch.
+struct StoredRows {
+  const float* x;  // [rows][x_stride]
+  int64_t x_stride;
+  int rows, columns;
+  int64_t row_pitch, column_pitch;
+};
+
 // All sets give the same bits.
 struct RowKernels {
   void (*norm)(const NormTask&, int rows);  // y is not null
@@ -49,6 +57,12 @@ struct RowKernels {
   void (*attend_cached)(const CachedTask&, int kv_head, int first_row, int last_row);  // rows as those of attend
   // Rotary positions in place: numbers i and i + pairs of each head become x·cosine - y·sine and y·cosine + x·sine.
   void (*rotate)(float* x, int heads, int64_t head_stride, const float* cosine, const float* sine, int pairs);
+  // Numbers of a block that is held in `bits`, those of the format or BF16. They are vectors · 16.
+  void (*decode_cache)(const CacheFormat&, const CacheBlock&, int bits, const uint8_t* from, float* to);
+  void (*encode_cache)(const CacheFormat&, const CacheBlock&, const float* from, uint8_t* to);
+  void (*store_cache)(const StoredRows&, int bits, void* to);  // as FP32 or BF16
+  // Multiplies rows by the normalized Hadamard matrix of the largest power of two that divides `size`, block by block.
+  void (*hadamard)(float* rows, int count, int size, int64_t stride);
 };
 
 }  // namespace dybit

@@ -85,15 +85,16 @@ def new_program(arena_bytes: int) -> Any:  # noqa: ANN401  # the extension's own
     return _needed().Program(arena_bytes)
 
 
-def new_kv_cache(kv_heads: int, key_size: int, value_size: int) -> Any:  # noqa: ANN401  # the extension's own class
-    """Returns an empty cache of the keys and values of one attention layer (csrc/kv_cache.h).
+def new_kv_cache(*arguments: Any) -> Any:  # noqa: ANN401  # the extension's own class
+    """Returns an empty cache of the keys and values of one attention layer (csrc/module_cache.cc).
 
-    Its methods take addresses and indices, unchecked.
+    It takes the number of heads, the sizes of keys and values, and what ``CacheConfig.native`` returns. Its methods
+    take addresses and indices, unchecked.
 
     Raises:
         DyBitError: There is no extension.
     """
-    return _needed().KVCache(kv_heads, key_size, value_size)
+    return _needed().KVCache(*arguments)
 
 
 def new_decoder(*arguments: Any) -> Any:  # noqa: ANN401  # the extension's own class

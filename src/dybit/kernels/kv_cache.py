@@ -10,6 +10,7 @@ from torch import Tensor
 from dybit.errors import DyBitError
 from dybit.kernels import extension
 from dybit.kernels.arguments import address
+from dybit.kernels.cache_config import FLOAT_CACHE, CacheConfig
 
 
 class KVCache:
@@ -20,17 +21,20 @@ class KVCache:
         kv_heads: Heads of keys and values.
         key_size: Numbers of a key in a head.
         value_size: Numbers of a value in a head.
+        config: How they are held; FP32 by default.
 
     Raises:
         DyBitError: A size is not positive, or there is no extension.
     """
 
-    def __init__(self, sequences: int, kv_heads: int, key_size: int, value_size: int) -> None:
+    def __init__(
+        self, sequences: int, kv_heads: int, key_size: int, value_size: int, config: CacheConfig = FLOAT_CACHE
+    ) -> None:
         for name, size in (("kv_heads", kv_heads), ("key_size", key_size), ("value_size", value_size)):
             if size < 1:
                 raise DyBitError(f"{name} must be positive, not {size}")
         self.kv_heads, self.key_size, self.value_size = kv_heads, key_size, value_size
-        self.native = extension.new_kv_cache(kv_heads, key_size, value_size)
+        self.native = extension.new_kv_cache(kv_heads, key_size, value_size, *config.native())
         self.native.reset(sequences)
 
     @property
