@@ -53,7 +53,7 @@ struct CacheBlock {
   size_t code_bytes(int bits) const { return size_t(padded()) * 2 * bits; }
   size_t bytes(const CacheFormat& format, int bits) const {
     const size_t all = code_bytes(bits) + (bits > 8 ? 0 : size_t(groups()) * (format.centred ? 4 : 2));
-    return (all + 63) / 64 * 64;
+    return (all + 63) / 64 * 64;  // the last vector of scales may reach beyond: a page ends with 64 bytes more
   }
 };
 

@@ -35,7 +35,7 @@ int checked_group(int group) {
 
 }  // namespace
 
-CachePage::CachePage(size_t bytes) : bytes(bytes), memory_(new uint8_t[bytes + 64]()) {
+CachePage::CachePage(size_t bytes) : bytes(bytes), memory_(new uint8_t[bytes + 128]()) {
   data = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
 }
 

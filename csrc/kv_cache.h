@@ -65,7 +65,7 @@ struct CacheSide {
 struct CachePage {
   explicit CachePage(size_t bytes);
 
-  uint8_t* data;  // aligned to 64 bytes, zero at first
+  uint8_t* data;  // aligned to 64 bytes, zero at first, with 64 bytes behind its end
   size_t bytes;
 
  private:

@@ -16,6 +16,7 @@
 #include "depthwise.h"
 #include "dispatch.h"
 #include "elementwise.h"
+#include "kv_cache.h"
 #include "norm.h"
 #include "packed_weight.h"
 #include "pooling.h"
@@ -469,6 +470,52 @@ void convolutions() {
   }
 }
 
+// Levels of a width that is held as a table, or as steps of 1, 2 and 4.
+CacheFormat cache_format(int bits) {
+  if (bits > 8) return CacheFormat(bits, {}, {}, false);
+  std::vector<std::vector<float>> books(bits > 4 ? 1 : between(1, 4));
+  for (size_t book = 0; book < books.size(); ++book)
+    for (int i = 0; i < 1 << bits; ++i) {
+      const float t = float(i) - float((1 << bits) - 1) / 2, half = float(1 << (bits - 2));
+      const float inner = std::min(std::max(t, -half), half);
+      books[book].push_back(t + (bits > 4 ? 1.0f : float(book) / 2) * (t - inner));
+    }
+  return CacheFormat(bits, books, bits > 4 ? std::vector<float>{1} : std::vector<float>{1, 0.9f}, below(2));
+}
+
+void caches() {
+  for (int bits : {2, 3, 4, 5, 6, 7, 8, 16, 32})
+    for (int time = 0; time < 2 * kTimes; ++time) {
+      const CacheShape shape{between(1, 2), one_of({1, 16, 24, 64}), one_of({1, 16, 40, 64})};
+      const CacheOptions options{cache_format(bits),        cache_format(bits), one_of({16, 32, 64}),
+                                 one_of({16, 32, 64, 128}), below(40),          below(2) == 1,
+                                 below(2) == 1};
+      const int tokens = between(1, 150), group = between(1, 4), queries = between(1, std::min(tokens, 12));
+      const auto keys = numbers(int64_t(tokens) * shape.kv_heads * shape.key_size, below(4) > 0);
+      const auto values = numbers(int64_t(tokens) * shape.kv_heads * shape.value_size, below(4) > 0);
+      const auto q = numbers(int64_t(queries) * shape.kv_heads * group * shape.key_size);
+      const CacheAttention attention{shape.kv_heads * group, 0.3f, below(2) * 20, float(below(2) * 5)};
+      compare("cache of " + std::to_string(bits) + " bits", [&](const Kernels& set) {
+        use(set.name);
+        KVCache cache(shape, options);
+        cache.reset(1);
+        const CacheRows rows{0, tokens, keys.data(), values.data(),
+                             {shape.key_size, int64_t(shape.kv_heads) * shape.key_size},
+                             {shape.value_size, int64_t(shape.kv_heads) * shape.value_size}};
+        cache.append(&rows, 1, 1);
+        std::vector<float> result(int64_t(queries) * shape.kv_heads * group * shape.value_size + keys.size() +
+                                  values.size());
+        CacheQueries asked{0, queries, below(3), q.data(), {}, result.data(), {}};
+        asked.q_strides[0] = shape.key_size, asked.q_strides[1] = int64_t(attention.heads) * shape.key_size;
+        asked.out_strides[0] = shape.value_size, asked.out_strides[1] = int64_t(attention.heads) * shape.value_size;
+        cache.attend(&asked, 1, attention, between(1, 2));
+        float* all = result.data() + result.size() - keys.size() - values.size();
+        cache.read(0, all, all + keys.size());
+        return with_one_nan(result);
+      });
+    }
+}
+
 void attentions() {
   for (int i = 0; i < 60 * kTimes; ++i) {
     AttentionTask task{};
@@ -594,6 +641,7 @@ int main(int count, char** names) {
   gathers();
   convolutions();
   attentions();
+  caches();
   norms();
   elementwise();
   poolings();

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rows import on_all
 
 from dybit.errors import DyBitError
+from dybit.kernels.cache_config import CacheConfig
 from dybit.kernels.kv_cache import KVCache
 from kernels import ISAS
 
@@ -134,6 +135,126 @@ def test_threads_do_not_change_bits():
         results.append(cache.attend(q, 0.125))
     torch.set_num_threads(threads)
     assert torch.equal(*results)
+
+
+CONFIGS = [
+    *(CacheConfig(bits, bits) for bits in range(2, 9)),
+    CacheConfig(4, None),
+    CacheConfig(None, 4, rotate_keys=True),
+    CacheConfig("bf16", "bf16"),
+    CacheConfig("bf16", 3, residual=50),
+    CacheConfig("nf4", "int4", group_size=16, value_group_size=16),
+    CacheConfig("s8r4", "int8", group_size=64, residual=3, rotate_values=False),
+    CacheConfig("s4r2spare", "dybit4mid", group_size=128, value_group_size=128, rotate_keys=True),
+]
+
+
+@exact
+@given(st.integers(0, 2**32 - 1))
+def test_attention_reads_what_was_stored_and_codes_never_change(seed):
+    rng = np.random.default_rng(seed)
+    config = CONFIGS[int(rng.integers(len(CONFIGS)))]
+    kv_heads, group = int(rng.integers(1, 4)), int(rng.choice([1, 3, 7]))
+    size, width = int(rng.choice([1, 16, 40, 64])), int(rng.choice([1, 16, 33, 64, 128]))
+    cache = KVCache(int(rng.integers(1, 3)), kv_heads, size, width, config)
+    held = [cache.read(i) for i in range(cache.sequences)]
+    changed = [[torch.zeros(0, dtype=torch.bool)] * 2 for _ in held]
+    for _ in range(int(rng.integers(1, 5))):
+        tokens = int(rng.choice([1, 2, 31, 32, 65, 200]))
+        new = [random_heads(rng, cache.sequences, kv_heads, tokens, s) for s in (size, width)]
+        cache.append(*new)
+        for i in range(cache.sequences):
+            for side, found in enumerate(cache.read(i)):
+                before = held[i][side]
+                differs = (found[:, : before.shape[1]] != before).any(2).any(0)
+                assert not (differs & changed[i][side]).any()  # BF16 becomes codes once
+                changed[i][side] = torch.cat([changed[i][side] | differs, torch.zeros(tokens, dtype=torch.bool)])
+                newest = min(config.residual, tokens)
+                error = (found - torch.cat([before, new[side][i]], 1))[:, found.shape[1] - newest :].abs()
+                assert (error <= new[side][i].abs().max() / 50).all()
+        held = [cache.read(i) for i in range(cache.sequences)]
+        if rng.integers(3) == 0:
+            indices = rng.integers(0, cache.sequences, int(rng.integers(1, 4))).tolist()
+            length = int(rng.integers(0, 150))
+            cache.reorder(indices)
+            cache.crop(length)
+            held = [tuple(t[:, :length] for t in held[i]) for i in indices]
+            changed = [[t[:length] for t in changed[i]] for i in indices]
+            for i, expected in enumerate(held):
+                assert all(map(torch.equal, cache.read(i), expected))
+    tokens = min(int(rng.choice([1, 2, 30])), min(cache.lengths))
+    q = random_heads(rng, cache.sequences, kv_heads * group, tokens, size)
+    found = on_all(lambda _: [cache.attend(q, size**-0.5)])[0]
+    for i in range(cache.sequences):
+        np.testing.assert_allclose(found[i], oracle(q[i], *held[i], size**-0.5), rtol=0, atol=1e-4)
+
+
+def least_error(x, books, reaches, centred):
+    """The smallest squared error of groups (…, n) in float64, over books and reaches, scales rounded to BF16."""
+    half = lambda y: torch.from_numpy(np.asarray(y, dtype=np.float32)).bfloat16().double().numpy()  # noqa: E731
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    offset = half((low + high) / 2) if centred else np.zeros_like(low)
+    errors = []
+    for book in books:
+        levels = np.array(book)
+        for reach in reaches:
+            scale = half(np.maximum((high - offset) / levels[-1], (low - offset) / levels[0]) * reach)
+            ratio = (x - offset) / scale
+            nearest = levels[np.abs(ratio[..., None] - levels).argmin(-1)]
+            errors.append(((nearest * scale + offset - x) ** 2).sum(-1))
+    return np.min(errors, 0)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:7] + CONFIGS[11:], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_rounding_loses_no_more_than_the_best_of_its_scales(config, shift):
+    rng = np.random.default_rng(0)
+    tokens, size = 2 * config.group_size, 64
+    given_heads = [(random_heads(rng, 1, 2, tokens, size) + shift).bfloat16().float() for _ in range(2)]
+    cache = KVCache(1, 2, size, size, CacheConfig(**config.to_dict() | {"rotate_keys": False, "rotate_values": False}))
+    cache.append(*given_heads)
+    groups = [(2, 2, config.group_size, size), (2, tokens, -1, min(config.value_group_size, size))]
+    for side, found in enumerate(cache.read(0)):
+        x, y = (t.double().numpy().reshape(groups[side]) for t in (given_heads[side][0], found))
+        if side == 0:
+            x, y = x.swapaxes(2, 3), y.swapaxes(2, 3)
+        _, books, reaches, centred = config.native()[side]
+        least = least_error(x, books, reaches, centred)
+        error = ((x - y) ** 2).sum(-1)
+        assert (error <= 1.3 * least + 1e-6).all()  # scales of some books have 5 bits behind the point
+        assert error.sum() <= 1.02 * least.sum() + 1e-6
+
+
+def test_memory_of_four_bits_is_less_than_a_third_of_bf16():
+    cache = KVCache(1, 3, 64, 64, CacheConfig())
+    cache.append(*(torch.randn(1, 3, 4096, 64) for _ in range(2)))
+    assert cache.nbytes <= 0.3 * 4096 * 3 * 64 * 2 * 2
+
+
+def test_a_group_with_nan_is_nan():
+    k, v = torch.randn(1, 1, 32, 64), torch.randn(1, 1, 32, 64)
+    k[0, 0, 3, 5], v[0, 0, 7, 2] = torch.nan, torch.inf
+    cache = KVCache(1, 1, 64, 64, CacheConfig())
+    cache.append(k, v)
+    keys, values = (t.isnan() for t in cache.read(0))
+    assert keys[0, :, 5].all() and keys.sum() == 32
+    assert values[0, 7].all() and values.sum() == 64
+
+
+def test_zeros_stay_zeros():
+    cache = KVCache(1, 1, 64, 64, CacheConfig())
+    cache.append(*(torch.zeros(1, 1, 32, 64) for _ in range(2)))
+    assert not any(t.any() for t in cache.read(0))
+
+
+def test_sequences_that_share_tokens_share_their_codes():
+    cache = KVCache(1, 1, 64, 64, CacheConfig())
+    cache.append(*(torch.randn(1, 1, 3200, 64) for _ in range(2)))
+    one = cache.nbytes
+    cache.reorder([0] * 4)
+    assert cache.nbytes == one
+    cache.append(*(torch.randn(4, 1, 1, 64) for _ in range(2)))
+    assert cache.nbytes < 2 * one
 
 
 @pytest.mark.parametrize(

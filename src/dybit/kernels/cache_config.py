@@ -94,7 +94,7 @@ def _names(side: str, bits: int) -> tuple[str, ...]:
     return (f"s{bits}r1mid",) if side == "keys" else (f"s{bits}r2",)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def _native(side: str, value: int | str | None) -> NativeFormat:
     if value is None or value == "bf16":
         return _FLOAT if value is None else _HALF, [], [], False
