@@ -116,9 +116,10 @@ def test_null_keeps_floating_point():
     assert Recipe(weights=None).layer("x") is None
     assert Recipe(weights=None, activations=8).layer("x").weights is None
     assert Recipe(rules={"x": {"weights": None}}).layer("x") is None
-    assert Recipe(embeddings=None).layer("x", embedding=True) is None
-    assert Recipe(weights=4, activations=8).layer("x", embedding=True) == LayerRecipe(weights=8)
-    assert Recipe(rules={"x": {"weights": 3}}).layer("x", embedding=True).weights == 3
+    assert Recipe(embeddings=None).layer("x", "embedding") is None
+    of_a_table = Recipe(weights=4, activations=8).layer("x", "embedding")
+    assert (of_a_table.weights, of_a_table.activations) == (8, None)
+    assert Recipe(rules={"x": {"weights": 3}}).layer("x", "embedding").weights == 3
 
 
 def test_what_is_left_open_is_resolved():
@@ -131,13 +132,34 @@ def test_what_is_left_open_is_resolved():
     assert Recipe(weights=4, variants="all").weight_family == catalogue.dybit(4)
     assert Recipe(weights="s4r3").weight_family.books == catalogue.family("s4").books
     assert Recipe().activation_families is None
-    signed, unsigned = Recipe(activations=8).activation_families
-    assert (signed.name, unsigned.name) == ("dybit8plain", "udybit8")
+    assert [f and f.name for f in Recipe(activations=8).activation_families] == ["int8", "uint8"]
+    assert [f and f.name for f in Recipe(activations=7).activation_families] == ["dybit7plain", "udybit7"]
+    assert [f and f.name for f in Recipe(activations="dybit8plain").activation_families] == [
+        "dybit8plain",
+        "udybit8plain",
+    ]
     assert [f and f.name for f in Recipe(activations="s4r2").activation_families] == ["s4r2", "u4r2"]
     assert [f and f.name for f in Recipe(activations="int8").activation_families] == ["int8", "uint8"]
     assert [f and f.name for f in Recipe(activations="nf4").activation_families] == ["nf4", None]
     # A format without negative values serves inputs with a sign by an offset.
     assert [f and f.name for f in Recipe(activations="uint8").activation_families] == ["uint8", "uint8"]
+
+
+def test_the_kind_of_a_layer_decides_the_mode_of_its_inputs():
+    def mode(recipe, kind):
+        layer = recipe.layer("x", kind)
+        return layer.activation_mode, layer.activation_group_size
+
+    assert mode(Recipe(activations=8), "linear") == ("dynamic", 64)
+    assert mode(Recipe(activations=8), "convolution") == ("static", None)
+    assert mode(Recipe(activations=4, activation_group_size=32), "linear") == ("dynamic", 32)
+    assert mode(Recipe(activations=4, activation_group_size=32), "convolution") == ("static", None)
+    assert mode(Recipe(activations=8, activation_mode="dynamic"), "linear") == ("dynamic", None)
+    assert mode(Recipe(activations=8, activation_mode="dynamic"), "convolution") == ("dynamic", None)
+    assert mode(Recipe(activations=8, activation_mode="static"), "linear") == ("static", None)
+    ruled = Recipe(activations=8, rules={"x": {"activation_mode": "static"}})
+    assert mode(ruled, "linear") == ("static", None) and ruled.layer("x").has_static_inputs
+    assert not Recipe(activation_mode="static").has_static_inputs and not Recipe(activations=8).has_static_inputs
 
 
 def test_rules_change_what_belongs_together():
@@ -190,7 +212,10 @@ def test_rules_change_what_belongs_together():
         ({"percentile": True}, "not True"),
         ({"activation_mode": "Static"}, "did you mean 'static'?"),
         ({"activation_offset": 1}, "activation_offset must be true or false, not 1"),
-        ({"activation_group_size": 64}, "activation_group_size=64 needs activation_mode='dynamic', not 'static'"),
+        (
+            {"activation_group_size": 64, "activation_mode": "static"},
+            "activation_group_size=64 needs activation_mode='dynamic'",
+        ),
         ({"weights": "mxfp4"}, "weights='mxfp4' needs group_size=32, not None"),
         ({"weights": "mxfp4", "group_size": 32, "scale": "fp32"}, "weights='mxfp4' needs scale='pow2', not 'fp32'"),
         ({"rules": 5}, "rules must map patterns to fields or None, not 5"),

@@ -21,9 +21,11 @@ from dybit.safe_files import parse_json
 Variants = Literal["all", "plain", "spare", "midrise"]
 Criterion = Literal["auto", "weight", "activation"]
 Mode = Literal["static", "dynamic"]
+Kind = Literal["linear", "convolution", "embedding"]
 
 FORMAT_VERSION = 1
 _LONGEST_PATTERN = 10_000
+INPUT_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class LayerRecipe:
     Args:
         weights: Width of DyBit codes (2 to 8), with the variants in ``variants``; or the name of any format, such as
             ``"s4r2"`` or ``"nf4"``; or None to keep the weights in floating point.
-        activations: The same for the layer's inputs. A width, or a format such as ``"int8"``, becomes unsigned if
-            calibration finds no negative input. Calibration also chooses ``max_run``.
+        activations: The same for the layer's inputs. 8 means ``"int8"``, whose products are the fastest; below, a width
+            means DyBit, with the ``max_run`` that calibration chooses. The format becomes unsigned if calibration finds
+            no negative input. ``"dybit8plain"`` is DyBit of 8 bits.
         granularity: What shares a scale. None means ``"group"`` if ``group_size`` is given, else ``"channel"``.
         group_size: Consecutive weights of an output channel that share a scale.
         scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.tensors.scale_search`).
@@ -47,7 +50,8 @@ class LayerRecipe:
             inputs, which needs calibration), or ``auto`` (``activation`` if there is calibration data).
         percentile: For the ``percentile`` methods of weights and activations.
         activation_mode: ``static``: one scale per tensor, from calibration. ``dynamic``: a scale per token (per sample
-            in convolutions), from its largest magnitude as the model runs.
+            in convolutions), from its largest magnitude as the model runs. None: static in convolutions; dynamic in all
+            other layers, with ``activation_group_size`` 64 unless it is given.
         activation_method: How static scales are chosen: ``mse``, ``absmax`` (min-max) or ``percentile``.
         activation_group_size: For dynamic activations of linear layers: consecutive inputs that share a scale.
         activation_offset: Whether static activations may use an unsigned format and an offset if that reduces the
@@ -67,7 +71,7 @@ class LayerRecipe:
     method: Method = "mse"
     criterion: Criterion = "auto"
     percentile: float = 99.99
-    activation_mode: Mode = "static"
+    activation_mode: Mode | None = None
     activation_method: Method = "mse"
     activation_group_size: int | None = None
     activation_offset: bool = True
@@ -81,7 +85,7 @@ class LayerRecipe:
             "variant_granularity": (None, *GRANULARITIES),
             "method": METHODS,
             "criterion": get_args(Criterion),
-            "activation_mode": get_args(Mode),
+            "activation_mode": (None, *get_args(Mode)),
             "activation_method": METHODS,
         }
         for name, allowed in choices.items():
@@ -103,11 +107,8 @@ class LayerRecipe:
             raise DyBitError(f"activation_offset must be true or false, not {self.activation_offset!r}")
         if self.granularity is not None and (self.group_size is None) == (self.granularity == "group"):
             raise DyBitError(f"group_size={self.group_size} does not fit granularity={self.granularity!r}")
-        if self.activation_group_size is not None and self.activation_mode != "dynamic":
-            raise DyBitError(
-                f"activation_group_size={self.activation_group_size} needs activation_mode='dynamic', "
-                f"not {self.activation_mode!r}"
-            )
+        if self.activation_group_size is not None and self.activation_mode == "static":
+            raise DyBitError(f"activation_group_size={self.activation_group_size} needs activation_mode='dynamic'")
         family = self.weight_family
         if family and family.group_size not in (None, self.group_size):
             raise DyBitError(f"weights={self.weights!r} needs group_size={family.group_size}, not {self.group_size}")
@@ -140,6 +141,8 @@ class LayerRecipe:
             return None
         if _is_width("activations", self.activations):
             bits = int(self.activations)
+            if bits == 8:
+                return catalogue.family("int8"), catalogue.family("uint8")
             return catalogue.dybit(bits, kind="plain"), catalogue.dybit(bits, signed=False)
         name = str(self.activations)
         signed = catalogue.family(name)
@@ -154,6 +157,11 @@ class LayerRecipe:
     def scale_granularity(self) -> Granularity:
         """The granularity of scales, resolved."""
         return self.granularity or ("group" if self.group_size else "channel")
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether the inputs have static scales, which need calibration."""
+        return self.activations is not None and self.activation_mode == "static"
 
     @property
     def scale_type(self) -> ScaleType:
@@ -211,18 +219,19 @@ class Recipe(LayerRecipe):
     def _defaults(self) -> LayerRecipe:
         return LayerRecipe(**{field.name: getattr(self, field.name) for field in fields(LayerRecipe)})
 
-    def layer(self, name: str, embedding: bool = False) -> LayerRecipe | None:
+    def layer(self, name: str, kind: Kind = "linear") -> LayerRecipe | None:
         """Returns how a layer is quantized.
 
         Args:
             name: Qualified name of the module.
-            embedding: Whether it is an embedding table: its default width is ``embeddings``, its inputs are indices.
+            kind: What decides its defaults: the default width of an ``embedding`` is ``embeddings``, and its inputs are
+                indices; inputs of a ``convolution`` are static. All other layers are ``linear``.
 
         Returns:
-            The layer's recipe, or None to keep it in floating point.
+            The layer's recipe, whose ``activation_mode`` is not None; or None to keep it in floating point.
         """
         defaults = self._defaults
-        if embedding:
+        if kind == "embedding":
             defaults = replace(defaults, weights=self.embeddings, activations=None)
         for pattern, changes in self.rules:
             if matches(pattern, name):
@@ -230,7 +239,9 @@ class Recipe(LayerRecipe):
                     return None
                 defaults = _apply(defaults, pattern, changes)
                 break
-        return None if defaults.weights is None and defaults.activations is None else defaults
+        if defaults.weights is None and defaults.activations is None:
+            return None
+        return _with_mode(defaults, kind)
 
     def keeps(self, name: str) -> str | None:
         """Returns the pattern of the rule that keeps a layer in floating point, or None."""
@@ -310,6 +321,17 @@ def _apply(defaults: LayerRecipe, pattern: str, changes: tuple[tuple[str, Any], 
     if "granularity" in values and values["granularity"] != "group" and "group_size" not in values:
         values["group_size"] = None if values["granularity"] else defaults.group_size
     return replace(defaults, **values)
+
+
+def _with_mode(layer: LayerRecipe, kind: Kind) -> LayerRecipe:
+    """Returns the recipe of a layer with the mode of its inputs."""
+    if layer.activation_mode is not None:
+        return layer
+    if kind == "convolution":
+        return replace(layer, activation_mode="static", activation_group_size=None)
+    return replace(
+        layer, activation_mode="dynamic", activation_group_size=layer.activation_group_size or INPUT_GROUP_SIZE
+    )
 
 
 def _freeze(rules: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:

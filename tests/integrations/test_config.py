@@ -8,7 +8,7 @@ from dybit.tensors.quantized_tensor import TensorSpec
 
 def test_bad_arguments():
     with pytest.raises(dybit.DyBitError, match="activations=8 are static and need calibration"):
-        dybit.DyBitConfig(weights=4, activations=8)
+        dybit.DyBitConfig(weights=4, activations=8, activation_mode="static")
     with pytest.raises(dybit.DyBitError, match="recipe has no field 'groupsize'; did you mean 'group_size'"):
         dybit.DyBitConfig(weights=4, groupsize=64)
     with pytest.raises(dybit.DyBitError, match="give a recipe or its fields, not both: weights"):

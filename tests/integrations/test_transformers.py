@@ -121,7 +121,9 @@ def test_a_rule_for_experts(tmp_path):
 
 def test_calibrated_experts_are_attached(tmp_path):
     model = build("mixtral")
-    dybit.quantize_(model, dybit.Recipe(weights=4, activations=8), [inputs("mixtral")], algorithm="gptq")
+    dybit.quantize_(
+        model, dybit.Recipe(weights=4, activations=8, activation_mode="static"), [inputs("mixtral")], algorithm="gptq"
+    )
     assert experts(model).input_spec.mode == "dynamic" and model.lm_head.input_spec.mode == "static"
     attach_(model).save_pretrained(tmp_path / "hub")
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", output_loading_info=True)
@@ -239,7 +241,7 @@ def test_gradients_reach_what_is_below(stored):
 def test_calibrated_models_are_attached(tmp_path):
     model = build("llama_tied")
     batches = [inputs("llama")]
-    dybit.quantize_(model, dybit.Recipe(weights=4, activations=8), calibration=batches)
+    dybit.quantize_(model, dybit.Recipe(weights=4, activations=8, activation_mode="static"), calibration=batches)
     attach_(model).save_pretrained(tmp_path)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert nothing_wrong(info)
@@ -462,7 +464,9 @@ def test_a_headed_model_from_a_quantized_base(llama, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_static_inputs_in_half_precision(tmp_path, dtype):
     model = build("llama").to(dtype)
-    attach_(dybit.quantize_(model, dybit.Recipe(weights=4, activations=4), [inputs("llama")])).save_pretrained(tmp_path)
+    attach_(
+        dybit.quantize_(model, dybit.Recipe(weights=4, activations=4, activation_mode="static"), [inputs("llama")])
+    ).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     layer = again.model.layers[0].mlp.down_proj
     assert layer.input_scale.dtype == torch.float32 and layer.weight.dtype == dtype

@@ -195,7 +195,7 @@ def test_what_is_no_description(bad):
 
 
 def test_scales_that_are_missing_are_refused():
-    first = quantize_(net(0), Recipe(weights=4, activations=8), [skewed(1)])
+    first = quantize_(net(0), Recipe(weights=4, activations=8, activation_mode="static"), [skewed(1)])
     other = quantize_(net(1), Recipe(weights=4))
     state = first.state_dict()
     del state["2.input_scale"]

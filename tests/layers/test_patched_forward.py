@@ -57,7 +57,9 @@ def layers(model):
     return [module for module in model.modules() if weight_names(module)]
 
 
-@pytest.mark.parametrize("recipe", [Recipe(weights=8, activations=3), Recipe(weights=4)], ids=["w8a3", "w4"])
+@pytest.mark.parametrize(
+    "recipe", [Recipe(weights=8, activations=3, activation_mode="static"), Recipe(weights=4)], ids=["w8a3", "w4"]
+)
 @pytest.mark.parametrize("patch", [hook_, close_])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
@@ -91,7 +93,7 @@ def test_hooks_from_before_quantization(name, patch, recipe):
 @pytest.mark.parametrize("patch", [hook_, close_])
 def test_hooks_from_before_training(patch):
     x = MODELS["linear"][1]()
-    recipe = Recipe(weights=8, activations=3)
+    recipe = Recipe(weights=8, activations=3, activation_mode="static")
     plain = prepare_qat_(build("linear"), recipe, [x])
     model = build("linear")
     for layer in layers(model):

@@ -71,7 +71,7 @@ def test_state_dict_loads_into_a_quantized_model(name):
 
 @each_layer
 def test_describes_itself(name):
-    model = quantized(name, RECIPES["w8a8"])
+    model = quantized(name, RECIPES["w8a8_static"])
     text = repr(model)
     if name == "transformers_conv1d":  # which has a __repr__ of its own
         return

@@ -73,6 +73,6 @@ def test_embeddings():
     made = mixed_recipe(
         Recipe(), {"table": Candidate(4, 8), "other": Candidate(8, 4), "x": SOME[2]}, {"table", "other"}
     )
-    assert made.layer("table", embedding=True).weights == 4 and made.layer("other", embedding=True).weights == 8
-    assert made.layer("table", embedding=True).activations is None and (made.weights, made.activations) == (2, 4)
-    assert mixed_recipe(Recipe(), {"table": Candidate(None, 8)}, {"table"}).layer("table", embedding=True) is None
+    assert made.layer("table", "embedding").weights == 4 and made.layer("other", "embedding").weights == 8
+    assert made.layer("table", "embedding").activations is None and (made.weights, made.activations) == (2, 4)
+    assert mixed_recipe(Recipe(), {"table": Candidate(None, 8)}, {"table"}).layer("table", "embedding") is None

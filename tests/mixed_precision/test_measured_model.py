@@ -66,7 +66,7 @@ def test_tied_layers_are_one():
     subject = Subject(Tied(), data)
     assert list(subject.layers) == ["embedding", "hidden"] and subject.ties["embedding"] == ("head",)
     recipe = subject.mixed({"embedding": Candidate(4, 8), "hidden": Candidate(2)})
-    assert recipe.layer("embedding", embedding=True).weights == 4 and recipe.layer("head").activations == 8
+    assert recipe.layer("embedding", "embedding").weights == 4 and recipe.layer("head").activations == 8
     with subject.replaced(
         {n: subject.quantized(n, r) for n, r in subject.layer_recipes("embedding", Candidate(4)).items()}
     ):

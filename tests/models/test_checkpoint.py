@@ -110,7 +110,8 @@ def mlp(hidden=16, seed=0):
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint of an MLP and the model that it was made from."""
-    model = quantize_(mlp(), Recipe(weights=4, activations=8, group_size=6), [torch.randn(9, 8)])
+    recipe = Recipe(weights=4, activations="dybit8plain", activation_mode="static", group_size=6)
+    model = quantize_(mlp(), recipe, [torch.randn(9, 8)])
     return save(model, tmp_path / "out"), model
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from dybit.errors import DyBitError, DyBitWarning
+from dybit.layers.input_spec import InputSpec
 from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.models.preparation import dequantize_, folded_pairs, make_plain_
 from dybit.ptq import chain
@@ -22,6 +23,7 @@ from dybit.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("plain_torch")  # tests/test_linear.py is about the kernels
 
 W4A8 = Recipe(weights=4, activations=8)
+STATIC = Recipe(weights=4, activations=8, activation_mode="static")
 
 
 def mlp():
@@ -431,11 +433,11 @@ def test_lazy_layers():
         (Recipe(rules={"*": None}), None, "the recipe keeps every layer in floating point"),
         (Recipe(weights=None), None, "the recipe keeps every layer in floating point"),
         (
-            W4A8,
+            STATIC,
             None,
             "activations=8 are static and need calibration; pass calibration=batches or set activation_mode='dynamic'",
         ),
-        (Recipe(rules={"2": {"activations": 6}}), None, "activations=6 are static"),
+        (Recipe(rules={"2": {"activations": 6, "activation_mode": "static"}}), None, "activations=6 are static"),
         (Recipe(criterion="activation"), None, "criterion='activation' of layer '0' needs calibration"),
         (W4A8, [], "calibration yields no batch"),
         (W4A8, [torch.randn(3, 9)], "calibration batch 0 (float32 of shape (3, 9)) does not fit the model"),
@@ -456,7 +458,22 @@ def test_bad_recipes_and_calibration(recipe, calibration, message):
 
 def test_static_activations_of_a_model_with_an_embedding_need_calibration():
     with pytest.raises(DyBitError, match="activations=8 are static and need calibration"):
-        quantize_(Tied(), W4A8)
+        quantize_(Tied(), STATIC)
+
+
+def test_linear_layers_need_no_calibration_but_convolutions_do():
+    model = quantize_(nn.Sequential(nn.Linear(70, 4), nn.ReLU(), nn.Linear(4, 2)), W4A8)
+    assert model[0].input_spec == model[2].input_spec == InputSpec("int8", "dynamic", 127.0, 64)
+    x = torch.randn(3, 70)
+    groups = torch.nn.functional.pad(x, (0, 58)).view(3, 2, 64)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = ((groups / scale).round() * scale).view(3, 128)[:, :70]
+    assert torch.allclose(model[0](x), nn.functional.linear(rounded, model[0].weight, model[0].bias), atol=1e-5)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(DyBitError, match="activations=8 are static and need calibration"):
+        quantize_(net, W4A8)
+    quantize_(net, W4A8, [torch.randn(2, 3, 4, 4)])
+    assert (net[0].input_spec.mode, net[2].input_spec.mode) == ("static", "dynamic")
 
 
 def test_embeddings_that_change_their_weights_are_kept():

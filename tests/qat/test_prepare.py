@@ -65,15 +65,15 @@ def test_training_resumes_from_a_state_dict():
 
 
 def test_resuming_needs_the_same_formats_of_static_inputs():
-    first = prepare_qat_(mlp(), Recipe(weights=4, activations=4), [batches(1)[0][0]])
+    first = prepare_qat_(mlp(), Recipe(weights=4, activations=4, activation_mode="static"), [batches(1)[0][0]])
     for activations in (8, "int4", "uint4"):
-        other = prepare_qat_(mlp(), Recipe(weights=4, activations=activations))
+        other = prepare_qat_(mlp(), Recipe(weights=4, activations=activations, activation_mode="static"))
         before = {key: value.clone() for key, value in other[0].input_quantizer.state_dict().items()}
         with pytest.raises(RuntimeError, match="input_quantizer' stays as it is: static inputs choose from"):
             other.load_state_dict(first.state_dict())
         for key, value in other[0].input_quantizer.state_dict().items():
             assert torch.equal(value, before[key])
-    same = prepare_qat_(mlp(), Recipe(weights=4, activations=4))
+    same = prepare_qat_(mlp(), Recipe(weights=4, activations=4, activation_mode="static"))
     old = {key: value for key, value in first.state_dict().items() if not key.endswith("input_quantizer.dybit_spec")}
     for state in (first.state_dict(), old):
         same.load_state_dict(state)

@@ -95,7 +95,7 @@ def test_a_refresh_without_change_is_what_the_search_finds():
 
 
 def test_inputs_are_observed_in_training_passes_only():
-    recipe, data = Recipe(weights=None, activations=4), batches(9, 64)
+    recipe, data = Recipe(weights=None, activations=4, activation_mode="static"), batches(9, 64)
     model = prepare_qat_(mlp(), recipe, observe=4, refresh_every=0)
     plain, first = mlp(), model[0].input_quantizer
     model.eval()
@@ -128,7 +128,7 @@ def test_observation_forgets_old_batches():
 def test_the_format_of_an_input_is_chosen_anew():
     model = prepare_qat_(
         nn.Sequential(nn.Linear(64, 4)),
-        Recipe(weights=None, activations=4),
+        Recipe(weights=None, activations=4, activation_mode="static"),
         [torch.rand(64, 64)],
         refresh_every=2,
         hysteresis=0.0,
@@ -151,7 +151,9 @@ def test_the_format_of_an_input_is_chosen_anew():
 def test_offsets_learn():
     torch.manual_seed(0)
     x = functional.gelu(torch.randn(256, 16))
-    model = prepare_qat_(nn.Sequential(nn.Linear(16, 1)), Recipe(weights=None, activations="int3"), [x])
+    model = prepare_qat_(
+        nn.Sequential(nn.Linear(16, 1)), Recipe(weights=None, activations="int3", activation_mode="static"), [x]
+    )
     quantizer = model[0].input_quantizer
     spec, _, offset = quantizer.export()
     assert spec.offset and float(offset) < 0

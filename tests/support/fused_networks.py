@@ -8,7 +8,7 @@ from dybit import Recipe, quantize_
 
 RECIPES = {
     "int8": Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax"),
-    "dybit8": Recipe(weights=4, activations=8, granularity="channel", method="absmax"),
+    "dybit8": Recipe(weights=4, activations="dybit8plain", granularity="channel", method="absmax"),
     "w8a6": Recipe(weights=8, activations=6, granularity="channel", method="absmax"),
 }
 

@@ -13,11 +13,14 @@ RECIPES = {
     "w3_groups": Recipe(weights=3, embeddings=3, group_size=5, scale="bf16", variants="all"),
     "w2_tensor": Recipe(weights=2, embeddings=2, granularity="tensor", scale="pow2"),
     "w8a8": Recipe(weights=8, activations=8),
-    "w5a6_offset": Recipe(weights=5, activations=6, group_size=8, variant_granularity="tensor"),
-    "w4a8_dynamic": Recipe(weights=4, activations=8, activation_mode="dynamic"),
+    "w8a8_static": Recipe(weights=8, activations="dybit8plain", activation_mode="static"),
+    "w5a6_offset": Recipe(
+        weights=5, activations=6, group_size=8, variant_granularity="tensor", activation_mode="static"
+    ),
+    "w4a8_dynamic": Recipe(weights=4, activations="dybit8plain", activation_mode="dynamic"),
     "w6a4_dynamic_groups": Recipe(weights=6, activations=4, activation_mode="dynamic", activation_group_size=3),
-    "a8": Recipe(weights=None, embeddings=None, activations=8),
-    "int8_nf4": Recipe(weights="nf4", embeddings="int4asym", activations="int8"),
+    "a8": Recipe(weights=None, embeddings=None, activations=8, activation_mode="static"),
+    "int8_nf4": Recipe(weights="nf4", embeddings="int4asym", activations="int8", activation_mode="static"),
 }
 RECURRENT = ("lstm", "gru", "rnn", "cells")
 each_layer = pytest.mark.parametrize("name", LAYERS)

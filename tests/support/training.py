@@ -6,10 +6,12 @@ from torch import nn
 from dybit import Recipe
 
 RECIPES = {
-    "w4a4": Recipe(weights=4, activations=4),
+    "w4a4": Recipe(weights=4, activations=4, activation_mode="static"),
     "w3_groups": Recipe(weights=3, embeddings=3, group_size=5, scale="bf16", variants="all"),
     "w2_tensor": Recipe(weights=2, embeddings=2, granularity="tensor", scale="pow2", variants="all"),
-    "w4_e4m3": Recipe(weights="nf4", embeddings=4, group_size=8, scale="e4m3", activations="int4"),
+    "w4_e4m3": Recipe(
+        weights="nf4", embeddings=4, group_size=8, scale="e4m3", activations="int4", activation_mode="static"
+    ),
     "w5a6_dynamic": Recipe(weights=5, activations=6, variant_granularity="tensor", activation_mode="dynamic"),
 }
 

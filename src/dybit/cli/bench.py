@@ -174,7 +174,7 @@ def _time(
     with progress("timing layers", len(subject.layers)) as bar:
         for index, (name, module) in enumerate(subject.layers.items()):
             bar.update(index, len(subject.layers), name)
-            own = quick.layer(name, name in subject.embeddings)
+            own = quick.layer(name, subject.kinds[name])
             if own is None or name not in subject.inputs:
                 continue
             at, twin = subject.inputs[name], subject.quantized(name, own)

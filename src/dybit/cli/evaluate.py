@@ -68,8 +68,11 @@ class Row:
 
     @property
     def calibrated(self) -> bool:
-        """Whether an algorithm was named that calibration is for."""
-        return self.recipe is not None and self.chain is not None and self.chain != ("rtn",)
+        """Whether calibration is for its inputs or for an algorithm that was named."""
+        if self.recipe is None:
+            return False
+        inputs = self.recipe.activations is not None and self.recipe.activation_mode != "dynamic"
+        return inputs or (self.chain is not None and self.chain != ("rtn",))
 
 
 _Target = Annotated[
@@ -139,11 +142,12 @@ def evaluate(
         plans = _rows(recipes, chains, calibration is not None or (bool(chains) and sources.takes_split(data)))
     spec = data if data is not None else str(text)
     source = model if checkpoint and model else target
-    if calibration is None and any(_static(row.recipe) or row.calibrated for row in plans):
-        if not sources.takes_split(data):
+    if calibration is None and any(row.calibrated for row in plans):
+        if sources.takes_split(data):
+            calibration = data
+            note(f"note: calibrating on the calibration split of {data}")
+        elif any(row.recipe is not None and row.recipe.has_static_inputs for row in plans):
             raise DyBitError(f"--activations {fields['activations']} are static and need --calibration")
-        calibration = data
-        note(f"note: calibrating on the calibration split of {data}")
     original = sources.load_model(source, "--model" if checkpoint else "MODEL")
     loading: dict[str, Any] = {"model": source, "tokenizer": tokenizer, "batch_size": batch_size}
     inputs = sources.load_batches(spec, "--data" if data else "--text", split=split, limit=batches, **loading)
@@ -174,10 +178,6 @@ def _kind(word: str) -> Kind | None:
     if word not in KINDS:
         raise DyBitError(f"--outputs must be auto, {', '.join(KINDS)}, not {word!r}")
     return cast("Kind", word)
-
-
-def _static(recipe: Recipe | None) -> bool:
-    return recipe is not None and recipe.activations is not None and recipe.activation_mode == "static"
 
 
 def _plans(formats: str | None, recipes: Sequence[Path], fields: dict[str, Any]) -> list[tuple[str, Recipe | None]]:

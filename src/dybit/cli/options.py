@@ -37,7 +37,7 @@ Criterion = Annotated[
     str | None, typer.Option(help="Error that mse minimises: of weights, of outputs (activation), or auto. [auto]")
 ]
 ActivationMode = Annotated[
-    str | None, typer.Option(help="Input scales: static (from calibration) or dynamic (per token). [static]")
+    str | None, typer.Option(help="Input scales: static (from calibration) or dynamic (per token). [by layer]")
 ]
 Algorithm = Annotated[
     str | None,

@@ -124,7 +124,7 @@ def needs_calibration(recipe: Recipe, calibration: str | None) -> None:
     Raises:
         DyBitError: They have not.
     """
-    if recipe.activations is not None and recipe.activation_mode == "static" and calibration is None:
+    if recipe.has_static_inputs and calibration is None:
         raise DyBitError(
             f"--activations {recipe.activations} are static and need --calibration; or use --activation-mode dynamic"
         )

@@ -92,7 +92,7 @@ class DyBitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.checksums = {name: known for name, known in stored.items() if name != OWN}
         known = stored.get(OWN)
         self.damaged = known is not None and known != own_checksum(recipe, layers, self.tied, self.checksums)
-        if layers is None and self.recipe.activations is not None and self.recipe.activation_mode == "static":
+        if layers is None and self.recipe.has_static_inputs:
             raise DyBitError(
                 f"activations={self.recipe.activations!r} are static and need calibration: set "
                 "activation_mode='dynamic', or call dybit.quantize_ with calibration and then attach_"

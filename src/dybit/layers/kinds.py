@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
@@ -73,6 +73,13 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module is an embedding table."""
     return isinstance(module, TABLES)
+
+
+def layer_kind(module: nn.Module) -> Literal["linear", "convolution", "embedding"]:
+    """Returns what decides the defaults of a layer in a recipe."""
+    if is_embedding(module):
+        return "embedding"
+    return "convolution" if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else "linear"
 
 
 def inner_weights(module: nn.Module) -> tuple[str, ...]:

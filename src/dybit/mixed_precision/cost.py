@@ -199,8 +199,7 @@ class SizeCost:
     ) -> int:
         inputs = 0
         for one, recipe in recipes.items():
-            static = recipe is not None and recipe.activations is not None and recipe.activation_mode == "static"
-            if recipe is not None and static and one not in subject.embeddings:
+            if recipe is not None and recipe.has_static_inputs and one not in subject.embeddings:
                 inputs += 8 if recipe.activation_offset else 4
         first = recipes[name]
         if first is None or first.weight_family is None:

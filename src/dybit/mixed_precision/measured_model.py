@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.attention import attend
-from dybit.layers.kinds import input_places, is_embedding, is_experts, weight_names
+from dybit.layers.kinds import input_places, is_experts, layer_kind, weight_names
 from dybit.layers.patched_forward import replaced_forwards
 from dybit.layers.quantized import Quantized, is_attention
 from dybit.measure.fidelity import Kind, kind_of, kl_divergence
@@ -113,6 +113,7 @@ class Subject:
         recipe: The recipe.
         layers: The layers of the search, by qualified name. Tied layers count as one, by the first name.
         ties: The other layers with the same weight, by the first.
+        kinds: What decides the defaults of each of all these (see :meth:`dybit.recipe.Recipe.layer`).
         embeddings: The names of embedding tables among all these.
         folded: Bytes that folding a batch norm saves, by convolution. A convolution in floating point keeps its norm.
 
@@ -142,7 +143,8 @@ class Subject:
         bypass_fast_path_(self.model, found.values())
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        self.embeddings = frozenset(name for name, module in found.items() if is_embedding(module))
+        self.kinds = {name: layer_kind(module) for name, module in found.items()}
+        self.embeddings = frozenset(name for name, kind in self.kinds.items() if kind == "embedding")
         owners: dict[int, str] = {}
         self.layers: dict[str, nn.Module] = {}
         self.ties: dict[str, tuple[str, ...]] = {}
@@ -186,7 +188,7 @@ class Subject:
     def layer_recipes(self, name: str, candidate: Candidate) -> dict[str, LayerRecipe | None]:
         """Returns how a candidate quantizes a layer and the layers tied to it; None if it keeps them."""
         recipe = self.mixed({name: candidate})
-        return {one: recipe.layer(one, one in self.embeddings) for one in (name, *self.ties[name])}
+        return {one: recipe.layer(one, self.kinds[one]) for one in (name, *self.ties[name])}
 
     def mixed(self, choices: Mapping[str, Candidate]) -> Recipe:
         """Returns the recipe that gives every layer, and the layers tied to it, its candidate."""

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.kinds import is_embedding, weight_names
+from dybit.layers.kinds import layer_kind, weight_names
 from dybit.layers.quantized import Quantized
 from dybit.recipe import Recipe
 
@@ -216,7 +216,7 @@ def _reason(name: str, module: nn.Module, recipe: Recipe | None, *, shared: bool
     if not weight_names(module):
         own_code = not type(module).__module__.startswith("torch.") or isinstance(module, nn.ParameterList)
         return "a parameter of the model's own code" if own_code else "not a supported kind", False
-    layer = recipe.layer(name, is_embedding(module)) if recipe is not None else None
+    layer = recipe.layer(name, layer_kind(module)) if recipe is not None else None
     if recipe is not None and (layer is None or layer.weights is None):
         return "the recipe keeps these weights", True
     if getattr(module, "max_norm", None) is not None:

@@ -100,7 +100,7 @@ def plan_names(path: str, source: Mapping[str, Stored], recipe: Recipe) -> FileP
 
 def _layer_recipe(recipe: Recipe, layer: str) -> LayerRecipe:
     """Returns the recipe of a layer of which only the name is known."""
-    return recipe.layer(layer, embedding=bool(_EMBEDDING.search(layer))) or LayerRecipe(weights=None)
+    return recipe.layer(layer, "embedding" if _EMBEDDING.search(layer) else "linear") or LayerRecipe(weights=None)
 
 
 def _coverage(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.kinds import has_dynamic_inputs, is_embedding, layout, weight_names
+from dybit.layers.kinds import has_dynamic_inputs, is_embedding, layer_kind, layout, weight_names
 from dybit.layers.quantized import quantized_layers
 from dybit.models.coverage import unsupported
 from dybit.recipe import LayerRecipe, Recipe
@@ -59,7 +59,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, *, values: bool = True) -> lis
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     plans = []
     for name, module in candidates.items():
-        layer = recipe.layer(name, is_embedding(module))
+        layer = recipe.layer(name, layer_kind(module))
         if layer is not None and f"{name}.weight" not in unsaved and _usable(name, module, layer):
             plans.append(Plan(name, module, layer))
     plans = _agree_on_ties(model, plans)

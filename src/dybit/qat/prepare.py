@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dybit.errors import DyBitError, DyBitWarning
-from dybit.layers.kinds import has_dynamic_inputs, is_embedding
+from dybit.layers.kinds import has_dynamic_inputs, is_embedding, layer_kind
 from dybit.layers.quantized import Quantized, quantized_layers
 from dybit.layers.swap import swap_, unswap_
 from dybit.models.running import Progress
 from dybit.ptq.quantize import quantize_
 from dybit.qat.layers import Prepared, prepare_layer_, prepared_layers, unprepare_
 from dybit.qat.quantizers import InputQuantizer, Schedule, WeightQuantizer
-from dybit.recipe import LayerRecipe, Recipe
+from dybit.recipe import INPUT_GROUP_SIZE, LayerRecipe, Recipe
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 BatchNorm = Literal["keep", "fold"]
@@ -105,7 +105,7 @@ def prepare_qat_(
     cast(Any, model)._dybit_recipe = recipe
     known: dict[int, WeightQuantizer] = {}
     for name, layer in quantized_layers(model).items():
-        layer_recipe = recipe.layer(name, is_embedding(layer))
+        layer_recipe = recipe.layer(name, layer_kind(layer))
         assert layer_recipe is not None
         _prepare_layer_(layer, originals[layer], layer_recipe, schedule, learn_scales, known)
     return model
@@ -134,13 +134,17 @@ def _for_training(recipe: Recipe) -> Recipe:
 
 def _without_calibration(recipe: Recipe) -> Recipe:
     """Returns the recipe with dynamic inputs in place of static ones, which are observed later."""
+    group, own = recipe.activation_group_size, {}
+    if recipe.activation_mode is None and group is None:
+        group, own = INPUT_GROUP_SIZE, {"activation_group_size": None}  # rules with a mode mean one scale a token
     rules = []
     for pattern, changes in recipe.rules:
-        kept = changes and tuple(
-            (key, value) for key, value in changes if (key, value) != ("activation_mode", "static")
-        )
-        rules.append((pattern, kept))
-    return replace(recipe, activation_mode="dynamic", rules=tuple(rules))
+        values = dict(changes or ())
+        mode = values.pop("activation_mode", None)
+        if mode == "dynamic":
+            values = own | values | {"activation_mode": mode}
+        rules.append((pattern, changes and tuple(values.items())))
+    return replace(recipe, activation_mode="dynamic", activation_group_size=group, rules=tuple(rules))
 
 
 def _prepare_layer_(
@@ -162,7 +166,7 @@ def _prepare_layer_(
     spec = layer.input_spec
     static = None
     kept = is_embedding(layer) or has_dynamic_inputs(layer)  # inner weights have dynamic inputs
-    if recipe.activations is not None and recipe.activation_mode == "static" and not kept:
+    if recipe.has_static_inputs and not kept:
         static = InputQuantizer(recipe, schedule, learned)
         if spec is not None and spec.mode == "static":
             static.set_(spec, cast(Tensor, layer._buffers["input_scale"]), layer._buffers.get("input_offset"))

@@ -45,7 +45,7 @@ def test_inputs_that_matter_more_are_rounded_with_less_error():
 
 
 def test_the_input_of_a_layer():
-    recipe = Recipe(weights=4, activations=8).layer("0")
+    recipe = Recipe(weights=4, activations="dybit8plain", activation_mode="static").layer("0")
     model = mlp()
     seen = calibrate(model, {"0": model[0]}, [torch.rand(64, 24)])["0"]
     spec, scale, offset = layer_input(recipe, model[0], seen)

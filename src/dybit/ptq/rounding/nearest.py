@@ -66,7 +66,7 @@ def check_without_calibration(plans: Sequence[Plan]) -> None:
     Raises:
         DyBitError: Inputs of one are static, or its criterion needs inputs.
     """
-    static = [p for p in plans if p.recipe.activations is not None and p.recipe.activation_mode == "static"]
+    static = [p for p in plans if p.recipe.has_static_inputs]
     if static:
         raise DyBitError(
             f"activations={static[0].recipe.activations!r} are static and need calibration; "
@@ -93,7 +93,7 @@ def observe(
     missed = [name for name, seen in statistics.items() if not seen.seen]
     if missed:
         warnings.warn(
-            f"calibration never reached {len(missed)} layers, so their inputs are not quantized: "
+            f"calibration never reached {len(missed)} layers, which are rounded without it and keep static inputs: "
             f"{', '.join(missed[:8])}",
             DyBitWarning,
             stacklevel=5,  # the caller of quantize_,
