@@ -50,7 +50,9 @@ def test_static_activations_are_calibrated_on_the_other_split():
     result = invoke("evaluate", "yours:net", "--data", "yours:data", "--activations", "8", "--weights", "8")
     assert result.exit_code == 0 and "W8A8" in result.stdout
     assert "calibration split of yours:data" in result.stderr
-    result = invoke("evaluate", "yours:net", "--data", "yours:plain", "--activations", "8")
+    plain = ("evaluate", "yours:net", "--data", "yours:plain", "--activations", "8")
+    assert "calibrating" not in good(*plain)
+    result = invoke(*plain, "--activation-mode", "static")
     assert result.exit_code == 2 and "need --calibration" in result.stderr
     good("evaluate", "yours:net", "--data", "yours:plain", "--activations", "8", "--calibration", "yours:data")
     good("evaluate", "yours:net", "--data", "yours:plain", "--activations", "8", "--activation-mode", "dynamic")

@@ -106,7 +106,7 @@ def test_a_module_becomes_a_checkpoint(tmp_path):
     assert result.exit_code == 0, result.stderr
     assert f"next: dybit evaluate {out} --model mine:net --data mine:data\n" in result.stderr
     text = result.stdout
-    assert re.search(r"0 +4 +dybit4spare +channel .* +\d\d\.\d +s8r\d", text)
+    assert re.search(r"0 +4 +dybit4spare +channel .* +\d\d\.\d +int8", text)
     assert "FP32 size 4.5 kB" in text
     loaded, batch = dybit.load(out, mine().net()), torch.randn(5, 24)
     original = dybit.quantize_(mine().net(), dybit.Recipe(activations=8), calibration=mine().data())
@@ -230,7 +230,7 @@ def test_what_is_left_is_said_and_refused_by_strict(tmp_path):
 BAD = [
     (("mine:net", "--weights", "9"), "--weights.*'9'"),
     (("mine:net", "--weights", "nf"), "--weights 'nf'"),
-    (("mine:net", "--activations", "8"), "--activations 8.*--calibration"),
+    (("mine:net", "--activations", "8", "--activation-mode", "static"), "--activations 8.*--calibration"),
     (("mine:net", "--scale", "fp8"), "scale.*'fp8'"),
     (("mine:net", "--recipe", "no.json"), "--recipe 'no.json' cannot be read"),
     (("mine:net", "--recipe", "bad.json"), "--recipe 'bad.json': the recipe is not valid JSON"),

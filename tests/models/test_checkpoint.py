@@ -107,11 +107,13 @@ def mlp(hidden=16, seed=0):
     return nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, 4)).eval()
 
 
+STORED = Recipe(weights=4, activations="dybit8plain", activation_mode="static", group_size=6)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint of an MLP and the model that it was made from."""
-    recipe = Recipe(weights=4, activations="dybit8plain", activation_mode="static", group_size=6)
-    model = quantize_(mlp(), recipe, [torch.randn(9, 8)])
+    model = quantize_(mlp(), STORED, [torch.randn(9, 8)])
     return save(model, tmp_path / "out"), model
 
 
@@ -232,7 +234,7 @@ def test_one_layer_shared_modules_and_buffers(tmp_path):
 def test_recipe_is_stored(saved, tmp_path):
     path, model = saved
     manifest = read_manifest(path)
-    assert manifest.recipe == Recipe(weights=4, activations=8, group_size=6)
+    assert manifest.recipe == STORED
     assert manifest.version == dybit.models.manifest._version()
     assert set(manifest.layers) == {"0", "2"}
     assert set(read_tensors(path, manifest)) == set(model.state_dict())

@@ -7,9 +7,11 @@ from torch.nn import functional
 from dybit import Recipe, quantize_
 
 RECIPES = {
-    "int8": Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax"),
-    "dybit8": Recipe(weights=4, activations="dybit8plain", granularity="channel", method="absmax"),
-    "w8a6": Recipe(weights=8, activations=6, granularity="channel", method="absmax"),
+    "int8": Recipe(
+        weights=4, activations="int8", activation_mode="static", method="absmax", activation_method="absmax"
+    ),
+    "dybit8": Recipe(weights=4, activations="dybit8plain", activation_mode="static", method="absmax"),
+    "w8a6": Recipe(weights=8, activations=6, activation_mode="static", method="absmax"),
 }
 
 

@@ -29,9 +29,9 @@ def fuse(model: nn.Module, example: Example | None = None) -> nn.Module:
     the next layer), norms round their results once for all layers that use them, and attention runs in one pass.
     Operators that have no kernel are left to torch. ``report()`` of the result lists them with their share of the time.
 
-    Results of convolutional networks equal those of the model bit for bit, as long as torch computes the same
-    operators between them. Norms, attention and activations differ from torch's in the last bits, as torch's own do
-    between machines; a rounded value may then fall on the next code.
+    Convolutions with static inputs give the bits that they give in the model. Pooling, norms, attention and activations
+    differ from torch's in the last bits, as torch's own do between machines and memory formats; a rounded value may
+    then fall on the next code.
 
     A language model of transformers needs no example: one call of the kernels computes all layers, and ``generate``
     works as before (:data:`dybit.runtime.decoder.FAMILIES`). Logits differ from the model's by the order of sums.
