@@ -47,16 +47,16 @@ TOKENS = {
     "INT8, a scale a token": {"activations": "int8", "activation_mode": "dynamic"},
     "INT8, groups of 128": {"activations": "int8", "activation_mode": "dynamic", "activation_group_size": 128},
     "INT8, groups of 64": {"activations": "int8", "activation_mode": "dynamic", "activation_group_size": 64},
-    "8, a scale a token": {"activations": 8, "activation_mode": "dynamic"},
-    "8, groups of 64": {"activations": 8, "activation_mode": "dynamic", "activation_group_size": 64},
+    "DyBit, a scale a token": {"activations": "dybit8plain", "activation_mode": "dynamic"},
+    "DyBit, groups of 64": {"activations": "dybit8plain", "activation_mode": "dynamic", "activation_group_size": 64},
     "INT8, static": {"activations": "int8", "activation_mode": "static"},
-    "8, static": {"activations": 8, "activation_mode": "static"},
+    "DyBit, static": {"activations": "dybit8plain", "activation_mode": "static"},
 }
 PIXELS = {
     "INT8, static": {"activations": "int8", "activation_mode": "static"},
-    "8, static": {"activations": 8, "activation_mode": "static"},
+    "DyBit, static": {"activations": "dybit8plain", "activation_mode": "static"},
     "INT8, a scale an image": {"activations": "int8", "activation_mode": "dynamic"},
-    "8, a scale an image": {"activations": 8, "activation_mode": "dynamic"},
+    "DyBit, a scale an image": {"activations": "dybit8plain", "activation_mode": "dynamic"},
 }
 COLUMNS = (
     Column("model", "model"),

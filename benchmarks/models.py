@@ -5,8 +5,8 @@ medians of the paired rounds with their quartiles. With more than one thread eve
 and is preceded by one that is not timed. INT8 of ONNX Runtime is static for convolutional networks and dynamic for
 others; that of OpenVINO is NNCF's, with SmoothQuant for others. The column of INT8 compares with the faster of the two.
 
-``W4A8`` is ``Recipe(weights=4, activations=8)`` and nothing else, fused by ``dybit.fuse`` unless the row says not. INT8
-inputs are static in convolutional networks, and dynamic in groups of 64 columns in others, as the guide advises. The
+``W4A8`` is ``Recipe(weights=4, activations=8)`` and nothing else, fused by ``dybit.fuse`` unless the row says not. DyBit
+inputs are those of 8 bits, whose products have 16. The
 floor is the time to multiply all bytes in registers plus the time to read the stored weights, at rates that are
 measured in the same run. Memory is the peak that the model and its forward add to a process of their own.
 
@@ -53,13 +53,11 @@ from dybit.onnx.peers import Peers
 
 Run = Callable[[Any], Tensor]  # a batch to the first output
 DEFAULT = "W4A8"
-STATIC, DYNAMIC = "W4A8, static INT8 inputs", "W4A8, dynamic INT8 inputs"  # of convolutional networks, of others
 RECIPES = {
     DEFAULT: Recipe(weights=4, activations=8),
     "W8A8": Recipe(weights=8, activations=8),
     "W4A4": Recipe(weights=4, activations=4),
-    STATIC: Recipe(weights=4, activations="int8"),
-    DYNAMIC: Recipe(weights=4, activations="int8", activation_mode="dynamic", activation_group_size=64),
+    "W4A8, DyBit inputs": Recipe(weights=4, activations="dybit8plain"),
 }
 INT8 = ("ONNX Runtime INT8", "OpenVINO INT8")
 COLUMNS = (
@@ -208,8 +206,6 @@ def contestants(case: Case, algorithm: str, folder: Path) -> Contestants:
         skipped.append(str(error))
     ours: dict[str, Ours] = {}
     for name, recipe in RECIPES.items():
-        if name == (STATIC if case.of_tokens else DYNAMIC):
-            continue
         chain = algorithm if case.pretrained else None
         model = quantize_(copy.deepcopy(exact), recipe, calibration, algorithm=chain)
         specs = [spec for layer in quantized_layers(model).values() for spec in layer.weight_specs.values()]

@@ -37,7 +37,11 @@ def test_rounded_inputs(tmp_path, name, fields):
         ("linear", {"MatMulNBits": 1}, {"weights": 4}),
         ("linear_no_bias", {"MatMulNBits": 1}, {"weights": "int4", "group_size": 16}),
         ("linear", {"8-bit codes": 1}, {"weights": "s8"}),
-        ("linear", {"int8": 1}, {"weights": 5, "activations": "int8", "activation_offset": False}),
+        (
+            "linear",
+            {"int8": 1},
+            {"weights": 5, "activations": "int8", "activation_mode": "static", "activation_offset": False},
+        ),
         ("conv2d", {"int8": 1}, {"weights": 4, "activations": "uint8", "activation_offset": False}),
         ("conv2d", {"4-bit codes": 1}, {"weights": 4}),
         ("conv2d", {"8-bit codes": 1}, {"weights": "s8", "activations": "uint8", "activation_offset": False}),

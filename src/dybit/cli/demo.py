@@ -34,8 +34,8 @@ _PICTURED_WEIGHTS = 1_500_000
 _LEAST_COLUMNS = 16  # a depthwise channel of nine weights with a scale of its own says little about a format
 _TIMING_SECONDS = 3.0
 _NEXT = (
-    "dybit quantize dybit.demo:minilm -o minilm-w4a8 --weights 4 --group-size 64 --activations int8 "
-    "--activation-mode dynamic --calibration dybit.demo:minilm_batches --algorithm auto"
+    "dybit quantize dybit.demo:minilm -o minilm-w4a8 --weights 4 --group-size 64 --activations 8 "
+    "--calibration dybit.demo:minilm_batches --algorithm auto"
 )
 
 
@@ -85,29 +85,25 @@ def _trials(narrow: Recipe, words: str, wide: Recipe, wide_words: str) -> tuple[
     )
 
 
-def _encoder(weights: int, group_size: int | None) -> Recipe:
-    return Recipe(weights=weights, group_size=group_size, activations="int8", activation_mode="dynamic")
-
-
 _EIGHT = {"weights": 8, "group_size": None}
 _W4 = Recipe(weights=4, group_size=64)
 SUBJECTS = {
     "minilm": Subject(
         "MiniLM-L6-v2 (sentence encoder)", "minilm_batches", "paragraphs", 8, 8,
         _trials(
-            _encoder(4, 64), "groups of 64 weights, INT8 inputs with a scale a token",
-            _encoder(8, None), "a scale an output channel, INT8 inputs with a scale a token",
+            Recipe(weights=4, activations=8, group_size=64), "groups of 64 weights, INT8 inputs",
+            Recipe(weights=8, activations=8), "a scale an output channel, INT8 inputs",
         ),
     ),
     "efficientnet_lite0": Subject(
         "EfficientNet-Lite0 (ImageNet classifier)", "imagenet_batches", "crops", 8, 8,
         _trials(
             Recipe(
-                weights=4, activations="int8", group_size=16,
+                weights=4, activations=8, group_size=16,
                 rules={"_conv_stem*": _EIGHT, "*_depthwise_conv*": _EIGHT, "_fc": _EIGHT},
             ),
             "groups of 16 weights, INT8 inputs; 8-bit weights in the first and depthwise convolutions and the head",
-            Recipe(weights=8, activations="int8"), "a scale an output channel, INT8 inputs",
+            Recipe(weights=8, activations=8), "a scale an output channel, INT8 inputs",
         ),
     ),
     "smollm2": Subject(
