@@ -5,10 +5,10 @@ medians of the paired rounds with their quartiles. With more than one thread eve
 and is preceded by one that is not timed. INT8 of ONNX Runtime is static for convolutional networks and dynamic for
 others; that of OpenVINO is NNCF's, with SmoothQuant for others. The column of INT8 compares with the faster of the two.
 
-``W4A8`` is ``Recipe(weights=4, activations=8)`` and nothing else, fused by ``dybit.fuse`` unless the row says not. DyBit
-inputs are those of 8 bits, whose products have 16. The
-floor is the time to multiply all bytes in registers plus the time to read the stored weights, at rates that are
-measured in the same run. Memory is the peak that the model and its forward add to a process of their own.
+``W4A8`` is ``Recipe(weights=4, activations=8)`` and nothing else, fused by ``dybit.fuse`` unless the row says not.
+``DyBit inputs`` have 8 bits, too, but their products have 16. The floor is the time to multiply all bytes in registers
+plus the time to read the stored weights, at rates that are measured in the same run. Memory is the peak that the model
+and its forward add to a process of their own.
 
 Accuracy is measured on the same inputs for all. EfficientNet-Lite0: same top class as FP32 on crops of pictures that
 calibration has not seen. MiniLM: rank correlation (Spearman) of the similarities of all pairs of texts with those of
