@@ -112,7 +112,7 @@ class Conv::Multiplication {
 
   bool all() {
     const int64_t total = volume(places_) * run_.batch;
-    const int most = finish_.is_plain() ? kMostTile : kLeastTile;
+    const int most = finish_.is_plain() && !finish_.planar ? kMostTile : kLeastTile;
     const int64_t tile = std::clamp<int64_t>(int64_t(kTileBytes / row_bytes_) / 6 * 6, kLeastTile, most);
     const int64_t tiles = (total + tile - 1) / tile;
     // With fewer tiles than threads, the rows of the weights are divided too.
@@ -151,7 +151,7 @@ class Conv::Multiplication {
       }
       const Input in{rows, image_.kind, packed.max_input(), data, sums, nullptr, scales};
       const float* bias = biases_.data() + size_t(group) * first_.blocks * kBlockRows;
-      if (finish_.is_plain()) {
+      if (finish_.is_plain() && !finish_.planar) {
         float* y = finish_.y + start * outputs() + group * first_.rows;
         kernels_.linear(packed.weight(), in, {y, outputs(), bias}, first_block, last_block);
       } else {
@@ -187,7 +187,9 @@ class Conv::Multiplication {
       const int first = group * first_.rows;
       const Results given{results, width, true, start, in.rows, first + channel,
                           first + std::min(first_.rows, end * kBlockRows)};
-      if (finish_some(*kernels_.codes, finish_, places_, outputs(), given)) unknown_ = true;
+      if (finish_.planar)
+        store_planar(given, places_, outputs(), finish_.y);
+      else if (finish_some(*kernels_.codes, finish_, places_, outputs(), given)) unknown_ = true;
     }
   }
 
@@ -215,18 +217,33 @@ bool Conv::multiply(const Run& run, const Image& image, const Finish& finish) co
   return run_panels(run, image, finish, &known) ? known : Multiplication(*this, run, image, finish).all();
 }
 
-bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads) const {
-  if (!alike_) return false;
-  static thread_local Scratch image_memory;
+Image Conv::image() const {
   const PackedWeight& first = *weights_[0];
   const int pitch = whole_rows() ? first.weight().chunk_count * kChunk : geometry_.channels;
-  Image image{nullptr, first.kind(), geometry_.before, geometry_.after, geometry_.channels, pitch};
+  return {nullptr, first.kind(), geometry_.before, geometry_.after, geometry_.channels, pitch};
+}
+
+bool Conv::run(const ConvInput& input, float* y, const float* bias, int threads) const {
+  if (!alike_) return false;
+  const Image made = image();
+  const int64_t outputs = int64_t(weights_[0]->weight().rows) * geometry_.groups;
+  return input.by_samples(volume(made.padded(input.size)) * made.pixel(), volume(input.size) * geometry_.channels, y,
+                          volume(geometry_.output(input.size)) * outputs, threads,
+                          [&](const ConvInput& some, float* to) { return run_some(some, to, bias, threads); });
+}
+
+bool Conv::run_some(const ConvInput& input, float* y, const float* bias, int threads) const {
+  static thread_local Scratch image_memory;
+  const PackedWeight& first = *weights_[0];
+  Image image = this->image();
   image.data = image_memory.take<uint8_t>(size_t(volume(image.padded(input.size))) * image.pixel() * input.batch);
   const std::vector<float> scales = input.scales(geometry_.channels, first.input());
   std::vector<Rounding> roundings;
   for (float scale : scales) roundings.push_back(first.input().rounding(scale, input.offset));
-  if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads)) return false;
-  return multiply({input.batch, input.size, scales.data(), input.offset, bias, threads}, image, Finish::plain(y));
+  if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads, input.planar))
+    return false;
+  return multiply({input.batch, input.size, scales.data(), input.offset, bias, threads}, image,
+                  Finish::plain(y, input.planar));
 }
 
 bool Conv::run(const Image& image, int batch, const Extent& size, float scale, const float* offset, const float* bias,

@@ -4,6 +4,7 @@
 // unpacked for each tile.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -27,15 +28,31 @@ struct ConvGeometry {
 };
 
 struct ConvInput {
-  const float* x;  // [batch][size][channels]
+  const float* x;  // [batch][size][channels], or planar: [batch][channels][size]
   int batch;
   Extent size;
   const float* scale;   // or null: dynamic, one for each sample
   const float* offset;  // or null; only without zeros around the input
   float reach;
+  bool planar;  // x and the results
 
   // The scale of each sample, as torch.ops.dybit.fake_quantize_dynamic computes it; NaN if x is not finite.
   std::vector<float> scales(int channels, const InputFormat& format) const;
+
+  // Calls run(samples, y) for some samples at a time, whose images of so many bytes stay in the caches, until one call
+  // returns false. Elements are those of a sample.
+  template <class F>
+  bool by_samples(int64_t image_bytes, int64_t x_elements, float* y, int64_t y_elements, int threads, F&& run) const {
+    constexpr int64_t kCacheBytes = int64_t(1) << 19;  // of a thread
+    const int step = int(std::clamp<int64_t>(kCacheBytes * threads / std::max<int64_t>(image_bytes, 1), 1, batch));
+    for (int first = 0; first < batch; first += step) {
+      ConvInput some = *this;
+      some.batch = std::min(step, batch - first);
+      some.x += first * x_elements;
+      if (!run(some, y + first * y_elements)) return false;
+    }
+    return true;
+  }
 };
 
 class Conv {
@@ -43,7 +60,7 @@ class Conv {
   // One weight for each group. The weights must outlive this object.
   Conv(std::vector<const PackedWeight*> weights, const ConvGeometry& geometry);
 
-  // y: [batch][output][rows of the weights]. Returns false and leaves y unfinished if x holds NaN, or infinity at a
+  // y: [batch][output][rows of the weights], or planar as the input. Returns false and leaves y unfinished if x holds NaN, or infinity at a
   // dynamic scale, or if groups differ in the kind of input or in layout.
   bool run(const ConvInput& input, float* y, const float* bias, int threads) const;
 
@@ -71,8 +88,10 @@ class Conv {
   class PanelProduct;
   static constexpr int64_t kLittleWork = 200000;  // products that do not pay for a second thread
 
+  bool run_some(const ConvInput& input, float* y, const float* bias, int threads) const;
   bool multiply(const Run& run, const Image& image, const Finish& finish) const;
   std::vector<float> biases(const float* bias, const float* offset) const;
+  Image image() const;  // of FP32 inputs, without memory
   std::vector<GatherRun> runs(const PackedWeight& weight, int group, const Extent& padded, const Image& image) const;
   bool whole_rows() const;
   std::vector<Word> words(int pitch) const;

@@ -12,6 +12,7 @@ namespace {
 
 constexpr size_t kTileBytes = size_t(1) << 18;    // of inputs: they stay in the L2 cache
 constexpr int kLeastTile = 96, kMostTile = 1536;  // rows
+constexpr int kResults = 1 << 16;                 // of a tile that are turned: they stay in the L2 cache
 constexpr int kFewRows = 4;                       // so many do not pay for reading unpacked weights
 
 // An element of a row that a column of the weight is multiplied with.
@@ -96,7 +97,8 @@ class Conv::PanelProduct {
 
   bool all() {
     const int64_t total = volume(places_) * run_.batch;
-    const int64_t wanted = int64_t(kTileBytes / (unpacked_.words.size() * 4)) / 6 * 6;
+    int64_t wanted = int64_t(kTileBytes / (unpacked_.words.size() * 4)) / 6 * 6;
+    if (finish_.planar) wanted = std::min<int64_t>(wanted, kResults / first_.rows / 6 * 6);
     const int64_t tile = std::clamp<int64_t>(wanted, kLeastTile, kMostTile), tiles = (total + tile - 1) / tile;
     // With fewer tiles than threads, the rows of the weights are divided too.
     const int units = unpacked_.groups[0].panels().unit_count, threads = run_.threads;
@@ -114,7 +116,7 @@ class Conv::PanelProduct {
  private:
   // Rows from `start` on, times some units of the weights of every group.
   void multiply(int64_t start, int rows, int first_unit, int last_unit) {
-    static thread_local Scratch input_memory, scale_memory, place_memory;
+    static thread_local Scratch input_memory, scale_memory, place_memory, result_memory;
     auto** inputs = input_memory.take<const uint8_t*>(rows);
     auto* scales = scale_memory.take<float>(rows);
     const Extent corner = minus(image_.before, g_.before);
@@ -132,14 +134,15 @@ class Conv::PanelProduct {
       find_places(*to, places_, start, rows, places);
     }
     const int outputs = first_.rows * g_.groups;
+    auto* turned = finish_.planar ? result_memory.take<float>(size_t(rows) * first_.rows) : nullptr;
     for (int group = 0; group < g_.groups; ++group) {
       const int64_t shift = int64_t(group) * (g_.channels / g_.groups) * image_.element();
       const int first = group * first_.rows;
       const int64_t at = start * outputs + first;
       const Ending ending{biases_.data() + size_t(group) * first_.blocks * kBlockRows,
                           finish_.addend ? finish_.addend + at : nullptr,
-                          finish_.y ? finish_.y + at : nullptr,
-                          outputs,
+                          turned ? turned : finish_.y ? finish_.y + at : nullptr,
+                          turned ? first_.rows : outputs,
                           finish_.low,
                           finish_.high,
                           &finish_.rounding,
@@ -150,8 +153,13 @@ class Conv::PanelProduct {
                           to && group + 1 == g_.groups ? to->pitch - first : first_.rows};
       const InputRows in{rows, inputs, shift, offsets_.data(), scales};
       const PackedWeight& packed = *conv_.weights_[group];
-      if (packed.kernels().panels->run(unpacked_.groups[group].panels(), in, ending, first_unit, last_unit))
-        unknown_ = true;
+      const Panels& panels = unpacked_.groups[group].panels();
+      if (packed.kernels().panels->run(panels, in, ending, first_unit, last_unit)) unknown_ = true;
+      if (!turned) continue;
+      const int from = panels.first_block(first_unit) * kBlockRows;
+      const int last = std::min(first_.rows, panels.first_block(last_unit) * kBlockRows);
+      store_planar({turned + from, first_.rows, false, start, rows, first + from, first + last}, places_, outputs,
+                   finish_.y);
     }
   }
 

@@ -178,11 +178,14 @@ class Depthwise::Lines {
       return false;
     }
     const int count = task.lines * task.places;
-    task.y = finish_.is_plain() ? finish_.y + place * g_.channels : result_memory.take<float>(count * g_.channels);
+    const bool in_place = finish_.is_plain() && !finish_.planar;
+    task.y = in_place ? finish_.y + place * g_.channels : result_memory.take<float>(count * g_.channels);
     codes_.depthwise(task);
-    if (finish_.is_plain()) return false;
-    return finish_some(codes_, finish_, places_, g_.channels,
-                       {task.y, g_.channels, false, place, count, 0, g_.channels});
+    if (in_place) return false;
+    const Results results{task.y, g_.channels, false, place, count, 0, g_.channels};
+    if (!finish_.planar) return finish_some(codes_, finish_, places_, g_.channels, results);
+    store_planar(results, places_, g_.channels, finish_.y);
+    return false;
   }
 
  private:
@@ -196,17 +199,30 @@ class Depthwise::Lines {
   DepthwiseTask task_;
 };
 
-bool Depthwise::run(const ConvInput& input, float* y, const float* bias, int threads) const {
-  static thread_local Scratch image_memory;
+Image Depthwise::image() const {
   const int channels = geometry_.channels;
-  Image image{nullptr, kind_of(input_), geometry_.before, geometry_.after, channels, std::max(channels, kLanes)};
+  return {nullptr, kind_of(input_), geometry_.before, geometry_.after, channels, std::max(channels, kLanes)};
+}
+
+bool Depthwise::run(const ConvInput& input, float* y, const float* bias, int threads) const {
+  const Image made = image();
+  const int64_t channels = geometry_.channels;
+  return input.by_samples(volume(made.padded(input.size)) * made.pixel(), volume(input.size) * channels, y,
+                          volume(geometry_.output(input.size)) * channels, threads,
+                          [&](const ConvInput& some, float* to) { return run_some(some, to, bias, threads); });
+}
+
+bool Depthwise::run_some(const ConvInput& input, float* y, const float* bias, int threads) const {
+  static thread_local Scratch image_memory;
+  Image image = this->image();
   image.data = image_memory.take<uint8_t>(size_t(volume(image.padded(input.size))) * image.pixel() * input.batch);
-  const std::vector<float> scales = input.scales(channels, input_);
+  const std::vector<float> scales = input.scales(geometry_.channels, input_);
   std::vector<Rounding> roundings;
   for (float scale : scales) roundings.push_back(input_.rounding(scale, input.offset));
-  if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads)) return false;
-  return run_lines(image, input.batch, input.size, scales.data(), biases(bias, input.offset), Finish::plain(y),
-                   threads);
+  if (!round_to_image(input.x, input.batch, input.size, roundings.data(), true, image, threads, input.planar))
+    return false;
+  return run_lines(image, input.batch, input.size, scales.data(), biases(bias, input.offset),
+                   Finish::plain(y, input.planar), threads);
 }
 
 bool Depthwise::run(const Image& image, int batch, const Extent& size, float scale, const float* offset,

@@ -20,6 +20,8 @@ class Depthwise {
 
  private:
   struct Steps;
+  Image image() const;  // of FP32 inputs, without memory
+  bool run_some(const ConvInput& input, float* y, const float* bias, int threads) const;
   class Lines;
   bool run_lines(const Image& image, int batch, const Extent& size, const float* scales, const std::vector<float>& bias,
                  const Finish& finish, int threads) const;

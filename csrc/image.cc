@@ -9,6 +9,7 @@
 #include "conv_tasks.h"
 #include "dispatch.h"
 #include "pool.h"
+#include "row_kernels.h"
 #include "scratch.h"
 
 namespace dybit {
@@ -16,11 +17,16 @@ namespace {
 
 constexpr int64_t kLittle = 50000;   // elements that do not pay for a second thread
 constexpr int64_t kStep = 1 << 14;   // elements that a thread rounds at a time
+constexpr int64_t kTurned = 1 << 16;  // if they are turned: long lines are read
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 }  // namespace
 
-Finish Finish::plain(float* y) { return {y, nullptr, -kInfinity, kInfinity}; }
+Finish Finish::plain(float* y, bool planar) {
+  Finish finish{y, nullptr, -kInfinity, kInfinity};
+  finish.planar = planar;
+  return finish;
+}
 
 bool Finish::is_plain() const { return !addend && !image && low == -kInfinity && high == kInfinity; }
 
@@ -52,6 +58,17 @@ void find_places(const Image& image, const Extent& size, int64_t start, int rows
   for (int row = 0; row < rows; ++row) {
     out[row] = at;
     at = cursor.advance(1, size) ? place() : at + image.pixel();
+  }
+}
+
+void store_planar(const Results& results, const Extent& places, int channels, float* y) {
+  const int64_t all = volume(places), stride = results.stride;
+  const float* from = results.data;
+  for (int row = 0, count; row < results.rows; row += count, from += count * stride) {
+    const int64_t sample = (results.start + row) / all, place = (results.start + row) % all;
+    count = int(std::min<int64_t>(results.rows - row, all - place));
+    kernels().rows->transpose(from, stride, count, results.last - results.first,
+                              y + (sample * channels + results.first) * all + place, all);
   }
 }
 
@@ -101,21 +118,30 @@ bool finish_some(const CodeKernels& codes, const Finish& finish, const Extent& p
 }
 
 bool round_to_image(const float* x, int batch, const Extent& size, const Rounding* rounding, bool by_sample,
-                    const Image& image, int threads) {
+                    const Image& image, int threads, bool planar) {
   const CodeKernels& codes = *kernels().codes;
-  const int64_t places = volume(size), step = std::max<int64_t>(1, kStep / image.channels);
+  const int64_t places = volume(size), channels = image.channels;
+  const int64_t at_once = planar ? kTurned : kStep;
+  const int64_t step = std::max<int64_t>(1, at_once / channels / kLanes) * kLanes;
   const int steps = int((places + step - 1) / step);
   clear_border(image, batch, size);
   std::atomic<bool> unknown{false};
-  parallel_for(batch * steps, places * batch * image.channels < kLittle ? 1 : threads, [&](int i) {
+  parallel_for(batch * steps, places * batch * channels < kLittle ? 1 : threads, [&](int i) {
     const int64_t sample = i / steps, start = i % steps * step;
     const int rows = int(std::min(step, places - start));
     Finish finish = Finish::plain(nullptr);
     finish.image = &image;
     finish.rounding = rounding[by_sample ? sample : 0];
     const int64_t at = sample * places + start;
-    const Results given{x + at * image.channels, image.channels, false, at, rows, 0, image.channels};
-    if (finish_some(codes, finish, size, image.channels, given)) unknown = true;
+    const float* from = x + at * channels;
+    if (planar && channels > 1) {
+      static thread_local Scratch turned_memory;
+      auto* turned = turned_memory.take<float>(rows * channels);
+      kernels().rows->transpose(x + sample * places * channels + start, places, int(channels), rows, turned, channels);
+      from = turned;
+    }
+    if (finish_some(codes, finish, size, int(channels), {from, channels, false, at, rows, 0, int(channels)}))
+      unknown = true;
   });
   return !unknown;
 }

@@ -1,6 +1,7 @@
 // Images: activations as significands, between convolutions that stay in integers.
 //
-// Tensors are channels-last: [batch][depth][height][width][channels].
+// Tensors are channels-last: [batch][depth][height][width][channels]. Planar ones are [batch][channels][depth][height]
+// [width].
 #pragma once
 
 #include <cstdint>
@@ -30,18 +31,19 @@ struct Finish {
   float low, high;
   const Image* image = nullptr;  // or null
   Rounding rounding{};           // of the image; static
+  bool planar = false;           // y is; for plain results only
 
   // FP32 results as they are.
-  static Finish plain(float* y);
+  static Finish plain(float* y, bool planar = false);
   bool is_plain() const;
 };
 
 // Writes zeros to the border of an image.
 void clear_border(const Image& image, int batch, const Extent& size);
 
-// Rounds x, FP32 [batch][size][channels], to an image. Returns false if there is NaN.
+// Rounds x, FP32 [batch][size][channels] or planar, to an image. Returns false if there is NaN.
 bool round_to_image(const float* x, int batch, const Extent& size, const Rounding* rounding, bool by_sample,
-                    const Image& image, int threads);
+                    const Image& image, int threads, bool planar = false);
 
 // Results of a convolution that are to be finished: some channels of the places from `start` on.
 struct Results {
@@ -52,6 +54,9 @@ struct Results {
   int rows;
   int first, last;  // channels
 };
+
+// Stores results of a convolution with `channels` channels in all in a planar tensor.
+void store_planar(const Results& results, const Extent& places, int channels, float* y);
 
 // Where the places from `start` on lie in an image: out[rows].
 void find_places(const Image& image, const Extent& size, int64_t start, int rows, uint8_t** out);

@@ -139,8 +139,9 @@ dybit::ConvGeometry geometry(const Extents& e, int channels, int groups, bool ch
 
 template <class T>
 bool convolve(const T& self, uintptr_t x, int batch, const dybit::Extent& size, uintptr_t y, uintptr_t bias,
-              uintptr_t scale, uintptr_t offset, float reach, int threads) {
-  const dybit::ConvInput input{pointer<float>(x), batch, size, pointer<float>(scale), pointer<float>(offset), reach};
+              uintptr_t scale, uintptr_t offset, float reach, bool planar, int threads) {
+  const dybit::ConvInput input{pointer<float>(x),      batch, size,  pointer<float>(scale),
+                               pointer<float>(offset), reach, planar};
   return self.run(input, writable<float>(y), pointer<float>(bias), threads);
 }
 

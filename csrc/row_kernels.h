@@ -63,6 +63,8 @@ struct RowKernels {
   void (*store_cache)(const StoredRows&, int bits, void* to);  // as FP32 or BF16
   // Multiplies rows by the normalized Hadamard matrix of the largest power of two that divides `size`, block by block.
   void (*hadamard)(float* rows, int count, int size, int64_t stride);
+  // to[column][row] = from[row][column]
+  void (*transpose)(const float* from, int64_t from_stride, int rows, int columns, float* to, int64_t to_stride);
 };
 
 }  // namespace dybit

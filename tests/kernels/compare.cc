@@ -430,11 +430,13 @@ void convolutions() {
     const InputKind to = kinds_of(end)[0];
     const float low = one_of({-INFINITY, 0.0f, -1.0f, 0.5f}), high = one_of({INFINITY, 6.0f, 1.0f});
     const std::vector<float> addend = numbers(count);
+    const bool planar = below(2);
     const std::string what = (depthwise ? "depthwise of " : "conv of ") + std::to_string(channels) + " channels";
     compare(what, [&](const Kernels& set) {
       use(set.name);
       std::vector<float> y(count);
-      const ConvInput input{x.data(), batch, size, fixed ? &scale_of_inputs : nullptr, nullptr, 3.0f};
+      const ConvInput input{x.data(), batch, size, fixed ? &scale_of_inputs : nullptr, nullptr, 3.0f,
+                            planar};
       // The inputs as an image; results likewise.
       std::vector<PackedWeight> held;
       std::vector<const PackedWeight*> pointers;

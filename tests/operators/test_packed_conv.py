@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dybit.errors import DyBitError
+from dybit.kernels import extension
 from dybit.operators.conv_geometry import ConvGeometry
 from dybit.operators.input_rounding import InputRounding
 from dybit.operators.packed_conv import packed_conv_for
@@ -38,6 +39,28 @@ def test_what_the_kernels_take(shape, family, groups, padding, rounding, taken):
     weight, geometry = weight_of(shape, family), ConvGeometry(ONES, padding, ONES, groups)
     packed = packed_conv_for(weight, geometry, rounding)
     assert (packed is not None) == taken and packed_conv_for(weight, geometry, rounding) is packed
+
+
+@pytest.mark.parametrize("family", ["dybit4", "dybit8"])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((40, 19, 3, 3), 1), ((24, 3, 3, 3), 1), ((6, 1, 1, 1), 1), ((70, 1, 3, 3), 70), ((8, 8, 1, 2), 2)],
+)
+@pytest.mark.usefixtures("restore_isa")
+def test_planar_images_give_the_same_numbers(shape, groups, batch, family):
+    torch.manual_seed(0)
+    weight, bias = weight_of(shape, family), torch.randn(shape[0])
+    for size in ((9, 23), (3, 3), (70, 65)):
+        for isa in ISAS:
+            extension.use(isa)
+            packed = packed_conv_for(weight, ConvGeometry(ONES, BORDER, ONES, groups), STATIC)
+            places = [n + 3 - k for n, k in zip(size, shape[2:], strict=True)]
+            x = torch.randn(batch, shape[1] * groups, *size) * 30
+            y, planar = torch.empty(batch, *places, shape[0]), torch.empty(batch, shape[0], *places)
+            assert packed.run(x.permute(0, 2, 3, 1).contiguous(), y, places, bias, STATIC)
+            assert packed.run(x, planar, places, bias, STATIC, planar=True)
+            assert torch.equal(y.permute(0, 3, 1, 2), planar), isa
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((4, 6, 3, 3), 1), ((6, 1, 3, 3), 6)])

@@ -22,6 +22,7 @@ from dybit.operators.conv_geometry import ConvGeometry
 from dybit.operators.embedding import embedding
 from dybit.operators.experts import experts
 from dybit.operators.linear import linear
+from dybit.operators.prepared_conv import PreparedLayer
 from dybit.operators.prepared_linear import PreparedLinear
 
 
@@ -48,7 +49,7 @@ class QuantizedLinear(Quantized):
         """Returns weight and bias prepared for the layer's inputs; the first call prepares them."""
         state, bias = self.__dict__, self.own_bias
         prepared: PreparedLinear | None = state.get("_prepared")
-        if prepared is None or not prepared.holds(state["_buffers"], bias):
+        if prepared is None or not prepared.snapshot.holds(state["_buffers"], bias):
             prepared = state["_prepared"] = PreparedLinear(self.quantized_tensor(), bias, self.input_rounding())
             if is_offloaded(self):  # it would keep the codes in memory
                 del state["_prepared"]
@@ -68,9 +69,28 @@ class QuantizedConv(Quantized):
         if layer.padding_mode != "zeros":  # such a border repeats values of the input: round both
             x = nn.functional.pad(x, padding, mode=layer.padding_mode)
             padding = [0] * len(padding)
-        in_order = [n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]]
-        geometry = ConvGeometry.of(layer.stride, in_order, layer.dilation, layer.groups)
-        return conv(x, self.quantized_tensor(), self.own_bias, geometry, self.input_rounding())
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or transforming():
+            geometry = _geometry(layer, padding)
+            return conv(x, self.quantized_tensor(), self.own_bias, geometry, self.input_rounding())
+        return self._prepare(layer, padding).convolve(x)
+
+    def _prepare(self, layer: nn.Conv2d, padding: Sequence[int]) -> PreparedLayer:
+        """Returns the convolution prepared for the layer's inputs; the first call prepares it."""
+        state, bias = self.__dict__, self.own_bias
+        given = (layer.stride, tuple(padding), layer.dilation, layer.groups)
+        kept: tuple[PreparedLayer, object] | None = state.get("_prepared")
+        if kept is not None and kept[1] == given and kept[0].snapshot.holds(state["_buffers"], bias):
+            return kept[0]
+        made = PreparedLayer(self.quantized_tensor(), bias, _geometry(layer, padding), self.input_rounding())
+        if not is_offloaded(self):  # it would keep the codes in memory
+            state["_prepared"] = made, given
+        return made
+
+
+def _geometry(layer: nn.Conv2d, padding: Sequence[int]) -> ConvGeometry:
+    """The geometry of a layer. ``padding`` is that of the last dimension first."""
+    in_order = [n for i in range(len(padding) - 2, -1, -2) for n in padding[i : i + 2]]
+    return ConvGeometry.of(layer.stride, in_order, layer.dilation, layer.groups)
 
 
 class QuantizedEmbedding(Quantized):

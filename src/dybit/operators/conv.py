@@ -1,7 +1,7 @@
 """The operator ``torch.ops.dybit.conv``: convolves rounded inputs with a packed weight, by kernels or plain torch.
 
 The operator takes the portable form of the weight. The first call packs it for the kernels and caches the result. The
-kernels work on channels-last images: such inputs are not copied, and their results are channels-last.
+kernels work on channels-last images and turn contiguous ones while they round inputs and store results.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _compute(
     """Computes the convolution by the kernels or in plain torch, without gradients."""
     _check(x, bias, weight.spec, geometry.groups, rounding.format)
     places = geometry.output_size(x.shape[0], x.shape[2:], weight.spec.shape[2:])
-    layout = _layout(x)
+    layout = layout_of(x)
     y = _by_kernel(x, weight, bias, geometry, rounding, places, layout)
     if y is not None:
         return y
@@ -95,19 +95,18 @@ def _by_kernel(
     packed = packed_conv_for(weight, geometry, rounding)
     if packed is None:
         return None
-    to_last = (0, *range(2, x.ndim), 1)
-    given = x.detach().permute(to_last).float().contiguous()
-    out = torch.empty((x.shape[0], weight.spec.rows, *places), dtype=x.dtype, device="cpu", memory_format=layout)
-    last = out.permute(to_last)
-    direct = out.dtype == torch.float32 and last.is_contiguous()
-    y = last if direct else torch.empty(last.shape, dtype=torch.float32, device="cpu")
+    planar = layout is torch.contiguous_format
+    order = range(x.ndim) if planar else (0, *range(2, x.ndim), 1)
+    given = x.detach().float().permute(*order).contiguous()
+    shape = (x.shape[0], weight.spec.rows, *places)
+    y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
     floating = None if bias is None else bias.detach().float().contiguous()
-    if y.numel() and not packed.run(given, y, places, floating, rounding):
+    if y.numel() and not packed.run(given, y.permute(*order), places, floating, rounding, planar):
         return None
-    return out if direct else out.copy_(y.permute(0, -1, *range(1, y.ndim - 1)))
+    return y.to(x.dtype)
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
     """Returns the memory format of the result, which is that of the input."""
     layout = _LAYOUTS.get(x.ndim - 2)
     if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
@@ -135,7 +134,7 @@ def _shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401  # 
     _check(x, bias, spec, geometry[-1], rest[11])
     shape = spec.shape
     size = ConvGeometry.of(*geometry).output_size(x.shape[0], x.shape[2:], shape[2:])
-    return torch.empty(x.shape[0], shape[0], *size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(x.shape[0], shape[0], *size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
@@ -169,8 +168,7 @@ def conv(
     The kernels sum products of significands as integers and scale the sums in a fixed order. Plain torch uses the same
     codes and sums their values in floating point. It runs if the kernels do not support a format, if zero padding
     meets an input offset, for several small groups of more than one channel, and if ``x`` holds NaN. If scales are
-    dynamic, NaN or infinity in a sample makes all its results NaN. Channels-last inputs are not copied, and their
-    results are channels-last.
+    dynamic, NaN or infinity in a sample makes all its results NaN. Results of channels-last inputs are channels-last.
 
     Args:
         x: Floating point of shape (batch, channels, \*size), or without the batch.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dybit.kernels import extension
+from dybit.operators.input_rounding import InputRounding
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _T = TypeVar("_T")
@@ -58,6 +59,21 @@ class Snapshot:
             if get(name) is not None:
                 return False
         return not self._unknown and self._isa == extension.isa()
+
+
+class LayerSnapshot:
+    """Records what a layer computes with: its weight, its bias, and the scale and offset of its inputs."""
+
+    __slots__ = ("_bias", "_own", "_stored")
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None, rounding: InputRounding) -> None:
+        stored = {f"weight{suffix}": part for suffix, part in weight.parts().items()}
+        self._stored = Snapshot(stored | {"input_scale": rounding.scale, "input_offset": rounding.offset})
+        self._bias, self._own = bias, Snapshot({"bias": bias})
+
+    def holds(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
+        """Whether buffers and bias of a layer are the recorded ones, unchanged since."""
+        return self._bias is bias and self._stored.holds(buffers) and (bias is None or self._own.holds({"bias": bias}))
 
 
 def ordinary(tensor: Tensor) -> Tensor:

@@ -53,15 +53,17 @@ class PackedConv:
         places: Sequence[int],
         bias: Tensor | None,
         rounding: InputRounding,
+        planar: bool = False,
     ) -> bool:
-        """Convolves channels-last images.
+        """Convolves images.
 
         Args:
-            x: float32 of shape (batch, *size, channels), contiguous.
-            y: Receives the results: float32 of shape (batch, *places, rows), contiguous.
+            x: float32 of shape (batch, *size, channels), or (batch, channels, *size) if ``planar``, contiguous.
+            y: Receives the results: float32 of shape (batch, *places, rows) or (batch, rows, *places), contiguous.
             places: The size of the results.
             bias: float32 of shape (rows,), or None.
             rounding: How inputs are rounded.
+            planar: Whether channels precede the size in ``x`` and ``y``.
 
         Returns:
             False if ``x`` holds NaN, or infinity at a dynamic scale, which have no significand.
@@ -69,20 +71,69 @@ class PackedConv:
         Raises:
             DyBitError: A tensor has another type, shape, device or layout.
         """
-        scale, factor = rounding.scale, self._inputs.factor
+        return self.prepared(bias, rounding).run(x, y, places, planar)
+
+    def prepared(self, bias: Tensor | None, rounding: InputRounding) -> Convolution:
+        """Returns the convolution with its bias and rounding, checked once.
+
+        Raises:
+            DyBitError: A tensor has another type, shape, device or layout.
+        """
+        return Convolution(self.compiled, self._inputs.factor, self._channels, self._rows, bias, rounding)
+
+
+class Convolution:
+    """A packed convolution with all other arguments of :meth:`PackedConv.run` but the images.
+
+    Args:
+        compiled: The extension's own object.
+        factor: Of the format of the inputs.
+        channels: Channels of the inputs.
+        rows: Channels of the results.
+        bias: As for :meth:`PackedConv.run`. Do not move its memory, or that of the scales, afterwards.
+        rounding: As for :meth:`PackedConv.run`.
+
+    Raises:
+        DyBitError: A tensor has another type, shape, device or layout.
+    """
+
+    __slots__ = ("_channels", "_given", "_kept", "_rows", "_run")
+
+    def __init__(
+        self,
+        compiled: Any,  # noqa: ANN401
+        factor: float,
+        channels: int,
+        rows: int,
+        bias: Tensor | None,
+        rounding: InputRounding,
+    ) -> None:
+        scale = rounding.scale
         if scale is not None and factor != 1:
             scale = scale * factor
-        batch, *size = x.shape[:-1]
+        self._kept = (compiled, bias, scale, rounding.offset)  # the extension holds their addresses
+        self._run, self._channels, self._rows = compiled.run, channels, rows
+        self._given = (
+            address("bias", bias, _F32, (rows,)),
+            address("input_scale", scale, _F32, (1,)),
+            address("input_offset", rounding.offset, _F32, (1,)),
+            rounding.reach / factor,
+        )
+
+    def run(self, x: Tensor, y: Tensor, places: Sequence[int], planar: bool = False) -> bool:
+        """Convolves images: :meth:`PackedConv.run`."""
+        batch, size = x.shape[0], x.shape[2:] if planar else x.shape[1:-1]
+        given, found = (self._channels, *size), (self._rows, *places)
+        if not planar:
+            given, found = (*size, self._channels), (*places, self._rows)
         return bool(
-            self.compiled.run(
-                address("x", x, _F32, (batch, *size, self._channels)),
+            self._run(
+                address("x", x, _F32, (batch, *given)),
                 batch,
                 (1,) * (3 - len(size)) + tuple(size),
-                address("y", y, _F32, (batch, *places, self._rows)),
-                address("bias", bias, _F32, (self._rows,)),
-                address("input_scale", scale, _F32, (1,)),
-                address("input_offset", rounding.offset, _F32, (1,)),
-                rounding.reach / factor,
+                address("y", y, _F32, (batch, *found)),
+                *self._given,
+                planar,
                 torch.get_num_threads(),
             )
         )

@@ -5,8 +5,6 @@ A small product takes the kernels little longer than Python needs to look up the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from dybit.operators.activations import activate
 from dybit.operators.dispatch import unwatched
 from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.operators.linear import linear, packed_for
-from dybit.operators.packed_cache import Snapshot
+from dybit.operators.packed_cache import LayerSnapshot
 from dybit.operators.packed_weight import Product
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
@@ -27,26 +25,22 @@ class PreparedLinear:
         weight: The weight.
         bias: Of shape (rows,), or None.
         rounding: How inputs are rounded.
+
+    Attributes:
+        snapshot: Of the tensors above.
     """
 
-    __slots__ = ("_bias", "_columns", "_most", "_rounding", "_rows", "_snapshot", "_weight", "product")
+    __slots__ = ("_bias", "_columns", "_most", "_rounding", "_rows", "_weight", "product", "snapshot")
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, rounding: InputRounding = KEPT) -> None:
         self._weight, self._bias, self._rounding = weight, bias, rounding
-        stored = {f"weight{suffix}": part for suffix, part in weight.parts().items()}
-        own = {"input_scale": rounding.scale, "input_offset": rounding.offset}
-        self._snapshot = Snapshot(stored | own), Snapshot({"bias": bias})
+        self.snapshot = LayerSnapshot(weight, bias, rounding)
         self._rows, self._columns = weight.spec.rows, weight.spec.columns
         packed = packed_for(weight, rounding)
         known = bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.is_contiguous())
         #: The product for the kernels; None if they do not support it.
         self.product = Product(packed, bias, rounding) if packed is not None and known else None
         self._most = 0 if packed is None else packed.most_rows
-
-    def holds(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
-        """Whether buffers and bias of a layer are the prepared ones, unchanged since."""
-        stored, own = self._snapshot
-        return self._bias is bias and stored.holds(buffers) and (bias is None or own.holds({"bias": bias}))
 
     def __deepcopy__(self, memo: object) -> None:
         """Returns None: a copy of the layer prepares its own. The bias may be computed, and then cannot be copied."""
