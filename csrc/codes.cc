@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "coded_table.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -207,27 +208,75 @@ void encode_units(const std::vector<const Codebook*>& books, const Units& units,
   });
 }
 
+bool ValueRuns::take(const float* table) {
+  std::memset(static_cast<void*>(this), 0, sizeof *this);
+  auto same = [](float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0; };
+  for (int h = 0; h < 16; ++h) {
+    const float* run = table + 16 * h;
+    const float first = run[0], by = run[1] - run[0];
+    bool even = true;
+    for (int l = 0; l < 16; ++l) even &= same(std::fma(float(l), by, first), run[l]);
+    if (even) {
+      base[h] = first, step[h] = by;
+      continue;
+    }
+    if (listed == kListed) return false;
+    selected[listed][h] = 1;
+    std::copy_n(run, 16, list[listed++]);
+  }
+  for (int i = 0; i < 256; ++i) {  // as CodeKernels::lookup_runs
+    float v = std::fma(float(i % 16), step[i / 16], base[i / 16]);
+    for (int k = 0; k < listed; ++k) v = std::fma(list[k][i % 16], selected[k][i / 16], v);
+    if (!same(v, table[i])) return false;
+  }
+  return true;
+}
+
+int64_t CodedTable::row_bytes() const {
+  const int64_t groups = units.groups();
+  return (groups - 1) * packed_size(units.group, bits) + packed_size(group_range(units, groups - 1).length, bits);
+}
+
+void decode_row(const CodedTable& table, int64_t row, float* out) {
+  const CodeKernels& k = code_kernels();
+  const Units& units = table.units;
+  const int bits = table.bits;
+  const int64_t full = packed_size(units.group, bits), groups = units.groups();
+  const uint8_t* packed = table.packed + row * table.row_bytes();
+  uint8_t codes[kBuffer];
+  for (int64_t group = 0; group < groups; ++group) {
+    const Range range = group_range(units, group);
+    const int book = table.choice.data ? table.choice.at(units, row, group) : 0;
+    const float* values = table.values + (size_t(book) << bits);
+    const float scale = table.scale.at(units, row, group);
+    const uint8_t* from = packed + group * full;
+    float* to = out + range.start;
+    if (!table.runs.empty()) {
+      k.lookup_runs(table.runs[book], from, range.length, scale, to);
+      continue;
+    }
+    if (bits == 8) {
+      k.lookup(values, bits, from, range.length, scale, to);
+      continue;
+    }
+    const int64_t bytes = packed_size(range.length, bits);
+    for (int64_t j = 0; j < range.length; j += kBuffer) {
+      const int64_t n = std::min(kBuffer, range.length - j), skip = j / 8 * bits;
+      unpack(from + skip, bytes - skip, n, bits, codes);
+      k.lookup(values, bits, codes, n, scale, to + j);
+    }
+  }
+}
+
 void decode_units(const float* tables, const Units& units, int bits, const uint8_t* packed,
                   PerUnit<float> scale, PerUnit<uint8_t> choice, float* out, int threads) {
-  const CodeKernels& k = code_kernels();
-  const int64_t full = packed_size(units.group, bits), groups = units.groups();
-  const int64_t row_bytes = (groups - 1) * full + packed_size(group_range(units, groups - 1).length, bits);
+  decode_rows({tables, units, bits, packed, scale, choice, {}}, out, threads);
+}
+
+void decode_rows(const CodedTable& table, float* out, int threads) {
+  const Units& units = table.units;
   by_rows(units.rows, units.columns, threads, [&](int64_t first, int64_t last) {
-    uint8_t codes[kBuffer];
-    for (int64_t row = first; row < last; ++row)
-      for (int64_t group = 0; group < groups; ++group) {
-        const Range range = group_range(units, group);
-        const float* table = tables + (size_t(choice.data ? choice.at(units, row, group) : 0) << bits);
-        const float s = scale.at(units, row, group);
-        const uint8_t* from = packed + row * row_bytes + group * full;
-        float* to = out + row * units.columns + range.start;
-        const int64_t bytes = packed_size(range.length, bits);
-        for (int64_t j = 0; j < range.length; j += kBuffer) {
-          const int64_t n = std::min(kBuffer, range.length - j), skip = j / 8 * bits;
-          unpack(from + skip, bytes - skip, n, bits, codes);
-          k.lookup(table, bits, codes, n, s, to + j);
-        }
-      }
+    for (int64_t row = first; row < last; ++row) decode_row(table, row, out + row * units.columns);
   });
 }
 

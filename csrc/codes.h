@@ -31,6 +31,19 @@ struct Codebook {
   alignas(64) uint8_t codes[kMaxLevels];
 };
 
+// A table of 256 values as 16 runs of 16: entry l of run h is base[h] + l · step[h], plus list[i][l] where selected[i][h]
+// is 1. Tapered codebooks have this form.
+struct ValueRuns {
+  static constexpr int kListed = 2;  // runs whose entries are listed, at most
+
+  // Whether a table has this form, bit for bit.
+  bool take(const float* table);
+
+  alignas(64) float base[16], step[16];
+  int listed;
+  alignas(64) float selected[kListed][16], list[kListed][16];
+};
+
 // The sums of a search for scales over a unit of elements: in 16 lanes of FP32, added to doubles every 1024 elements.
 struct Fit {
   double error, cross, square;  // of (x - scale · value)², value · x and value², each weighted
@@ -45,6 +58,8 @@ struct CodeKernels {
   uint32_t (*largest)(const float* x, int64_t count);
   // out = table[code] · scale; the table has 2^bits entries.
   void (*lookup)(const float* table, int bits, const uint8_t* codes, int64_t count, float scale, float* out);
+  // The same for the table of 8 bits that `runs` stands for.
+  void (*lookup_runs)(const ValueRuns& runs, const uint8_t* codes, int64_t count, float scale, float* out);
   // weights: one for each element, or null.
   Fit (*fit)(const Codebook&, const float* x, const float* weights, int64_t count, float scale);
   // The straight-through estimator: x_grad is grad if x / scale is from low to high, else 0. Returns

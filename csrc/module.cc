@@ -29,13 +29,6 @@ dybit::PackedWeight* make(uintptr_t packed, int64_t rows, int64_t columns, int b
 // Rows, columns, elements of a group.
 dybit::Units units(const std::array<int64_t, 3>& shape) { return {shape[0], shape[1], shape[2]}; }
 
-// An address (0: none), whether there is a number for each row, and whether for each group.
-using Spread = std::tuple<uintptr_t, bool, bool>;
-template <class T>
-dybit::PerUnit<T> per_unit(const Spread& spread) {
-  return {pointer<T>(std::get<0>(spread)), std::get<1>(spread), std::get<2>(spread)};
-}
-
 void define_codes(nb::module_& m) {
   using Shape = std::array<int64_t, 3>;
   const auto released = nb::call_guard<nb::gil_scoped_release>();
@@ -45,28 +38,28 @@ void define_codes(nb::module_& m) {
       }))
       .def("round",
            [](const dybit::Codebook& self, const Shape& shape, uintptr_t x, uintptr_t out, bool half,
-              const Spread& scale, uintptr_t offset, float reach, int threads) {
+              const UnitSpread& scale, uintptr_t offset, float reach, int threads) {
              dybit::round_units(self, units(shape), pointer<void>(x), writable<void>(out), half, per_unit<float>(scale),
                                 pointer<float>(offset), reach, threads);
            },
            released)
       .def("fit",
-           [](const dybit::Codebook& self, const Shape& shape, uintptr_t x, uintptr_t weights, const Spread& scale,
+           [](const dybit::Codebook& self, const Shape& shape, uintptr_t x, uintptr_t weights, const UnitSpread& scale,
               uintptr_t out, int threads) {
              dybit::fit_units(self, units(shape), pointer<float>(x), pointer<float>(weights), per_unit<float>(scale),
                               writable<dybit::Fit>(out), threads);
            },
            released);
   m.def("round_chosen",
-        [](const std::vector<const dybit::Codebook*>& books, const Shape& shape, uintptr_t x, const Spread& scale,
-           const Spread& choice, uintptr_t out, int threads) {
+        [](const std::vector<const dybit::Codebook*>& books, const Shape& shape, uintptr_t x, const UnitSpread& scale,
+           const UnitSpread& choice, uintptr_t out, int threads) {
           dybit::round_chosen(books, units(shape), pointer<float>(x), per_unit<float>(scale), per_unit<uint8_t>(choice),
                               writable<float>(out), threads);
         },
         released);
   m.def("pass_through",
-        [](uintptr_t limits, const Shape& shape, uintptr_t x, uintptr_t grad, uintptr_t rounded, const Spread& scale,
-           const Spread& choice, uintptr_t x_grad, uintptr_t slopes, int threads) {
+        [](uintptr_t limits, const Shape& shape, uintptr_t x, uintptr_t grad, uintptr_t rounded, const UnitSpread& scale,
+           const UnitSpread& choice, uintptr_t x_grad, uintptr_t slopes, int threads) {
           dybit::pass_units(pointer<float>(limits), units(shape), pointer<float>(x), pointer<float>(grad),
                             pointer<float>(rounded), per_unit<float>(scale), per_unit<uint8_t>(choice),
                             writable<float>(x_grad), writable<float>(slopes), threads);
@@ -74,14 +67,14 @@ void define_codes(nb::module_& m) {
         released);
   m.def("encode",
         [](const std::vector<const dybit::Codebook*>& books, const Shape& shape, int bits, uintptr_t x,
-           const Spread& scale, const Spread& choice, uintptr_t packed, int threads) {
+           const UnitSpread& scale, const UnitSpread& choice, uintptr_t packed, int threads) {
           dybit::encode_units(books, units(shape), bits, pointer<float>(x), per_unit<float>(scale),
                               per_unit<uint8_t>(choice), writable<uint8_t>(packed), threads);
         },
         released);
   m.def("decode",
-        [](uintptr_t tables, const Shape& shape, int bits, uintptr_t packed, const Spread& scale,
-           const Spread& choice, uintptr_t out, int threads) {
+        [](uintptr_t tables, const Shape& shape, int bits, uintptr_t packed, const UnitSpread& scale,
+           const UnitSpread& choice, uintptr_t out, int threads) {
           dybit::decode_units(pointer<float>(tables), units(shape), bits, pointer<uint8_t>(packed), per_unit<float>(scale),
                               per_unit<uint8_t>(choice), writable<float>(out), threads);
         },
@@ -241,4 +234,5 @@ NB_MODULE(_kernels, m) {
   define_program(m);
   define_cache(m);
   define_decoder(m);
+  define_layers(m);
 }

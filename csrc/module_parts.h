@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "codes.h"
 #include "conv.h"
 #include "feed_forward.h"
 #include "image.h"
@@ -53,7 +54,15 @@ inline dybit::Rounding rounding(const Rounded& r) {
   return dybit::InputFormat{true, std::get<0>(r), std::get<1>(r), std::get<2>(r), 0}.rounding(std::get<3>(r), &offset);
 }
 
+// An address (0: none), whether there is a number for each row, and whether for each group.
+using UnitSpread = std::tuple<uintptr_t, bool, bool>;
+template <class T>
+dybit::PerUnit<T> per_unit(const UnitSpread& spread) {
+  return {pointer<T>(std::get<0>(spread)), std::get<1>(spread), std::get<2>(spread)};
+}
+
 void define_cache(nanobind::module_& m);
 void define_decoder(nanobind::module_& m);
+void define_layers(nanobind::module_& m);
 void define_program(nanobind::module_& m);
 void define_rows(nanobind::module_& m);

@@ -5,7 +5,7 @@ import torch
 
 from dybit.errors import DyBitError
 from dybit.kernels import extension
-from dybit.operators.embedding import embedding
+from dybit.operators.embedding import BAGS, PreparedTable, embedding
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 
@@ -57,3 +57,44 @@ def test_an_index_of_another_type_is_refused_as_by_torch(dtype):
         torch.nn.functional.embedding(index, torch.zeros(3, 4))
     with pytest.raises(DyBitError, match=f"index must be int64 or int32, not {dtype}"):
         embedding(index, quantize(torch.randn(3, 4), TensorSpec("dybit4", (3, 4))))
+
+
+@pytest.mark.parametrize("family", ["dybit2", "dybit3", "dybit8plain", "dybit8", "s8", "nf4"])
+@pytest.mark.parametrize(("granularity", "size"), [("tensor", None), ("channel", None), ("group", 12)])
+@pytest.mark.parametrize("columns", [40, 300])
+@pytest.mark.usefixtures("restore_isa")
+def test_prepared_rows_are_those_of_the_table(family, granularity, size, columns):
+    torch.manual_seed(0)
+    spec = TensorSpec(family, (13, columns), granularity, size, "fp32", "channel" if size else granularity)
+    weight = quantize(torch.randn(13, columns) * torch.rand(13, 1), spec, method="absmax")
+    table = weight.dequantize()
+    for isa in extension.available()[1:]:
+        extension.use(isa)
+        prepared = PreparedTable(weight)
+        for index in (
+            torch.randint(0, 13, (3, 5)),
+            torch.tensor(7),
+            torch.zeros(0, dtype=torch.long),
+            torch.arange(13).int(),
+        ):
+            assert torch.equal(prepared.rows(index), table[index.long()])
+        assert torch.equal(prepared.values(), table)
+        index, starts = torch.randint(0, 13, (11,)), torch.tensor([0, 4, 4, 9])
+        for kind in BAGS:
+            for given in ((index, starts), (index[:10].view(2, 5), None)):
+                expected = torch.nn.functional.embedding_bag(given[0], table, given[1], mode=kind)
+                torch.testing.assert_close(prepared.bags(*given, kind), expected)
+
+
+@pytest.mark.skipif(not extension.available()[1:], reason="no compiled kernels")
+def test_bags_that_are_refused():
+    prepared = PreparedTable(quantize(torch.randn(13, 40), TensorSpec("dybit4", (13, 40))))
+    index = torch.arange(6)
+    assert prepared.bags(index, torch.tensor([0, 2]), "sum") is not None
+    for starts in ([1, 2], [0, 3, 2], [0, 7], [-1, 2]):
+        assert prepared.bags(index, torch.tensor(starts), "sum") is None
+    for wrong in (torch.tensor([0, 13]), torch.tensor([0, -1])):
+        assert prepared.bags(wrong, torch.tensor([0]), "sum") is None
+        with pytest.raises(IndexError):
+            prepared.rows(wrong)
+    assert prepared.bags(index, None, "sum") is None and prepared.bags(index.float(), torch.tensor([0]), "sum") is None

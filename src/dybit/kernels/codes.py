@@ -130,7 +130,7 @@ def decode(
     rows, bits, groups = packed.shape[0], books[0].bits, -(-count // (group_size or count))
     out = torch.empty(rows, count, dtype=_F32, device="cpu")
     compiled.decode(
-        address("values", _values(books), _F32, (len(books), 1 << bits)),
+        address("values", values_by_code(books), _F32, (len(books), 1 << bits)),
         (rows, count, min(group_size or count, count)),
         bits,
         address("packed", packed, _U8, (rows, packed_size(count, bits, group_size))),
@@ -171,7 +171,7 @@ def _decode_by_torch(
 
 
 @lru_cache(maxsize=256)
-def _values(books: tuple[Codebook, ...]) -> Tensor:
+def values_by_code(books: tuple[Codebook, ...]) -> Tensor:
     """Returns values by code: float32 of shape (books, 2**bits)."""
     return torch.from_numpy(np.stack([np.nan_to_num(book.values) for book in books]).astype(np.float32))
 

@@ -7,7 +7,7 @@ rounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,30 @@ def attend(
     is_causal: bool = False,
     *,
     round_input: Callable[[Tensor], Tensor] = lambda x: x,
+    project: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes ``nn.MultiheadAttention.forward``.
 
-    Takes its arguments, and ``round_input``, which is applied to query, key and value. Returns its results.
+    Takes its arguments; ``round_input``, which is applied to query, key and value; and ``project``, which computes the
+    products of the three with their weights, (batch, length, embed_dim), in place of torch. Returns its results.
 
     Raises:
         ValueError: ``is_causal`` without ``attn_mask``, as in torch.
     """
     if is_causal and attn_mask is None:
         raise ValueError("need attn_mask if specifying the is_causal hint")
-    query, key, value = (round_input(x) for x in (query, key, value))
     batched = query.ndim == 3
+
+    def lead(x: Tensor) -> Tensor:
+        x = round_input(x)
+        return x.unsqueeze(0) if not batched else x if module.batch_first else x.transpose(0, 1)
+
+    led: dict[int, Tensor] = {}  # by the tensor given: of a sequence to itself, the three are one
+    q, k, v = (led[id(x)] if id(x) in led else led.setdefault(id(x), lead(x)) for x in (query, key, value))
     if not batched:
-        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    elif not module.batch_first:
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    q, k, v = _project(module, query, key, value)
+    q, k, v = _project(module, q, k, v) if project is None else project(q, k, v)
+    k, v = _lengthen(module, k, v)
     extra = (module.bias_k is not None) + module.add_zero_attn
     mask = _mask(attn_mask, key_padding_mask, q.shape[0], module.num_heads, extra, q.dtype)
     dropout = module.dropout if module.training else 0.0
@@ -65,17 +71,21 @@ def attend(
 
 
 def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Returns query, key and value, (batch, length, embed_dim), the latter two with the learned extra position."""
+    """Returns query, key and value: (batch, length, embed_dim)."""
     if module._qkv_same_embed_dim:
         weights = list(module.in_proj_weight.chunk(3))
     else:
         weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     biases = [None] * 3 if module.in_proj_bias is None else list(module.in_proj_bias.chunk(3))
-    q, k, v = (functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    return [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+
+
+def _lengthen(module: nn.MultiheadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds the learned position, if there is one."""
     if module.bias_k is not None and module.bias_v is not None:
         k = torch.cat([k, module.bias_k.expand(k.shape[0], 1, -1)], dim=1)
         v = torch.cat([v, module.bias_v.expand(v.shape[0], 1, -1)], dim=1)
-    return [q, k, v]
+    return k, v
 
 
 def _mask(

@@ -9,21 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from dybit.kernels import extension
-from dybit.kernels.transforms import transforming
 from dybit.layers.attention import attend
 from dybit.layers.bag import bag_of_rows
 from dybit.layers.experts import run_experts
 from dybit.layers.offloading import is_offloaded
 from dybit.layers.quantized import Quantized, original_class
-from dybit.layers.recurrent import MadeWeights, is_plain, recur, recur_once
+from dybit.layers.recurrent import MadeWeights, cell_mode, is_plain, recur, recur_once
 from dybit.operators.activations import activate
 from dybit.operators.conv import conv
 from dybit.operators.conv_geometry import ConvGeometry
-from dybit.operators.embedding import embedding
+from dybit.operators.dispatch import traced, unwatched
+from dybit.operators.embedding import PreparedTable, embedding
 from dybit.operators.experts import experts
 from dybit.operators.linear import linear
+from dybit.operators.packed_cache import Snapshot
+from dybit.operators.packed_weight import take_rows
 from dybit.operators.prepared_conv import PreparedLayer
 from dybit.operators.prepared_linear import PreparedLinear
+from dybit.operators.recurrent import recur_steps
+from dybit.operators.transposed_conv import PreparedTransposed
+from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
 class QuantizedLinear(Quantized):
@@ -41,7 +46,7 @@ class QuantizedLinear(Quantized):
             x: (..., in_features).
             activation: One of :data:`dybit.operators.activations.ACTIVATIONS`.
         """
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or transforming():
+        if traced():
             return activate(linear(x, self.quantized_tensor(), self.own_bias, self.input_rounding()), activation)
         return self.prepared().multiply(x, activation)
 
@@ -62,14 +67,20 @@ class QuantizedConv(Quantized):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Convolves the only argument, under any name."""
         layer = cast(nn.Conv2d, self)
-        if self.input_spec is None:
-            return cast(Tensor, super().forward(*args, **kwargs))
         (x,) = (*args, *kwargs.values())
+        if self.input_spec is None:
+            bias = self.own_bias
+            if unwatched(x, bias) and x.dtype == self.float_dtype == torch.float32:
+                values = prepared_table(self).values()
+                if values is not None:
+                    shaped = values.view(self.weight_specs["weight"].shape)
+                    return cast(Tensor, layer._conv_forward(x, shaped, bias))
+            return cast(Tensor, super().forward(x))
         padding: Sequence[int] = layer._reversed_padding_repeated_twice
         if layer.padding_mode != "zeros":  # such a border repeats values of the input: round both
             x = nn.functional.pad(x, padding, mode=layer.padding_mode)
             padding = [0] * len(padding)
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or transforming():
+        if traced():
             geometry = _geometry(layer, padding)
             return conv(x, self.quantized_tensor(), self.own_bias, geometry, self.input_rounding())
         return self._prepare(layer, padding).convolve(x)
@@ -93,12 +104,65 @@ def _geometry(layer: nn.Conv2d, padding: Sequence[int]) -> ConvGeometry:
     return ConvGeometry.of(layer.stride, in_order, layer.dilation, layer.groups)
 
 
+class QuantizedTransposed(Quantized):
+    """A transposed convolution of rounded inputs by the codes, with the compiled kernels if they are installed."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As the layer's own forward."""
+        layer = cast(Any, self)
+        if not traced() and layer.padding_mode == "zeros" and input.ndim == len(layer.kernel_size) + 2:
+            kernel = layer.kernel_size
+            more = layer._output_padding(  # which also checks output_size
+                input, output_size, layer.stride, layer.padding, kernel, len(kernel), layer.dilation
+            )
+            places = [
+                (n - 1) * step - 2 * cut + by * (k - 1) + extra + 1
+                for n, step, cut, by, k, extra in zip(
+                    input.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, more, strict=True
+                )
+            ]
+            found = self._prepare(layer).convolve(input, places)
+            if found is not None:
+                return found
+        return cast(Tensor, super().forward(input, output_size))
+
+    def _prepare(self, layer: Any) -> PreparedTransposed:  # noqa: ANN401
+        """Returns the convolution prepared for the layer's inputs; the first call prepares it."""
+        state, bias = self.__dict__, self.own_bias
+        given = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        kept: tuple[PreparedTransposed, object] | None = state.get("_prepared")
+        if kept is not None and kept[1] == given and kept[0].snapshot.holds(state["_buffers"], bias):
+            return kept[0]
+        cut = [n for side in layer.padding for n in (side, side)]
+        geometry = ConvGeometry.of(layer.stride, cut, layer.dilation, layer.groups)
+        made = PreparedTransposed(self.quantized_tensor(), bias, geometry, self.input_rounding())
+        if not is_offloaded(self):  # it would keep the codes in memory
+            state["_prepared"] = made, given
+        return made
+
+
+def prepared_table(layer: Quantized) -> PreparedTable:
+    """Returns the table of a layer, prepared for look-ups; the first call prepares it."""
+    state = layer.__dict__
+    prepared: PreparedTable | None = state.get("_prepared")
+    if prepared is None or not prepared.snapshot.holds(state["_buffers"]):
+        prepared = PreparedTable(layer.quantized_tensor())
+        if not is_offloaded(layer):  # it would keep the codes in memory
+            state["_prepared"] = prepared
+    return prepared
+
+
+def look_up(layer: Quantized, index: Tensor) -> Tensor:
+    """Looks up rows of the table of a layer."""
+    return embedding(index, layer.quantized_tensor()) if traced() else prepared_table(layer).rows(index)
+
+
 class QuantizedEmbedding(Quantized):
     """An embedding that dequantizes only the rows it looks up."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
-        return embedding(input, self.quantized_tensor()).to(self.float_dtype)
+        return look_up(self, input).to(self.float_dtype)
 
 
 class QuantizedBag(Quantized):
@@ -106,8 +170,14 @@ class QuantizedBag(Quantized):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.EmbeddingBag.forward``."""
-        rows = embedding(input.reshape(-1), self.quantized_tensor()).to(self.float_dtype)
-        return bag_of_rows(cast(nn.EmbeddingBag, self), rows, input, offsets, per_sample_weights)
+        bag = cast(nn.EmbeddingBag, self)
+        simple = per_sample_weights is None and bag.padding_idx is None and not bag.include_last_offset
+        if simple and not traced():
+            found = prepared_table(self).bags(input, offsets, bag.mode)
+            if found is not None:
+                return found.to(self.float_dtype)
+        rows = look_up(self, input.reshape(-1)).to(self.float_dtype)
+        return bag_of_rows(bag, rows, input, offsets, per_sample_weights)
 
 
 class QuantizedRecurrent(MadeWeights, Quantized):
@@ -129,8 +199,14 @@ class QuantizedRecurrent(MadeWeights, Quantized):
         def multiply(x: Tensor, weight: str, bias: str) -> Tensor:
             return linear(x, weights[weight], self._parameters.get(bias), rounding)
 
+        def steps(
+            x: Tensor, counts: Sequence[int], states: Sequence[Tensor], weight: str, bias: str, reverse: bool
+        ) -> tuple[Tensor, list[Tensor]] | None:
+            own = self._parameters.get(bias)
+            return recur_steps(cell_mode(self), x, counts, states, weights[weight], own, rounding, reverse)
+
         compute: Any = recur if isinstance(self, nn.RNNBase) else recur_once
-        return compute(self, *args, multiply=multiply, **kwargs)
+        return compute(self, *args, multiply=multiply, steps=steps, **kwargs)
 
 
 class QuantizedAttention(Quantized):
@@ -139,9 +215,34 @@ class QuantizedAttention(Quantized):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As ``nn.MultiheadAttention.forward``."""
         attention = cast(nn.MultiheadAttention, self)
+        if self.weight_specs and not traced() and extension.load() is not None:
+            return attend(attention, *args, project=self._project, **kwargs)
         if self.input_spec is None and getattr(attention.out_proj, "input_spec", None) is None:
             return super().forward(*args, **kwargs)
         return attend(attention, *args, round_input=self.round_input, **kwargs)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
+        """Rounds query, key and value, and multiplies them by their weights."""
+        bias, rounding = self._parameters.get("in_proj_bias"), self.input_rounding()
+        whole = "in_proj_weight" in self.weight_specs
+        if whole and query is key and key is value:
+            return linear(query, self.quantized_tensor("in_proj_weight"), bias, rounding).chunk(3, dim=-1)
+        weights = self._parts() if whole else [self.quantized_tensor(f"{name}_proj_weight") for name in "qkv"]
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        return [linear(x, w, b, rounding) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+
+    def _parts(self) -> list[QuantizedTensor]:
+        """Returns the weights of query, key and value, cut from one; the first call cuts them."""
+        state, name = self.__dict__, "in_proj_weight"
+        kept: tuple[Snapshot, list[QuantizedTensor]] | None = state.get("_prepared")
+        if kept is not None and kept[0].holds(state["_buffers"]):
+            return kept[1]
+        weight = self.quantized_tensor(name)
+        rows = weight.spec.rows // 3
+        parts = [take_rows(weight, i * rows, rows) for i in range(3)]
+        if not is_offloaded(self):  # they would keep the codes in memory
+            state["_prepared"] = Snapshot({name + suffix: part for suffix, part in weight.parts().items()}), parts
+        return parts
 
 
 class QuantizedExperts(Quantized):

@@ -21,11 +21,21 @@ from dybit.layers.quantized_weight import plain_values
 
 #: Multiplies rows by the transposed weight of the first name and adds the bias of the second, if any.
 Multiply = Callable[[Tensor, str, str], Tensor]
+#: Computes all steps from the products with the inputs, the sequences at each step, the states, the names of the weight
+#: and the bias of the states, and whether the last step is the first. None if it cannot.
+Steps = Callable[[Tensor, Sequence[int], Sequence[Tensor], str, str, bool], tuple[Tensor, list[Tensor]] | None]
 _Step = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 _HELD = threading.local()
 
 
-def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply) -> tuple[Any, Any]:  # noqa: ANN401
+def recur(
+    module: nn.RNNBase,
+    input: Any,  # noqa: ANN401
+    hx: Any = None,  # noqa: ANN401
+    *,
+    multiply: Multiply,
+    steps: Steps | None = None,
+) -> tuple[Any, Any]:
     """Computes the forward of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``.
 
     Args:
@@ -33,6 +43,7 @@ def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply)
         input: As the layer takes it: (steps, batch, features), batch first, without a batch, or a ``PackedSequence``.
         hx: The first states, as the layer takes them.
         multiply: Called for every product.
+        steps: Called for every direction of every layer, unless outputs are projected; or None.
 
     Returns:
         As the layer's forward: outputs and last states.
@@ -61,7 +72,7 @@ def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply)
         for direction in range(directions):
             suffix = f"l{layer}{'_reverse' if direction else ''}"
             mine = [state[layer * directions + direction] for state in states]
-            part, final = _pass(module, data, sizes, mine, suffix, multiply)
+            part, final = _pass(module, data, sizes, mine, suffix, multiply, steps)
             parts.append(part)
             last.append(final)
         data = torch.cat(parts, dim=-1)
@@ -80,7 +91,14 @@ def recur(module: nn.RNNBase, input: Any, hx: Any = None, *, multiply: Multiply)
     return output, tuple(finals) if len(finals) > 1 else finals[0]
 
 
-def recur_once(module: nn.RNNCellBase, input: Tensor, hx: Any = None, *, multiply: Multiply) -> Any:  # noqa: ANN401
+def recur_once(
+    module: nn.RNNCellBase,
+    input: Tensor,
+    hx: Any = None,  # noqa: ANN401
+    *,
+    multiply: Multiply,
+    steps: Steps | None = None,
+) -> Any:  # noqa: ANN401
     """Computes the forward of ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``; see :func:`recur`.
 
     Raises:
@@ -96,8 +114,10 @@ def recur_once(module: nn.RNNCellBase, input: Tensor, hx: Any = None, *, multipl
             raise DyBitError(f"hx must have shape {wanted}, not {tuple(state.shape)}")
     states = [state.unsqueeze(0) if alone else state for state in given]
     states = states or [x.new_zeros(x.shape[0], module.hidden_size)] * count
-    step = _step(_mode(module), lambda h: multiply(h, "weight_hh", "bias_hh"), None)
-    found = step(multiply(x, "weight_ih", "bias_ih"), states)
+    rows = multiply(x, "weight_ih", "bias_ih")
+    done = steps(rows, [x.shape[0]], states, "weight_hh", "bias_hh", False) if steps and x.shape[0] else None
+    step = _step(cell_mode(module), lambda h: multiply(h, "weight_hh", "bias_hh"), None)
+    found = step(rows, states) if done is None else done[1]
     found = [state.squeeze(0) for state in found] if alone else found
     return tuple(found) if count > 1 else found[0]
 
@@ -123,7 +143,13 @@ def _given(hx: Any, count: int) -> list[Tensor]:  # noqa: ANN401
 
 
 def _pass(
-    module: nn.RNNBase, data: Tensor, sizes: Sequence[int], states: list[Tensor], suffix: str, multiply: Multiply
+    module: nn.RNNBase,
+    data: Tensor,
+    sizes: Sequence[int],
+    states: list[Tensor],
+    suffix: str,
+    multiply: Multiply,
+    steps: Steps | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Computes one direction of one layer over rows (sum of sizes, features), ``sizes`` of them at every step.
 
@@ -132,10 +158,15 @@ def _pass(
     projected = (lambda h: multiply(h, f"weight_hr_{suffix}", "")) if module.proj_size else None
     step = _step(module.mode, lambda h: multiply(h, f"weight_hh_{suffix}", f"bias_hh_{suffix}"), projected)
     rows = multiply(data, f"weight_ih_{suffix}", f"bias_ih_{suffix}")
+    backwards = suffix.endswith("_reverse")
+    if projected is None and steps is not None:
+        found = steps(rows, sizes, states, f"weight_hh_{suffix}", f"bias_hh_{suffix}", backwards)
+        if found is not None:
+            return found
     starts = [0, *accumulate(sizes)]
     order = range(len(sizes))
     outputs: dict[int, Tensor] = {}
-    for place in reversed(order) if suffix.endswith("_reverse") else order:
+    for place in reversed(order) if backwards else order:
         count = sizes[place]
         new = step(rows[starts[place] : starts[place] + count], [state[:count] for state in states])
         states = [
@@ -170,8 +201,10 @@ def _step(mode: str, recurrent: Callable[[Tensor], Tensor], projected: Callable[
     return {"LSTM": lstm, "GRU": gru}.get(mode, plain)
 
 
-def _mode(cell: nn.RNNCellBase) -> str:
-    """Returns the mode of the layer that corresponds to a cell."""
+def cell_mode(cell: nn.Module) -> str:
+    """Returns the mode of a layer, or of the layer that corresponds to a cell."""
+    if isinstance(cell, nn.RNNBase):
+        return cell.mode
     if isinstance(cell, nn.RNNCell):
         return f"RNN_{cell.nonlinearity.upper()}"
     return "LSTM" if isinstance(cell, nn.LSTMCell) else "GRU"

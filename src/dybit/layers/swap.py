@@ -21,9 +21,10 @@ from dybit.layers.forwards import (
     QuantizedExperts,
     QuantizedLinear,
     QuantizedRecurrent,
+    QuantizedTransposed,
 )
 from dybit.layers.input_spec import InputSpec
-from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, named_conv1d, named_experts, weight_names
+from dybit.layers.kinds import CONVOLUTIONS, EXPERTS, RECURRENT, TRANSPOSED, named_conv1d, named_experts, weight_names
 from dybit.layers.patched_forward import follow_class_
 from dybit.layers.quantized import Quantized, original_class
 from dybit.layers.recurrent import forget_weights_, list_weights_
@@ -111,6 +112,8 @@ def _quantized_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
         mixin = QuantizedLinear
     elif names and any(_is_plainly(cls, known) for known in CONVOLUTIONS):
         mixin = QuantizedConv
+    elif names and any(issubclass(cls, known) and cls.forward is known.forward for known in TRANSPOSED):
+        mixin = QuantizedTransposed
     elif cls.forward is nn.MultiheadAttention.forward:
         mixin = QuantizedAttention
     elif cls.forward is nn.EmbeddingBag.forward:

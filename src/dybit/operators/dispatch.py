@@ -20,6 +20,11 @@ def read_spec(key: str) -> TensorSpec:
     return TensorSpec.from_dict(json.loads(key))
 
 
+def traced() -> bool:
+    """Whether torch traces the calls: under ``torch.compile``, ``torch.jit.trace`` or a transform."""
+    return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state() or transforming())
+
+
 def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether torch's dispatcher can be bypassed: no autograd, tracing, dispatch mode or transform is active.
 

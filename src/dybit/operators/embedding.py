@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dybit.errors import DyBitError
-from dybit.kernels.codes import decode
+from dybit.kernels.arguments import address, choice_per_unit, kernels_for, per_unit
+from dybit.kernels.codes import decode, values_by_code
 from dybit.kernels.packed_codes import unpack
-from dybit.operators.dispatch import check_values, read_spec
+from dybit.operators.dispatch import check_values, read_spec, unwatched
+from dybit.operators.packed_cache import LayerSnapshot
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 # index of any shape, int64 or int32. weight to tensor_scale: the buffers of a QuantizedTensor; spec: TensorSpec.key.
@@ -19,6 +22,8 @@ SCHEMA = (
     "(Tensor index, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, str spec) "
     "-> Tensor"
 )
+BAGS = ("sum", "mean", "max")  # numbered as in csrc/embedding.h
+_memory = threading.local()
 _LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 
 
@@ -83,3 +88,109 @@ def embedding(index: Tensor, weight: QuantizedTensor) -> Tensor:
         Tensor,
         _operator(index, weight.packed, weight.scale, weight.choice, weight.tensor_scale, weight.spec.key),
     )
+
+
+class PreparedTable:
+    """A table prepared for many look-ups.
+
+    Args:
+        weight: The table, of shape (rows, columns).
+
+    Attributes:
+        snapshot: Of the table.
+    """
+
+    __slots__ = ("_columns", "_kept", "_table", "_weight", "snapshot")
+
+    def __init__(self, weight: QuantizedTensor) -> None:
+        self._weight, self._columns = weight, weight.spec.columns
+        self.snapshot = LayerSnapshot(weight)
+        self._kept: tuple[Tensor | None, ...] = ()
+        self._table = self._prepare(weight)
+
+    def _prepare(self, weight: QuantizedTensor) -> Any:  # noqa: ANN401  # the extension's own class
+        """Returns the table of the extension; None if scales or choices would have to be unpacked for all groups."""
+        spec, books = weight.spec, weight.spec.formats.books
+        compiled = kernels_for(weight.packed, weight.scale, weight.choice)
+        if (
+            compiled is None
+            or spec.scale != "fp32"
+            or (weight.choice is not None and spec.unit_shape(spec.choice)[1] > 1)
+        ):
+            return None
+        packed, scale, choice = weight.packed, weight.scale.contiguous(), weight.choices()
+        choice = None if choice is None else choice.contiguous()
+        if not packed.is_contiguous() or not self._columns:
+            return None
+        values = values_by_code(books)
+        self._kept = packed, scale, choice, values  # the extension holds their addresses
+        return compiled.CodedTable(
+            address("values", values, torch.float32, (len(books), 1 << spec.bits)),
+            (spec.rows, spec.columns, min(spec.group_size or spec.columns, spec.columns)),
+            spec.bits,
+            packed.data_ptr(),
+            per_unit("scale", scale, torch.float32, spec.rows, spec.groups),
+            choice_per_unit(choice, spec.rows, spec.groups, len(books)),
+            len(books),
+        )
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Looks up rows: :func:`embedding`."""
+        if self._table is None or not self._takes(index):
+            return embedding(index, self._weight)
+        given = index.long().contiguous()
+        y = torch.empty((*index.shape, self._columns), dtype=torch.float32, device="cpu")
+        if self._table.look_up((given.data_ptr(), given.numel()), y.data_ptr(), torch.get_num_threads()):
+            return y
+        return embedding(index, self._weight)  # which names the index that is no row
+
+    def bags(self, index: Tensor, starts: Tensor | None, kind: str) -> Tensor | None:
+        """Combines rows of bags.
+
+        Args:
+            index: Rows, of shape (bags, length), or (indices,) with ``starts``.
+            starts: The first index of every bag, of shape (bags,), or None.
+            kind: One of :data:`BAGS`.
+
+        Returns:
+            float32 of shape (bags, columns); zero for an empty bag. None if the kernels cannot compute it.
+        """
+        if self._table is None or not self._takes(index) or index.ndim != (2 if starts is None else 1):
+            return None
+        given, begin, bags, length = index.long().contiguous(), 0, index.shape[0], 0
+        if starts is not None:
+            if starts.ndim != 1 or not self._takes(starts):
+                return None
+            starts = starts.long().contiguous()
+            begin, bags = starts.data_ptr(), starts.shape[0]
+        else:
+            length = index.shape[1]
+            if length == 0:  # torch refuses it
+                return None
+        y = torch.empty((bags, self._columns), dtype=torch.float32, device="cpu")
+        where = (given.data_ptr(), given.numel())
+        known = self._table.look_up_bags(
+            where, begin, length, bags, BAGS.index(kind), y.data_ptr(), torch.get_num_threads()
+        )
+        return y if known else None
+
+    def values(self) -> Tensor | None:
+        """Decodes all rows, to memory that the thread's next call overwrites.
+
+        Returns:
+            float32 of shape (rows, columns). None if the kernels cannot compute it.
+        """
+        if self._table is None:
+            return None
+        rows = self._weight.spec.rows
+        memory: Tensor | None = getattr(_memory, "values", None)
+        if memory is None or memory.numel() < rows * self._columns:
+            with torch.inference_mode(False):
+                memory = _memory.values = torch.empty(rows * self._columns, dtype=torch.float32, device="cpu")
+        found = memory[: rows * self._columns].view(rows, self._columns)
+        self._table.decode(found.data_ptr(), torch.get_num_threads())
+        return found
+
+    def _takes(self, index: Tensor) -> bool:
+        """Whether the kernels can look up the rows, and the dispatcher can be bypassed."""
+        return unwatched(index) and index.is_cpu and index.dtype in (torch.int64, torch.int32)

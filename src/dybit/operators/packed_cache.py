@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dybit.kernels import extension
-from dybit.operators.input_rounding import InputRounding
+from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _T = TypeVar("_T")
@@ -66,12 +66,12 @@ class LayerSnapshot:
 
     __slots__ = ("_bias", "_own", "_stored")
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None, rounding: InputRounding) -> None:
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, rounding: InputRounding = KEPT) -> None:
         stored = {f"weight{suffix}": part for suffix, part in weight.parts().items()}
         self._stored = Snapshot(stored | {"input_scale": rounding.scale, "input_offset": rounding.offset})
         self._bias, self._own = bias, Snapshot({"bias": bias})
 
-    def holds(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
+    def holds(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None = None) -> bool:
         """Whether buffers and bias of a layer are the recorded ones, unchanged since."""
         return self._bias is bias and self._stored.holds(buffers) and (bias is None or self._own.holds({"bias": bias}))
 

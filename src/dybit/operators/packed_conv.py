@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dybit.kernels import extension
 from dybit.kernels.arguments import address
-from dybit.kernels.packed_codes import pack
 from dybit.operators import packed_weight
 from dybit.operators.conv_geometry import ConvGeometry, Extents
 from dybit.operators.input_rounding import InputFormat, InputRounding, input_format, max_significand
@@ -167,35 +166,13 @@ def _pack(
         return None
     permuted = spec.groups == 1 and math.prod(spec.shape[2:]) > 1
     rows = spec.rows // groups
-    parts = [packed_weight.PackedWeight(_rows(weight, g * rows, rows, permuted), inputs) for g in range(groups)]
+    parts = [
+        packed_weight.PackedWeight(packed_weight.take_rows(weight, g * rows, rows, permuted), inputs)
+        for g in range(groups)
+    ]
     channels = spec.shape[1] * groups
     made = compiled.Conv([part.compiled for part in parts], extents, channels, groups, not permuted)
     return PackedConv(made, inputs, parts, channels, spec.rows)
-
-
-def _rows(weight: QuantizedTensor, start: int, count: int, permuted: bool) -> QuantizedTensor:
-    """Returns some rows of a weight. ``permuted`` orders columns by kernel position, then by channel."""
-    spec = weight.spec
-    if count == spec.rows and not permuted:
-        return weight
-    codes = weight.codes()[start : start + count]
-    if permuted:
-        codes = codes.view(count, spec.shape[1], -1).transpose(1, 2).reshape(count, spec.columns)
-    scale, choice = weight.scales(), weight.choices()
-    units = (count, spec.groups)
-    part = packed_weight.rows_of(spec, count)
-    return QuantizedTensor(
-        part,
-        pack(codes, spec.bits, spec.group_size).view(part.packed_shape),
-        _some(scale, start, units),
-        None if choice is None else packed_weight.pack_choices(_some(choice, start, units), part),
-    )
-
-
-def _some(units: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
-    """Returns the scales or choices of some rows, one for every group."""
-    rows = units if units.shape[0] == 1 else units[start : start + shape[0]]
-    return rows.expand(shape).contiguous()
 
 
 def _pack_depthwise(weight: QuantizedTensor, extents: Extents, groups: int, inputs: InputFormat) -> PackedConv | None:

@@ -276,3 +276,35 @@ def rows_of(spec: TensorSpec, rows: int) -> TensorSpec:
 def pack_choices(choice: Tensor, spec: TensorSpec) -> Tensor:
     """Packs the choices of all units as a weight stores them."""
     return pack(choice.reshape(1, -1) if choice.shape[1] == 1 else choice, spec.choice_bits)
+
+
+def take_rows(weight: QuantizedTensor, start: int, count: int, permuted: bool = False) -> QuantizedTensor:
+    """Returns some rows of a weight that is not transposed.
+
+    Args:
+        weight: The weight.
+        start: The first row.
+        count: The number of rows.
+        permuted: Whether to order the columns of a convolution by kernel position, then by channel.
+    """
+    spec = weight.spec
+    if count == spec.rows and not permuted:
+        return weight
+    codes = weight.codes()[start : start + count]
+    if permuted:
+        codes = codes.view(count, spec.shape[1], -1).transpose(1, 2).reshape(count, spec.columns)
+    scale, choice = weight.scales(), weight.choices()
+    units = (count, spec.groups)
+    part = rows_of(spec, count)
+    return QuantizedTensor(
+        part,
+        pack(codes, spec.bits, spec.group_size).view(part.packed_shape),
+        _some(scale, start, units),
+        None if choice is None else pack_choices(_some(choice, start, units), part),
+    )
+
+
+def _some(units: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
+    """Returns the scales or choices of some rows, one for every group."""
+    rows = units if units.shape[0] == 1 else units[start : start + shape[0]]
+    return rows.expand(shape).contiguous()
