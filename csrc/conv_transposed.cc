@@ -15,6 +15,10 @@ namespace {
 
 constexpr int64_t kAtOnce = 1 << 16;  // results of a product that stay in the L2 cache
 
+void add(const float* from, int64_t count, float* sum) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += from[i];
+}
+
 }  // namespace
 
 ConvTransposed::ConvTransposed(std::vector<const PackedWeight*> weights, const ConvGeometry& geometry)
@@ -62,12 +66,36 @@ bool ConvTransposed::run(const ConvInput& input, const Extent& places, float* y,
   return true;
 }
 
+// Adds the results of one place: [kernel positions][outputs of the group].
+void ConvTransposed::add_kernel(const Sample& sample, const Extent& place, const float* from, int group) const {
+  const ConvGeometry& g = geometry_;
+  const Extent& places = sample.places;
+  const int count = outputs(), width = g.kernel[2], by = g.dilation[2];
+  const int64_t stride = int64_t(count) * g.groups;
+  Extent corner;
+  for (int d = 0; d < 3; ++d) corner[d] = place[d] * g.stride[d] - g.before[d];
+  // The kernel positions of a line that lie inside.
+  const int first = corner[2] < 0 ? (by - 1 - corner[2]) / by : 0, left = places[2] - corner[2];
+  const int last = left <= 0 ? 0 : std::min(width, (left + by - 1) / by);
+  const bool together = by == 1 && g.groups == 1;  // their results follow each other
+  for (int i = 0; i < g.kernel[0] * g.kernel[1]; ++i, from += width * count) {
+    const int d = corner[0] + i / g.kernel[1] * g.dilation[0], h = corner[1] + i % g.kernel[1] * g.dilation[1];
+    if (d < 0 || d >= places[0] || h < 0 || h >= places[1] || first >= last) continue;
+    float* line = sample.y + index_of({d, h, corner[2]}, 0, places) * stride + group * count;
+    if (together) {
+      add(from + first * count, (last - first) * count, line + first * stride);
+      continue;
+    }
+    for (int k = first; k < last; ++k) add(from + k * count, count, line + k * by * stride);
+  }
+}
+
 void ConvTransposed::add_group(const Sample& sample, int group, int threads) const {
   static thread_local Scratch row_memory, result_memory;
   const ConvGeometry& g = geometry_;
   const PackedWeight& weight = *weights_[group];
-  const int channels = g.channels / g.groups, count = outputs(), taps = int(volume(g.kernel));
-  const int64_t pixels = volume(sample.size), wide = int64_t(taps) * count, stride = int64_t(count) * g.groups;
+  const int channels = g.channels / g.groups;
+  const int64_t pixels = volume(sample.size), wide = volume(g.kernel) * outputs();
   const int step = int(std::clamp<int64_t>(kAtOnce / wide / kLanes * kLanes, kLanes, 1024));
   auto* results = result_memory.take<float>(size_t(step * wide));
   for (int64_t start = 0; start < pixels; start += step) {
@@ -85,21 +113,8 @@ void ConvTransposed::add_group(const Sample& sample, int group, int threads) con
     }
     weight.linear(x, rows, results, nullptr, sample.scale, sample.offset, 1.0f, threads);
     Cursor cursor(start, sample.size);
-    for (int row = 0; row < rows; ++row, cursor.advance(1, sample.size)) {
-      const float* from = results + row * wide;
-      for (int tap = 0; tap < taps; ++tap, from += count) {
-        const Extent k = place_at(tap, g.kernel);
-        Extent to;
-        bool inside = true;
-        for (int d = 0; d < 3; ++d) {
-          to[d] = cursor.place[d] * g.stride[d] + k[d] * g.dilation[d] - g.before[d];
-          inside &= to[d] >= 0 && to[d] < sample.places[d];
-        }
-        if (!inside) continue;
-        float* sum = sample.y + index_of(to, 0, sample.places) * stride + group * count;
-        for (int i = 0; i < count; ++i) sum[i] += from[i];
-      }
-    }
+    for (int row = 0; row < rows; ++row, cursor.advance(1, sample.size))
+      add_kernel(sample, cursor.place, results + row * wide, group);
   }
 }
 

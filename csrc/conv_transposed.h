@@ -20,6 +20,7 @@ class ConvTransposed {
 
  private:
   struct Sample;
+  void add_kernel(const Sample& sample, const Extent& place, const float* from, int group) const;
   void add_group(const Sample& sample, int group, int threads) const;
   int outputs() const { return weights_[0]->weight().rows / int(volume(geometry_.kernel)); }  // of a group
 

@@ -30,9 +30,11 @@ def weight_of(shape, family="dybit4"):
         ((4, 6, 3, 3), "nf4", 1, BORDER, STATIC, False),
         ((4, 6, 3, 3), "dybit4", 1, BORDER, InputRounding("nf4", torch.ones(1)), False),
         ((6, 1, 3, 3), "dybit4", 6, BORDER, STATIC, True),
-        ((12, 1, 3, 3), "dybit4", 6, BORDER, STATIC, False),  # two results a channel
+        ((12, 1, 3, 3), "dybit4", 6, BORDER, STATIC, True),  # two results a channel
         ((4, 6, 3, 3), "dybit4", 2, BORDER, STATIC, True),
-        ((4, 2, 1, 3), "dybit4", 2, BORDER, STATIC, False),  # groups of too few columns
+        ((4, 2, 1, 3), "dybit4plain", 2, BORDER, STATIC, True),
+        ((4, 2, 1, 3), "s4r1mid", 2, BORDER, STATIC, False),  # groups of too few columns, without zeros to merge them
+        ((34, 1, 1, 3), "dybit4", 2, BORDER, STATIC, False),  # many results of too few columns
     ],
 )
 def test_what_the_kernels_take(shape, family, groups, padding, rounding, taken):
@@ -85,3 +87,30 @@ def test_foreign_tensors_never_reach_the_kernels(shape, groups):
     ):
         with pytest.raises(DyBitError, match="must be a contiguous float32 tensor"):
             packed.run(*given)
+
+
+@pytest.mark.parametrize("family", ["dybit2plain", "dybit4spare", "dybit8plain"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((128, 4, 3, 3), 32),
+        ((12, 1, 3, 3), 6),
+        ((4, 2, 1, 3), 2),
+        ((15, 3, 1, 1), 5),
+        ((40, 8, 3, 3), 4),
+        ((7, 2, 3, 1), 7),
+    ],
+)
+@pytest.mark.usefixtures("restore_isa")
+def test_merged_groups_are_those_of_the_values(shape, groups, granularity, family):
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(shape), TensorSpec(family, shape, granularity, None, "fp32", granularity))
+    geometry = ConvGeometry(ONES, BORDER, ONES, groups)
+    x, bias = torch.randint(-127, 128, (2, shape[1] * groups, 6, 7)).float(), torch.randn(shape[0])
+    expected = geometry.convolve(x.double(), weight.dequantize(torch.float64), bias.double())
+    for isa in ISAS:
+        extension.use(isa)
+        y = torch.empty(expected.shape)
+        assert packed_conv_for(weight, geometry, STATIC).run(x, y, y.shape[2:], bias, STATIC, planar=True)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)

@@ -6,19 +6,23 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dybit.kernels import extension
 from dybit.kernels.arguments import address
+from dybit.kernels.packed_codes import pack
 from dybit.operators import packed_weight
 from dybit.operators.conv_geometry import ConvGeometry, Extents
 from dybit.operators.input_rounding import InputFormat, InputRounding, input_format, max_significand
 from dybit.operators.packed_cache import PackedCache
-from dybit.tensors.quantized_tensor import QuantizedTensor
+from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
 _F32 = torch.float32
 _EXACT = 1 << 24  # FP32 holds every integer up to here
+_BLOCK_ROWS = 16  # results that the kernels compute at once
+_MOST_COLUMNS = 1024  # of merged groups: their sums still have one part
 _LEAST_COLUMNS = 8  # per group: with fewer, torch is faster unless the kernels have a special case
 
 
@@ -160,8 +164,11 @@ def _pack(
     extents, groups = geometry.extents(spec.shape[2:]), geometry.groups
     if has_offset and any(map(any, extents[3:])):  # zeros of the border have no code if there is an offset
         return None
-    if spec.shape[1] == 1 and groups > 1:
+    channels = spec.shape[1] * groups
+    if spec.shape[1] == 1 and groups == spec.rows > 1:
         return _pack_depthwise(weight, extents, groups, inputs)
+    weight, groups = _merged(weight, groups)
+    spec = weight.spec
     if groups > 1 and spec.columns < _LEAST_COLUMNS:
         return None
     permuted = spec.groups == 1 and math.prod(spec.shape[2:]) > 1
@@ -170,14 +177,47 @@ def _pack(
         packed_weight.PackedWeight(packed_weight.take_rows(weight, g * rows, rows, permuted), inputs)
         for g in range(groups)
     ]
-    channels = spec.shape[1] * groups
     made = compiled.Conv([part.compiled for part in parts], extents, channels, groups, not permuted)
     return PackedConv(made, inputs, parts, channels, spec.rows)
 
 
+def _merged(weight: QuantizedTensor, groups: int) -> tuple[QuantizedTensor, int]:
+    """Merges small groups until their results fill a block of the kernels, with zeros for channels of other groups.
+
+    The kernels then finish whole blocks. Returns the weight and the number of groups that are left; both as given if
+    groups are large, scales belong to parts of rows, or a codebook that is used has no zero.
+    """
+    spec = weight.spec
+    rows = spec.rows // groups
+    most = min(_BLOCK_ROWS // rows, _MOST_COLUMNS // spec.columns)
+    count = max((n for n in range(2, most + 1) if groups % n == 0), default=1)
+    if count == 1 or spec.groups > 1:
+        return weight, groups
+    choice = weight.choices()
+    books = (
+        torch.zeros(spec.rows, dtype=torch.int64, device="cpu")
+        if choice is None
+        else choice.long().expand(spec.rows, 1)[:, 0]
+    )
+    zeros = torch.tensor(
+        [next(iter(np.flatnonzero(book.values == 0)), -1) for book in spec.formats.books], device="cpu"
+    )
+    if zeros[books].min() < 0:
+        return weight, groups
+    codes = zeros[books].to(torch.uint8)
+    whole = codes[:, None, None].repeat(1, count, spec.columns)
+    place = torch.arange(spec.rows, device="cpu") // rows % count
+    whole[torch.arange(spec.rows, device="cpu"), place] = weight.codes()
+    shape = (spec.rows, count * spec.shape[1], *spec.shape[2:])
+    part = TensorSpec(spec.family, shape, "channel", None, "fp32", "channel")
+    own = None if choice is None else packed_weight.pack_choices(choice.expand(spec.rows, 1).contiguous(), part)
+    packed = pack(whole.flatten(1), spec.bits).view(part.packed_shape)
+    return QuantizedTensor(part, packed, weight.scales().expand(spec.rows, 1).contiguous(), own), groups // count
+
+
 def _pack_depthwise(weight: QuantizedTensor, extents: Extents, groups: int, inputs: InputFormat) -> PackedConv | None:
     compiled, spec = extension.load(), weight.spec
-    if spec.rows != groups or spec.groups != 1 or compiled is None:
+    if spec.groups != 1 or compiled is None:
         return None
     significands, scales = packed_weight.significands(weight)
     largest = max_significand(inputs) * float(significands.abs().sum(1).max())
