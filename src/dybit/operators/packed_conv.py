@@ -200,14 +200,16 @@ def _merged(weight: QuantizedTensor, groups: int) -> tuple[QuantizedTensor, int]
         else choice.long().expand(spec.rows, 1)[:, 0]
     )
     zeros = torch.tensor(
-        [next(iter(np.flatnonzero(book.values == 0)), -1) for book in spec.formats.books], device="cpu"
+        [next(iter(np.flatnonzero(book.values == 0)), -1) for book in spec.formats.books],
+        dtype=torch.int64,
+        device="cpu",
     )
     if zeros[books].min() < 0:
         return weight, groups
     codes = zeros[books].to(torch.uint8)
     whole = codes[:, None, None].repeat(1, count, spec.columns)
-    place = torch.arange(spec.rows, device="cpu") // rows % count
-    whole[torch.arange(spec.rows, device="cpu"), place] = weight.codes()
+    place = torch.arange(spec.rows, dtype=torch.int64, device="cpu") // rows % count
+    whole[torch.arange(spec.rows, dtype=torch.int64, device="cpu"), place] = weight.codes()
     shape = (spec.rows, count * spec.shape[1], *spec.shape[2:])
     part = TensorSpec(spec.family, shape, "channel", None, "fp32", "channel")
     own = None if choice is None else packed_weight.pack_choices(choice.expand(spec.rows, 1).contiguous(), part)
