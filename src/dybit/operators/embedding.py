@@ -128,7 +128,7 @@ class PreparedTable:
             address("values", values, torch.float32, (len(books), 1 << spec.bits)),
             (spec.rows, spec.columns, min(spec.group_size or spec.columns, spec.columns)),
             spec.bits,
-            packed.data_ptr(),
+            address("packed", packed, torch.uint8, spec.packed_shape),
             per_unit("scale", scale, torch.float32, spec.rows, spec.groups),
             choice_per_unit(choice, spec.rows, spec.groups, len(books)),
             len(books),
@@ -140,7 +140,7 @@ class PreparedTable:
             return embedding(index, self._weight)
         given = index.long().contiguous()
         y = torch.empty((*index.shape, self._columns), dtype=torch.float32, device="cpu")
-        if self._table.look_up((given.data_ptr(), given.numel()), y.data_ptr(), torch.get_num_threads()):
+        if self._table.look_up(_indices(given), address("y", y, torch.float32, y.shape), torch.get_num_threads()):
             return y
         return embedding(index, self._weight)  # which names the index that is no row
 
@@ -162,15 +162,16 @@ class PreparedTable:
             if starts.ndim != 1 or not self._takes(starts):
                 return None
             starts = starts.long().contiguous()
-            begin, bags = starts.data_ptr(), starts.shape[0]
+            bags = starts.shape[0]
+            begin = address("starts", starts, torch.int64, (bags,))
         else:
             length = index.shape[1]
             if length == 0:  # torch refuses it
                 return None
         y = torch.empty((bags, self._columns), dtype=torch.float32, device="cpu")
-        where = (given.data_ptr(), given.numel())
+        to = address("y", y, torch.float32, y.shape)
         known = self._table.look_up_bags(
-            where, begin, length, bags, BAGS.index(kind), y.data_ptr(), torch.get_num_threads()
+            _indices(given), begin, length, bags, BAGS.index(kind), to, torch.get_num_threads()
         )
         return y if known else None
 
@@ -188,9 +189,14 @@ class PreparedTable:
             with torch.inference_mode(False):
                 memory = _memory.values = torch.empty(rows * self._columns, dtype=torch.float32, device="cpu")
         found = memory[: rows * self._columns].view(rows, self._columns)
-        self._table.decode(found.data_ptr(), torch.get_num_threads())
+        self._table.decode(address("values", found, torch.float32, found.shape), torch.get_num_threads())
         return found
 
     def _takes(self, index: Tensor) -> bool:
         """Whether the kernels can look up the rows, and the dispatcher can be bypassed."""
         return unwatched(index) and index.is_cpu and index.dtype in (torch.int64, torch.int32)
+
+
+def _indices(index: Tensor) -> tuple[int, int]:
+    """Returns the address of indices and their number."""
+    return address("index", index, torch.int64, index.shape), index.numel()

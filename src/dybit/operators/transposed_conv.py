@@ -89,16 +89,16 @@ class PreparedTransposed:
             return None
         layout = layout_of(x)
         planar = layout is torch.contiguous_format
-        shape = (x.shape[0], self._weight.spec.shape[1] * self._geometry.groups, *places)
-        y = torch.empty(shape, dtype=_F32, device="cpu", memory_format=layout)
-        given = x.detach().contiguous(memory_format=layout)
-        size = three(x.shape[2:])
+        outputs = self._weight.spec.shape[1] * self._geometry.groups
+        y = torch.empty((x.shape[0], outputs, *places), dtype=_F32, device="cpu", memory_format=layout)
+        order = range(x.ndim) if planar else (0, *range(2, x.ndim), 1)
+        given, to = x.detach().permute(*order).contiguous(), y.permute(*order)
         bias, scale = self._given
         done = self._packed.compiled.run(
-            given.data_ptr(),
+            address("x", given, _F32, given.shape),
             x.shape[0],
-            size,
-            y.data_ptr(),
+            three(x.shape[2:]),
+            address("y", to, _F32, to.shape),
             three(places),
             bias,
             scale,
