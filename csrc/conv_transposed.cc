@@ -105,7 +105,8 @@ void ConvTransposed::add_group(const Sample& sample, int group, int threads) con
       auto* turned = row_memory.take<float>(size_t(rows) * channels);
       const float* from = sample.x + start * g.channels + group * channels;
       if (sample.planar)
-        kernels().rows->transpose(sample.x + group * channels * pixels + start, pixels, channels, rows, turned, channels);
+        kernels().rows->transpose(sample.x + group * channels * pixels + start, pixels, channels, rows, turned,
+                                  channels);
       else
         for (int row = 0; row < rows; ++row)
           std::memcpy(turned + row * channels, from + int64_t(row) * g.channels, channels * sizeof(float));

@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "codes.h"
 #include "conv.h"
+#include "conv_transposed.h"
 #include "depthwise.h"
 #include "dispatch.h"
 #include "elementwise.h"
@@ -20,6 +21,8 @@
 #include "norm.h"
 #include "packed_weight.h"
 #include "pooling.h"
+#include "recurrent.h"
+#include "row_kernels.h"
 
 using namespace dybit;
 
@@ -625,6 +628,71 @@ void poolings() {
   }
 }
 
+void layers() {
+  for (int i = 0; i < 20 * kTimes; ++i) {
+    // Runs of values, up to two of them irregular.
+    std::vector<float> table(256);
+    for (int h = 0; h < 16; ++h) {
+      const float start = float(between(-50, 50)), step = one_of({0.0f, 1.0f, -4.0f, 0.25f});
+      for (int l = 0; l < 16; ++l) table[16 * h + l] = h % 8 == 7 && i % 2 ? uniform() : start + float(l) * step;
+    }
+    ValueRuns runs;
+    std::vector<uint8_t> indices(one_of({1, 15, 16, 255, 256, 700}));
+    for (auto& index : indices) index = uint8_t(draw());
+    if (!runs.take(table.data())) std::printf("a table is no runs\n"), ++failures;
+    compare("runs of values", [&](const Kernels& set) {
+      std::vector<float> out(indices.size());
+      set.codes->lookup_runs(runs, indices.data(), int64_t(indices.size()), 0.3f, out.data());
+      return out;
+    });
+    const int rows = between(1, 40), columns = between(1, 40);
+    const std::vector<float> matrix = numbers(rows * columns);
+    compare("transpose", [&](const Kernels& set) {
+      std::vector<float> out(matrix.size());
+      set.rows->transpose(matrix.data(), columns, rows, columns, out.data(), rows);
+      return out;
+    });
+    InputFormat format = kInputs[between(1, 5)];
+    const int size = between(1, 40), steps = between(1, 4), batch = between(1, 3);
+    const int gates = i % 3 == 0 ? 4 : i % 3 == 1 ? 3 : 1;
+    const WeightCase weight(4, gates * size, size, size, 7, WeightCase::kRandom);
+    format.group_size = size;
+    const std::vector<float> x = numbers(int64_t(steps) * batch * gates * size), first = numbers(batch * size);
+    const std::vector<int64_t> counts(steps, batch);
+    const bool reverse = below(2);
+    compare("recurrent", [&](const Kernels& set) {
+      use(set.name);
+      const PackedWeight packed(weight.portable(), format, set);
+      std::vector<float> h = first, c = first, y(size_t(steps) * batch * size);
+      const Cell cell = gates == 4 ? Cell::kLstm : gates == 3 ? Cell::kGru : Cell::kTanh;
+      recur({cell, &packed, nullptr, {nullptr, nullptr, 1.5f}, steps, counts.data(), reverse, x.data(), h.data(),
+             c.data(), y.data()},
+            1);
+      y.insert(y.end(), h.begin(), h.end());
+      return with_one_nan(y);
+    });
+    const int channels = between(1, 20), outputs = between(1, 20);
+    const ConvGeometry geometry{{1, between(1, 3), between(1, 3)}, {1, between(1, 2), between(1, 2)},
+                                {1, between(1, 2), between(1, 2)}, {0, between(0, 1), between(0, 1)}, {}, channels, 1,
+                                false};
+    const int taps = int(volume(geometry.kernel));
+    const WeightCase kernel(4, taps * outputs, channels, channels, 7, WeightCase::kRandom);
+    const std::vector<float> image = numbers(2 * 20 * channels);
+    const bool planar = below(2);
+    format.group_size = channels;
+    compare("transposed convolution", [&](const Kernels& set) {
+      use(set.name);
+      const PackedWeight packed(kernel.portable(), format, set);
+      const float scale = 0.3f;
+      std::vector<float> y(2 * 77 * outputs);
+      const ConvTransposed conv({&packed}, geometry);
+      if (!conv.run({image.data(), 2, {1, 4, 5}, &scale, nullptr, 1.0f, planar}, {1, 7, 11}, y.data(), nullptr, 1))
+        y.assign(1, NAN);
+      return with_one_nan(y);
+    });
+  }
+}
+
 }  // namespace
 
 int main(int count, char** names) {
@@ -647,6 +715,7 @@ int main(int count, char** names) {
   norms();
   elementwise();
   poolings();
+  layers();
   std::printf("%lld comparisons, %lld failures\nscalar results: %016llx\n", (long long)comparisons, (long long)failures,
               (unsigned long long)hash);
   return failures != 0;
