@@ -45,10 +45,24 @@ struct Tree {
 
 template <int kSteps>
 struct Table {
+  __m256 low, high;  // of up to 16 entries
   const float* table;
-  DYBIT_INLINE explicit Table(const float* p) : table(p) {}
+  DYBIT_INLINE explicit Table(const float* p) : low(_mm256_setzero_ps()), high(low), table(p) {
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (kSteps < 3)
+      low = _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(1 << kSteps), places));
+    else if constexpr (kSteps <= 4)
+      low = _mm256_loadu_ps(p);
+    if constexpr (kSteps == 4) high = _mm256_loadu_ps(p + 8);
+  }
   DYBIT_INLINE Lanes at(Indices index) const {
-    return Lanes::make([&](int h) DYBIT_INLINE { return _mm256_i32gather_ps(table, index.v[h], 4); });
+    return Lanes::make([&](int h) DYBIT_INLINE {
+      const __m256i i = index.v[h];
+      if constexpr (kSteps > 4) return _mm256_i32gather_ps(table, i, 4);
+      const __m256 first = _mm256_permutevar8x32_ps(low, i);
+      if constexpr (kSteps < 4) return first;
+      return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, i), _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+    });
   }
 };
 

@@ -162,7 +162,8 @@ class QuantizedEmbedding(Quantized):
 
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up: integers of any shape to (*shape, embedding_dim)."""
-        return look_up(self, input).to(self.float_dtype)
+        rows = look_up(self, input)
+        return rows if self.float_dtype is torch.float32 else rows.to(self.float_dtype)
 
 
 class QuantizedBag(Quantized):
