@@ -71,6 +71,7 @@ void define_cache(nb::module_& m) {
       .def_prop_ro("sequences", &KVCache::sequences)
       .def_prop_ro("nbytes", &KVCache::bytes)
       .def("length", &KVCache::length)
+      .def("copy", [](const KVCache& self) { return new KVCache(self); })
       .def("reset", &KVCache::reset)
       .def("append", &append, released)
       .def("attend", &attend, released)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dybit.formats.format import Format as Format
     from dybit.formats.format import variants as variants
     from dybit.integrations.config import DyBitConfig as DyBitConfig
+    from dybit.integrations.decoder_cache import cache as cache
+    from dybit.kernels.cache_config import CacheConfig as CacheConfig
     from dybit.mixed_precision.candidate import Candidate as Candidate
     from dybit.mixed_precision.constraint import MaxDrop as MaxDrop
     from dybit.mixed_precision.constraint import MaxError as MaxError
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AcceleratorCost": "accelerator.cost",
+    "CacheConfig": "kernels.cache_config",
     "Candidate": "mixed_precision.candidate",
     "CheckpointError": "errors",
     "DyBitConfig": "integrations.transformers",
@@ -49,6 +52,7 @@ _HOMES = {
     "MaxSize": "mixed_precision.constraint",
     "MissingExtraError": "errors",
     "Recipe": "recipe",
+    "cache": "integrations.decoder_cache",
     "convert_": "qat.prepare",
     "SizeCost": "mixed_precision.cost",
     "Speedup": "mixed_precision.constraint",

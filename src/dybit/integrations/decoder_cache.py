@@ -1,4 +1,4 @@
-"""The cache of a fused decoder, as transformers' caches."""
+"""Keys and values in the memory of the kernels, as a cache of transformers: for fused decoders and for others."""
 
 from __future__ import annotations
 
@@ -8,15 +8,58 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dybit.errors import DyBitError
+from dybit.kernels.cache_config import FLOAT_CACHE, CacheConfig
 from dybit.kernels.kv_cache import KVCache
 from dybit.operators.decoder import DecoderSizes
 
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")  # layers that have keys and values
+
+
+def cache(model: Any, config: CacheConfig | None = None) -> DecoderCache:  # noqa: ANN401  # a model of transformers
+    """Makes an empty cache for ``model.generate(..., past_key_values=dybit.cache(model, config))``.
+
+    A model that ``dybit.fuse`` fused attends to the codes. Others get all keys and values as floats in every step,
+    which costs time and memory for a while, but gives the same results up to rounding.
+
+    Args:
+        model: A decoder-only model of transformers, on the CPU.
+        config: How keys and values are held; by default 4 bits (``CacheConfig()``).
+
+    Raises:
+        DyBitError: The model has an encoder or layers without keys and values, or there is no extension.
+    """
+    described = getattr(model, "config", None)
+    if described is None or not hasattr(described, "get_text_config"):
+        raise DyBitError(f"model must be a model of transformers, not {type(model).__name__}")
+    text = described.get_text_config(decoder=True)
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_ATTENTION))
+    if text.is_encoder_decoder or others:
+        reason = f"layers of {', '.join(others)}" if others else "an encoder"
+        raise DyBitError(f"model must be a decoder with keys and values in every layer, but has {reason}")
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    return DecoderCache(text.num_hidden_layers - shared, CacheConfig() if config is None else config)
+
 
 class DecoderCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """Keys and values of one layer."""
+    """Keys and values of one layer.
+
+    Args:
+        config: How they are held.
+    """
 
     is_croppable = True
     held: KVCache | None = None
+
+    def __init__(self, config: CacheConfig = FLOAT_CACHE) -> None:
+        super().__init__()
+        self.config = config
+
+    def offload(self) -> None:
+        """Does nothing: the memory is the CPU's."""
+
+    def prefetch(self) -> None:
+        """Does nothing."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes an empty cache for the sizes of some keys and values."""
@@ -25,7 +68,7 @@ class DecoderCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
     def begin(self, sequences: int, kv_heads: int, key_size: int, value_size: int) -> KVCache:
         """Returns the cache, which is made at the first call."""
         if self.held is None:
-            self.held = KVCache(sequences, kv_heads, key_size, value_size)
+            self.held = KVCache(sequences, kv_heads, key_size, value_size, self.config)
             self.is_initialized = True
         return self.held
 
@@ -77,12 +120,18 @@ class DecoderCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     Args:
         layers: Their number.
+        config: How keys and values are held; FP32 by default.
     """
 
     layers: list[DecoderCacheLayer]
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[DecoderCacheLayer() for _ in range(layers)])
+    def __init__(self, layers: int, config: CacheConfig = FLOAT_CACHE) -> None:
+        super().__init__(layers=[DecoderCacheLayer(config) for _ in range(layers)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of all layers."""
+        return sum(layer.held.nbytes for layer in self.layers if layer.held is not None)
 
     def natives(self, sequences: int, sizes: DecoderSizes) -> list[Any]:
         """Returns the extension's own object of each layer, which are made at the first call."""

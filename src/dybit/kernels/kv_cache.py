@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ class KVCache:
         self.kv_heads, self.key_size, self.value_size = kv_heads, key_size, value_size
         self.native = extension.new_kv_cache(kv_heads, key_size, value_size, *config.native())
         self.native.reset(sequences)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KVCache:
+        """Returns a cache of the same tokens. Both share memory until one of them changes it."""
+        other = object.__new__(KVCache)
+        vars(other).update(vars(self) | {"native": self.native.copy()})
+        return other
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuses to be pickled.
+
+        Raises:
+            DyBitError: Always.
+        """
+        raise DyBitError("a KV cache cannot be pickled; copy.deepcopy copies it, read() returns its keys and values")
 
     @property
     def sequences(self) -> int:
