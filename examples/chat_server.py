@@ -173,7 +173,8 @@ def main() -> None:
         tokenizer, name = AutoTokenizer.from_pretrained(options.directory), options.directory
     else:
         (model, tokenizer), name = packaged(), "smollm2-135m"
-    uvicorn.run(create_app(model.eval(), tokenizer, name), host=options.host, port=options.port)
+    model = dybit.fuse(model.eval())  # a token is one call of the kernels
+    uvicorn.run(create_app(model, tokenizer, name), host=options.host, port=options.port)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ COMMANDS = (
     "quantize",
     "evaluate",
     "bench",
+    "chat",
     "search",
     "report",
     "export",

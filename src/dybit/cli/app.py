@@ -13,6 +13,7 @@ import typer
 
 from dybit.cli.accelerator import rtl, simulate
 from dybit.cli.bench import bench
+from dybit.cli.chat import chat
 from dybit.cli.code_table import table
 from dybit.cli.compare import compare
 from dybit.cli.console import INTERRUPTED, USAGE_ERROR, fail, out
@@ -39,6 +40,7 @@ app.command("compare")(compare)
 app.command("quantize")(quantize)
 app.command("evaluate")(evaluate)
 app.command("bench")(bench)
+app.command("chat")(chat)
 app.command("search")(search)
 app.command("report")(report)
 app.command("export")(export)

@@ -15,6 +15,7 @@ import typer
 
 from dybit.cli import options, sources
 from dybit.cli.console import grid, guarded, note, out, progress
+from dybit.cli.generation import bench_generation
 from dybit.errors import DyBitError
 from dybit.recipe import Recipe
 
@@ -49,6 +50,10 @@ def bench(
         str | None, typer.Option(metavar="DATA", help="Inputs, as in dybit evaluate; the first batch is timed.")
     ] = None,
     shapes: _Shapes = None,
+    generate: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Time prompt and generate of a language model, in a transformers directory."),
+    ] = None,
     weights: options.Weights = None,
     activations: options.Activations = None,
     embeddings: options.Embeddings = None,
@@ -77,10 +82,16 @@ def bench(
     maxima, which take less time to find and do not affect speed. With --peers, the whole model is timed by the wall
     clock. The other runtimes get the FP32 model as ONNX, and quantize it to INT8 by their own tools.
 
+    --generate DIR times a language model as it is and fused: tokens a second of a prompt and of generate, and the share
+    of the rate at which memory alone would let it generate.
+
     Example: dybit bench dybit.demo:minilm --data dybit.demo:minilm_batches --activations 8
     """
-    if (model is None) == (shapes is None):
-        raise DyBitError("give either MODEL or --shapes")
+    if sum(given is not None for given in (model, shapes, generate)) != 1:
+        raise DyBitError("give either MODEL or --shapes, or --generate alone")
+    if generate is not None:
+        with _threads(threads):
+            return bench_generation(generate, json)
     if only_if_faster != (output is not None) or (only_if_faster and model is None):
         raise DyBitError("--only-if-faster needs MODEL, and -o FILE for the recipe; -o FILE needs --only-if-faster")
     if (peers and model is None) or (calibration is not None and not peers):

@@ -105,6 +105,12 @@ class _Runner:
     def _tensors(self) -> dict[str, Tensor | None]:
         return {str(i): state.get(name) for i, (state, name) in self._held.items()}
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        held = (cast("Tensor | None", state.get(name)) for state, name in self._held.values())
+        return next(tensor.device for tensor in held if tensor is not None)
+
     def is_current(self) -> bool:
         """Whether the decoder computes the model. Reads it anew if a parameter has changed."""
         if not all(map(is_bare, self._modules)):
@@ -221,6 +227,16 @@ class _FusedHead(FusedModule):
             return super().forward(*args, **kwargs)
         output = CausalLMOutputWithPast(logits=found[1], past_key_values=found[2])
         return output if _returns_dict(self, kwargs) else output.to_tuple()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a token reads."""
+        return int(self._runner.decoder.decoder.nbytes)
+
+    @property
+    def device(self) -> torch.device:
+        """As the model, which looks through all modules; ``generate`` asks several times for a token."""
+        return self._runner.device
 
     def _prepare_cache_for_generation(
         self,

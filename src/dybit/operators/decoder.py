@@ -137,6 +137,9 @@ class Decoder:
         self.sizes = sizes
         #: Outputs of the head; 0 without one.
         self.outputs = 0 if head is None else head.weight.shape[0]
+        products = [p for layer in layers for p in (*layer.inputs, layer.out, *layer.gates, layer.down)]
+        #: Bytes of weights that a token reads.
+        self.nbytes = sum(p.weight.nbytes for p in (*products, *(() if head is None else (head,))))
         self._kept: tuple[Any, ...] = (layers, tokens, positions, last, head)  # the extension holds their addresses
         self._rotary: list[tuple[Tensor, Tensor]] = []  # earlier ones too: another thread may still read them
         s = sizes
@@ -149,9 +152,9 @@ class Decoder:
             norms = [None if n is None else n.given(size) for n, size in zip(layer.norms, columns, strict=True)]
             numbers = activation_number(layer.activation), layer.window, layer.rotary, int(layer.gated)
             gates = [gate.given for gate in layer.gates]
-            products = [p.given for p in layer.inputs], layer.out.given, gates, layer.down.given
+            weights = [p.given for p in layer.inputs], layer.out.given, gates, layer.down.given
             try:
-                self._decoder.add(norms, *products, numbers, (layer.scale, layer.score_cap))
+                self._decoder.add(norms, *weights, numbers, (layer.scale, layer.score_cap))
             except ValueError as error:
                 raise DyBitError(str(error)) from None
 
