@@ -38,6 +38,10 @@ _WithPeers = Annotated[
 _Calibration = Annotated[
     str | None, typer.Option(metavar="DATA", help="Calibration inputs of --peers, which INT8 needs.")
 ]
+_Generate = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Time prompt and generate of a language model, in a transformers directory."),
+]
 _SHAPE = re.compile(r"(\d+)[x×](\d+)[x×](\d+)", re.IGNORECASE)
 
 
@@ -50,10 +54,7 @@ def bench(
         str | None, typer.Option(metavar="DATA", help="Inputs, as in dybit evaluate; the first batch is timed.")
     ] = None,
     shapes: _Shapes = None,
-    generate: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Time prompt and generate of a language model, in a transformers directory."),
-    ] = None,
+    generate: _Generate = None,
     weights: options.Weights = None,
     activations: options.Activations = None,
     embeddings: options.Embeddings = None,
@@ -87,15 +88,10 @@ def bench(
 
     Example: dybit bench dybit.demo:minilm --data dybit.demo:minilm_batches --activations 8
     """
-    if sum(given is not None for given in (model, shapes, generate)) != 1:
-        raise DyBitError("give either MODEL or --shapes, or --generate alone")
+    _check(model, shapes, generate, only_if_faster, output, peers, calibration)
     if generate is not None:
         with _threads(threads):
             return bench_generation(generate, json)
-    if only_if_faster != (output is not None) or (only_if_faster and model is None):
-        raise DyBitError("--only-if-faster needs MODEL, and -o FILE for the recipe; -o FILE needs --only-if-faster")
-    if (peers and model is None) or (calibration is not None and not peers):
-        raise DyBitError("--peers needs MODEL; --calibration DATA needs --peers")
     plan = options.make_recipe(recipe, **options.recipe_fields(locals()))
     from dybit.measure.timing import machine
     from dybit.safe_files import write_json
@@ -121,6 +117,24 @@ def bench(
     if output is not None:
         write_json(output, faster.to_dict())
         out().print(f"wrote {output}", soft_wrap=True)
+
+
+def _check(
+    model: str | None,
+    shapes: str | None,
+    generate: str | None,
+    only_if_faster: bool,
+    output: Path | None,
+    peers: bool,
+    calibration: str | None,
+) -> None:
+    """Refuses arguments that do not go together."""
+    if sum(given is not None for given in (model, shapes, generate)) != 1:
+        raise DyBitError("give either MODEL or --shapes, or --generate alone")
+    if only_if_faster != (output is not None) or (only_if_faster and model is None):
+        raise DyBitError("--only-if-faster needs MODEL, and -o FILE for the recipe; -o FILE needs --only-if-faster")
+    if (peers and model is None) or (calibration is not None and not peers):
+        raise DyBitError("--peers needs MODEL; --calibration DATA needs --peers")
 
 
 Times = dict[str, dict[str, "Timing"]]
