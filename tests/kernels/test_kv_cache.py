@@ -189,6 +189,19 @@ def test_attention_reads_what_was_stored_and_codes_never_change(seed):
         np.testing.assert_allclose(found[i], oracle(q[i], *held[i], size**-0.5), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5])
+def test_few_rows_read_codes_with_the_bits_of_many(bits, heads):
+    rng = np.random.default_rng(0)
+    cache = KVCache(1, 1, 64, 64, CacheConfig(bits, bits))
+    cache.append(*(random_heads(rng, 1, 1, 330, 64) for _ in range(2)))
+    q = random_heads(rng, 1, heads, 12, 64)
+    many = cache.attend(q, 0.125)
+    found = on_all(lambda _: [cache.attend(q[:, :, -1:], 0.125)])[0]
+    np.testing.assert_array_equal(found, many[:, -1:])
+    np.testing.assert_allclose(found[0], oracle(q[0, :, -1:], *cache.read(0), 0.125), rtol=0, atol=1e-5)
+
+
 def least_error(x, books, reaches, centred):
     """The smallest squared error of groups (…, n) in float64, over books and reaches, scales rounded to BF16."""
     half = lambda y: torch.from_numpy(np.asarray(y, dtype=np.float32)).bfloat16().double().numpy()  # noqa: E731
