@@ -128,7 +128,8 @@ def test_what_is_left_open_is_resolved():
     assert Recipe().scale_type == "fp32"
     assert LayerRecipe(weights="mxfp4", group_size=32).scale_type == "pow2"
     names = {bits: Recipe(weights=bits).weight_family.name for bits in range(2, 9)}
-    assert names[2] == "dybit2" and names[5] == "dybit5spare" and names[6] == "dybit6plain"
+    assert names[2] == "dybit2" and names[5] == "dybit5spare" and names[6] == "dybit6plain" and names[8] == "int8"
+    assert Recipe(weights=8, variants="plain").weight_family.name == "dybit8plain"
     assert Recipe(weights=4, variants="all").weight_family == catalogue.dybit(4)
     assert Recipe(weights="s4r3").weight_family.books == catalogue.family("s4").books
     assert Recipe().activation_families is None

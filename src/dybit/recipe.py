@@ -33,8 +33,9 @@ class LayerRecipe:
     """How one layer is quantized.
 
     Args:
-        weights: Width of DyBit codes (2 to 8), with the variants in ``variants``; or the name of any format, such as
-            ``"s4r2"`` or ``"nf4"``; or None to keep the weights in floating point.
+        weights: Width of the codes, 2 to 8; or the name of any format, such as ``"s4r2"`` or ``"nf4"``; or None to keep
+            the weights in floating point. A width means DyBit with the variants in ``variants``. 8 without ``variants``
+            means ``"int8"``: its products are twice as fast, and it is nearly as accurate.
         activations: The same for the layer's inputs. 8 means ``"int8"``, whose products are the fastest; below, a width
             means DyBit, with the ``max_run`` that calibration chooses. The format becomes unsigned if calibration finds
             no negative input. ``"dybit8plain"`` is DyBit of 8 bits.
@@ -43,7 +44,7 @@ class LayerRecipe:
         scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.tensors.scale_search`).
         variants: The variants that a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain variants
             with one more level, never worse than plain), ``midrise``, or ``all``. None means ``all`` at 2 bits,
-            ``spare`` from 3 to 5, and ``plain`` above, where the spare level gains nothing.
+            ``spare`` from 3 to 5, and ``plain`` above, where the spare level gains nothing (8 bits: INT8).
         variant_granularity: What shares a variant; None for the same as the scale.
         method: How weight scales are chosen: ``mse``, ``absmax`` or ``percentile``.
         criterion: How ``mse`` weights errors: ``weight`` (equally), ``activation`` (by the second moment of the layer's
@@ -128,6 +129,8 @@ class LayerRecipe:
         if self.weights is None or not _is_width("weights", self.weights):
             return catalogue.family(self.weights) if isinstance(self.weights, str) else None
         bits = int(self.weights)
+        if bits == 8 and self.variants is None:
+            return catalogue.family("int8")
         kind: Variants = "all" if bits == 2 else "spare" if bits <= 5 else "plain"
         return catalogue.dybit(bits, kind=self.variants or kind)
 

@@ -94,7 +94,7 @@ def test_rules_decide_by_layer():
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     quantize_(model, Recipe(weights=4, rules={"0": None, "1": {"weights": 2}, "re:[12]": {"weights": 8}}))
     families = {name: layer.weight_specs["weight"].family for name, layer in quantized_layers(model).items()}
-    assert families == {"1": "dybit2", "2": "dybit8plain", "3": "dybit4spare"}
+    assert families == {"1": "dybit2", "2": "int8", "3": "dybit4spare"}
     assert type(model[0]) is nn.Linear
 
 

@@ -11,7 +11,7 @@ RECIPES = {
         weights=4, activations="int8", activation_mode="static", method="absmax", activation_method="absmax"
     ),
     "dybit8": Recipe(weights=4, activations="dybit8plain", activation_mode="static", method="absmax"),
-    "w8a6": Recipe(weights=8, activations=6, activation_mode="static", method="absmax"),
+    "w8a6": Recipe(weights="dybit8plain", activations=6, activation_mode="static", method="absmax"),
 }
 
 

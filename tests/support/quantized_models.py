@@ -13,7 +13,7 @@ RECIPES = {
     "w3_groups": Recipe(weights=3, embeddings=3, group_size=5, scale="bf16", variants="all"),
     "w2_tensor": Recipe(weights=2, embeddings=2, granularity="tensor", scale="pow2"),
     "w8a8": Recipe(weights=8, activations=8),
-    "w8a8_static": Recipe(weights=8, activations="dybit8plain", activation_mode="static"),
+    "w8a8_static": Recipe(weights=8, variants="plain", activations="dybit8plain", activation_mode="static"),
     "w5a6_offset": Recipe(
         weights=5, activations=6, group_size=8, variant_granularity="tensor", activation_mode="static"
     ),
