@@ -99,8 +99,9 @@ def test_other_convolutions(make, shape):
     x = torch.randn(shape)
     model = quantize_(nn.Sequential(make(), nn.ReLU()).eval(), RECIPE, calibration=[x])
     fused = FusedProgram(model, (x,), {})
+    by_torch = isinstance(model[0], nn.ConvTranspose2d)  # whose sums in FP32 have another order than the kernels'
     with torch.no_grad():
-        same(fused(x), model(x))
+        same(fused(x), model(x), atol=2e-6 if by_torch else 0.0)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", None])
