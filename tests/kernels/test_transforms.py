@@ -87,7 +87,9 @@ def test_layers_in_training(train, activations):
 
 def test_learned_roundings_of_inputs_are_refused():
     x = torch.randn(3, 8)
-    layer = prepare_qat_(nn.Sequential(nn.Linear(8, 6)), Recipe(weights=4, activations=8), [x])
+    layer = prepare_qat_(
+        nn.Sequential(nn.Linear(8, 6)), Recipe(weights=4, activations=8, activation_mode="static"), [x]
+    )
     with pytest.raises(DyBitError, match="rounding in training has no rules"):
         grad(lambda z: layer(z).sum())(x)
     with forward_ad.dual_level(), pytest.raises(DyBitError, match="rounding in training has no rules"):
