@@ -26,15 +26,8 @@ from dybit.demo import smollm2, smollm2_tokenizer
 
 RECIPES = {
     "W4, head 8": {"weights": 4, "group_size": 64},
-    "W4, head int8": {"weights": 4, "group_size": 64, "embeddings": "int8"},
-    "W4, head 4": {"weights": 4, "group_size": 64, "embeddings": 4},
-    "W4A8, head 4": {
-        "weights": 4,
-        "group_size": 64,
-        "embeddings": 4,
-        "activations": "int8",
-        "activation_mode": "dynamic",
-    },
+    "W4A8, head 8": {"weights": 4, "group_size": 64, "activations": 8},
+    "W4A8, head 4": {"weights": 4, "group_size": 64, "activations": 8, "embeddings": 4},
 }
 COLUMNS = (
     Column("model", "model"),
@@ -77,7 +70,7 @@ def contestants(names: list[str]) -> dict[str, Any]:
         for name in names:
             config = dybit.DyBitConfig(method="absmax", **RECIPES[name])
             models[name] = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-    return models | {f"{name}, fused": dybit.fuse(models[name]) for name in names if "activations" in RECIPES[name]}
+    return models | {f"{name}, fused": dybit.fuse(models[name]) for name in names}
 
 
 def measure(models: dict[str, Any], tokens: int, rounds: int) -> list[dict[str, Any]]:
