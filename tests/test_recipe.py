@@ -215,7 +215,7 @@ def test_rules_change_what_belongs_together():
         ({"activation_offset": 1}, "activation_offset must be true or false, not 1"),
         (
             {"activation_group_size": 64, "activation_mode": "static"},
-            "activation_group_size=64 needs activation_mode='dynamic'",
+            "activation_group_size=64 needs activation_mode='dynamic', not 'static'",
         ),
         ({"weights": "mxfp4"}, "weights='mxfp4' needs group_size=32, not None"),
         ({"weights": "mxfp4", "group_size": 32, "scale": "fp32"}, "weights='mxfp4' needs scale='pow2', not 'fp32'"),

@@ -109,7 +109,10 @@ class LayerRecipe:
         if self.granularity is not None and (self.group_size is None) == (self.granularity == "group"):
             raise DyBitError(f"group_size={self.group_size} does not fit granularity={self.granularity!r}")
         if self.activation_group_size is not None and self.activation_mode == "static":
-            raise DyBitError(f"activation_group_size={self.activation_group_size} needs activation_mode='dynamic'")
+            raise DyBitError(
+                f"activation_group_size={self.activation_group_size} needs activation_mode='dynamic', "
+                f"not {self.activation_mode!r}"
+            )
         family = self.weight_family
         if family and family.group_size not in (None, self.group_size):
             raise DyBitError(f"weights={self.weights!r} needs group_size={family.group_size}, not {self.group_size}")

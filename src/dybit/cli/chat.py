@@ -34,10 +34,8 @@ def chat(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    model: Any = sources.load_model(directory, "DIR")
+    model = sources.load_language_model(directory, "DIR")
     tokenizer = _tokenizer(directory)
-    if not hasattr(model, "generate") or not model.can_generate():
-        raise DyBitError(f"DIR {directory!r} must be a language model, not a {type(model).__name__}")
     if quantized_layers(model):
         model = fuse(model)
     sampling = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})

@@ -121,8 +121,8 @@ def evaluate(
 
     It prints SQNR of the outputs in dB (higher is better); agreement in %, of the largest logit or, for embeddings, of
     the nearest neighbour; KL divergence in nats per output (lower is better); Spearman's rank correlation (1 is best);
-    and perplexity of language models (lower is better). Without --calibration, static activations are calibrated on
-    the calibration split of DATA, if it has one.
+    and perplexity of language models (lower is better). Without --calibration, activations are calibrated on the
+    calibration split of DATA, if it has one, unless all their scales are dynamic.
 
     Example: dybit evaluate dybit.demo:minilm --data dybit.demo:minilm_batches --formats fp32,int4,nf4,dybit4spare
     """

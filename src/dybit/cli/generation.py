@@ -41,14 +41,11 @@ def bench_generation(directory: str, json: Path | None) -> None:
         json: The file to write the figures to, or None.
     """
     from dybit import fuse
-    from dybit.errors import DyBitError
     from dybit.layers.quantized import is_fused
     from dybit.measure.timing import machine
     from dybit.safe_files import write_json
 
-    model: Any = sources.load_model(directory, "--generate")
-    if not hasattr(model, "generate") or not model.can_generate():
-        raise DyBitError(f"--generate {directory!r} must be a language model, not a {type(model).__name__}")
+    model = sources.load_language_model(directory, "--generate")
     found = {}
     with progress("timing", 2) as bar:
         for index, (name, contestant) in enumerate((("as it is", model), ("fused", fuse(model)))):

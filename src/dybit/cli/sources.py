@@ -139,6 +139,18 @@ def load_model(spec: str, argument: str = "MODEL") -> nn.Module:
     )
 
 
+def load_language_model(directory: str, argument: str) -> Any:  # noqa: ANN401  # a model of transformers
+    """As :func:`load_model`, for a model that has ``generate``.
+
+    Raises:
+        DyBitError: It has not; or as :func:`load_model`.
+    """
+    model: Any = load_model(directory, argument)
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise DyBitError(f"{argument} {directory!r} must be a language model, not a {type(model).__name__}")
+    return model
+
+
 def _python(spec: str) -> str:
     """What is wrong with a word that means a function in a module; empty if it does not look so."""
     if spec.endswith(".py"):

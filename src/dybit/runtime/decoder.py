@@ -165,7 +165,7 @@ class ModelDecoder:
         self._rotary = reader.module(model, family.rotary) if family.rotary else None
         made = [reader.layer(layer, self._table_of(layer)) for layer in layers]
         embedding = reader.module(model, family.embedding)
-        first = _head(head)
+        first = product_of(head)
         self.has_head = first is not None
         pairs = self._angles(torch.zeros(1, 1, dtype=torch.int64, device="cpu"), 0)[0].shape[1] if self._kinds else 0
         size = reader.head_size(layers[0])
@@ -293,10 +293,6 @@ def product_of(layer: nn.Module | None) -> Product | None:
     if not isinstance(layer, QuantizedLinear) or not is_linear(layer) or not is_bare(layer):
         return None
     return layer.prepared().product
-
-
-def _head(head: nn.Module | None) -> Product | None:
-    return None if head is None else product_of(head)
 
 
 def _embedding_table(embedding: nn.Module, head: nn.Module | None = None, product: Product | None = None) -> Table:
