@@ -1,9 +1,11 @@
-"""Post-training quantization of the linear layers of SmolLM2-135M: perplexity and divergence from FP32.
+"""Post-training quantization of the linear layers of SmolLM2-135M, judged on texts unlike the calibration's.
 
-A configuration is FORMAT[:GROUP][+INPUTS[:GROUP]][?FIELD=VALUE…]/ALGORITHMS, such as ``dybit4:64/gptq``,
-``nf4:64+int8/gptq`` or ``dybit4plain?variant_granularity=tensor/plain``. INPUTS are dynamic, with a scale for every
-token or for every GROUP features. FIELD is any other field of a recipe. The algorithm ``plain`` is rounding to nearest
-without calibration. Standard errors are over sequences of 512 tokens; the last two columns are paired with the first
+Calibration is on the language reference of CPython. Evaluation is on the Debian Administrator's Handbook and on the
+quotations of ``fortunes`` (see ``texts.py``). A configuration is FORMAT[:GROUP][+INPUTS[:GROUP]][?FIELD=VALUE…]/CHAIN,
+such as ``dybit4:64/gptq``, ``nf4:64+int8/gptq`` or ``dybit4plain?variant_granularity=tensor/plain``. INPUTS are
+dynamic, with a scale for every token or for every GROUP features. FIELD is any other field of a recipe. CHAIN names
+algorithms; ``plain`` is rounding to nearest without calibration. Bits hold scales and choices. KL is the divergence
+from FP32 of a token. Standard errors are over sequences of 512 tokens; differences are paired with the first
 configuration. Embeddings stay in FP32. Seconds are of the processor.
 """
 
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from results import Column, Results, parser
+from texts import TEXTS, text_file
 
 import dybit
 import dybit.demo
@@ -27,12 +30,16 @@ from dybit.models.preparation import dequantize_
 COLUMNS = (
     Column("configuration", "configuration"),
     Column("bits", "bits", 3),
-    Column("perplexity", "perplexity"),
-    Column("ratio", "of FP32", 4),
-    Column("divergence", "KL, nats", 4),
-    Column("same", "same top token", 1, " %"),
-    Column("surprise_above", "surprise above the first's, nats", 4),
-    Column("kl_above", "KL above the first's, nats", 4),
+    *(
+        Column(f"{text}_{key}", f"{text}: {title}", 4)
+        for text in TEXTS
+        for key, title in (
+            ("ratio", "perplexity, of FP32"),
+            ("kl", "KL, nats"),
+            ("surprise_above", "surprise above the first's, nats"),
+            ("kl_above", "KL above the first's, nats"),
+        )
+    ),
     Column("cpu_seconds", "s", 0),
     Column("peak_mb", "peak, MB"),
 )
@@ -80,24 +87,23 @@ def reference(file, inputs):
 
 
 def judge(model, inputs, kept):
-    """Of every sequence: mean surprise of both models, divergence (nats), agreement of the top token."""
+    """Of every sequence: mean surprise above the original's and divergence from it, nats."""
     rows = []
     for index, (ids, logits) in enumerate(logits_of(model, inputs)):
-        sums = np.zeros(4)
+        sums = np.zeros(2)
         for start in range(0, LENGTH, ROWS):
             p = torch.from_numpy(np.array(kept[index, start : start + ROWS])).log_softmax(-1)
             q = logits[start : start + ROWS].log_softmax(-1)
             nexts = ids[start + 1 : start + 1 + ROWS, None]
-            surprise = [-float(x[: len(nexts)].gather(1, nexts).sum()) / (LENGTH - 1) for x in (p, q)]
-            kl = float((p.exp() * (p - q)).sum()) / LENGTH
-            sums += [*surprise, kl, float((p.argmax(-1) == q.argmax(-1)).float().sum()) / LENGTH]
+            surprise = float((p - q)[: len(nexts)].gather(1, nexts).sum()) / (LENGTH - 1)
+            sums += [surprise, float((p.exp() * (p - q)).sum()) / LENGTH]
         rows.append(sums.tolist())
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def measure(word, data, inputs, kept):
+def measure(word, data, judged):
+    """The row of a configuration, without what compares it to the first."""
     model = dybit.demo.smollm2()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     algorithm = word.rpartition("/")[2]
     plain = algorithm == "plain"
     start = time.process_time()
@@ -106,14 +112,15 @@ def measure(word, data, inputs, kept):
     )
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bits = bits_per_weight(model)
+    row = {"configuration": word, "bits": bits_per_weight(model), "cpu_seconds": seconds, "peak_mb": peak // 1000}
     if recipe(word).activations is None:
         dequantize_(model)
-    fp32, surprise, kl, top = judge(model, inputs, kept)
-    return {
-        "configuration": word, "bits": bits, "fp32": fp32, "surprise": surprise, "kl": kl, "top": top,
-        "cpu_seconds": seconds, "peak_mb": peak // 1000, "before_mb": before // 1000,
-    }  # fmt: skip
+    for text, (inputs, kept) in judged.items():
+        surprise, kl = judge(model, inputs, kept)
+        ratio, error = spread(surprise)
+        row |= {f"{text}_surprises": surprise, f"{text}_kls": kl}
+        row |= {f"{text}_ratio": [math.exp(ratio), math.exp(ratio) * error], f"{text}_kl": spread(kl)}
+    return row
 
 
 def spread(values):
@@ -121,17 +128,23 @@ def spread(values):
     return [statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0]
 
 
-def above(row, first, name):
-    """The mean difference of two rows and its standard error, nats; None for the first row."""
-    return None if first is None else spread([a - b for a, b in zip(row[name], first[name], strict=True)])
+def above(row, first):
+    """The differences of a row from the first one."""
+    return {
+        f"{text}_{name}_above": spread([a - b for a, b in zip(row[key], first[key], strict=True)])
+        for text in TEXTS
+        for name in ("surprise", "kl")
+        for key in (f"{text}_{name}s",)
+    }
 
 
 def main():
     reader = parser(__doc__)
     reader.add_argument("configurations", nargs="*", default=["dybit4:64/auto", "nf4:64/auto", "int4:64/auto"])
     reader.add_argument("--calibration", type=int, default=8192, help="tokens")
-    reader.add_argument("--evaluation", type=int, default=20480, help="tokens")
-    reader.add_argument("--folder", type=Path, default=Path("build/language"), help="of the logits of the original")
+    reader.add_argument("--evaluation", type=int, default=8192, help="tokens of each text")
+    reader.add_argument("--folder", type=Path, default=Path("build/language"), help="of texts and FP32 logits")
+    reader.add_argument("--packages", type=Path, default=Path("/"), help="root of the texts' packages")
     options = reader.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     recipes = {word: recipe(word) for word in options.configurations}
@@ -140,22 +153,14 @@ def main():
         if not todo:
             return
         data = dybit.demo.smollm2_batches("calibration", batches=options.calibration // LENGTH)
-        inputs = dybit.demo.smollm2_batches("evaluation", batches=options.evaluation // LENGTH)
-        kept = reference(options.folder / f"{options.evaluation}.logits.npy", inputs)
+        judged = {}
+        for text in TEXTS:
+            source = text_file(text, options.packages, options.folder)
+            inputs = dybit.demo.smollm2_batches("evaluation", batches=options.evaluation // LENGTH, source=source)
+            judged[text] = inputs, reference(options.folder / f"{text}.{options.evaluation}.npy", inputs)
         for word in todo:
-            row = measure(word, data, inputs, kept)
-            first = results.rows[0] if results.rows else None
-            ratio, error = spread([a - b for a, b in zip(row["surprise"], row["fp32"], strict=True)])
-            results.add(
-                **row,
-                perplexity=math.exp(statistics.mean(row["surprise"])),
-                ratio=[math.exp(ratio), math.exp(ratio) * error],
-                divergence=spread(row["kl"]),
-                same=100 * statistics.mean(row["top"]),
-                surprise_above=above(row, first, "surprise"),
-                kl_above=above(row, first, "kl"),
-            )
-            results.fact("Perplexity of FP32", f"{math.exp(statistics.mean(row['fp32'])):.3f}")
+            row = measure(word, data, judged)
+            results.add(**row, **(above(row, results.rows[0]) if results.rows else {}))
 
 
 if __name__ == "__main__":

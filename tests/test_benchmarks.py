@@ -19,7 +19,7 @@ from dybit.measure.timing import Timing
 from dybit.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SHARED = {"results", "networks", "forward_memory"}  # modules that the benchmarks import
+SHARED = {"results", "networks", "forward_memory", "texts"}  # modules that the benchmarks import
 SCRIPTS = sorted(file for file in FOLDER.glob("*.py") if file.stem not in SHARED)
 _spec = importlib.util.spec_from_file_location("benchmark_results", FOLDER / "results.py")
 results = importlib.util.module_from_spec(_spec)
