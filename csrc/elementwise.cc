@@ -67,6 +67,20 @@ void binary(Binary kind, const std::array<int64_t, 3>& sizes, const Operand& a, 
   });
 }
 
+void scale_columns(const ColumnScales& scales, const float* x, int64_t rows, float* y, int threads) {
+  const RowKernels& kernels = *dybit::kernels().rows;
+  in_pieces(rows, scales.columns, threads, [&](int64_t first, int64_t count) {
+    kernels.scale_columns(scales, x + first * scales.columns, count, y + first * scales.columns);
+  });
+}
+
+void fold_rows(Fold kind, const float* x, int64_t stride, int64_t rows, int columns, float* y, int threads) {
+  const RowKernels& kernels = *dybit::kernels().rows;
+  in_pieces(rows, columns, threads, [&](int64_t first, int64_t count) {
+    kernels.fold_rows(kind, x + first * stride, stride, count, columns, y + first);
+  });
+}
+
 void softmax(const float* x, int64_t rows, int columns, float* y, int threads) {
   if (columns == 0) return;
   const RowKernels& kernels = *dybit::kernels().rows;

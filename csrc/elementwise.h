@@ -1,4 +1,4 @@
-// Functions of single FP32 numbers, of pairs, and softmax. All instruction sets give the same bits.
+// Functions of single FP32 numbers, of pairs and of rows. All instruction sets give the same bits.
 #pragma once
 
 #include <array>
@@ -42,6 +42,19 @@ struct Operand {
 // y [sizes] with strides y_strides, the last being 1. y may be an operand of the same strides.
 void binary(Binary kind, const std::array<int64_t, 3>& sizes, const Operand& a, const Operand& b, float* y,
             const std::array<int64_t, 3>& y_strides, int threads);
+
+// y = min(max(x · factor + shift, low), high), factor and shift by column. y may be x.
+struct ColumnScales {
+  int columns;
+  const float *factor, *shift;  // [columns]
+  float low, high;
+};
+void scale_columns(const ColumnScales& scales, const float* x, int64_t rows, float* y, int threads);
+
+enum class Fold : int { kSum = 0, kMean, kNorm };  // kNorm: the root of the sum of squares
+
+// y[rows] of x [rows][stride]
+void fold_rows(Fold kind, const float* x, int64_t stride, int64_t rows, int columns, float* y, int threads);
 
 // Softmax of contiguous rows. y may be x. Results below 2^-126 are zero.
 void softmax(const float* x, int64_t rows, int columns, float* y, int threads);

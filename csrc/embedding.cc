@@ -13,8 +13,8 @@ constexpr int64_t kLittle = 1 << 15;  // elements that do not pay for a second t
 constexpr int64_t kPiece = 1 << 14;   // elements that a thread decodes at a time
 constexpr int kAhead = 4;             // rows that are fetched before they are decoded
 
-bool all_rows(const CodedTable& table, const int64_t* index, int64_t count) {
-  return std::all_of(index, index + count, [&](int64_t row) { return row >= 0 && row < table.units.rows; });
+bool all_rows(int64_t rows, const int64_t* index, int64_t count) {
+  return std::all_of(index, index + count, [&](int64_t row) { return row >= 0 && row < rows; });
 }
 
 void fetch(const CodedTable& table, int64_t row) {
@@ -42,8 +42,17 @@ void add_row(Bag kind, const float* row, int64_t columns, float* out) {
 
 }  // namespace
 
+bool look_up(const float* table, int64_t rows, int64_t columns, const int64_t* index, int64_t count, float* out,
+             int threads) {
+  if (!all_rows(rows, index, count)) return false;
+  in_pieces(count, columns, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) std::copy_n(table + index[i] * columns, columns, out + i * columns);
+  });
+  return true;
+}
+
 bool look_up(const CodedTable& table, const int64_t* index, int64_t count, float* out, int threads) {
-  if (!all_rows(table, index, count)) return false;
+  if (!all_rows(table.units.rows, index, count)) return false;
   const int64_t columns = table.units.columns;
   in_pieces(count, columns, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -60,7 +69,7 @@ bool look_up_bags(const CodedTable& table, const int64_t* index, int64_t count, 
   for (int64_t bag = 0; bag < bags; ++bag)
     if (start(bag) < 0 || start(bag) > start(bag + 1)) return false;
   if (bags && (start(0) != 0 || start(bags) > count)) return false;
-  if (!all_rows(table, index, count)) return false;
+  if (!all_rows(table.units.rows, index, count)) return false;
   const int64_t columns = table.units.columns, elements = bags ? (count + bags - 1) / bags * columns : 0;
   in_pieces(bags, elements, threads, [&](int64_t first, int64_t last) {
     static thread_local Scratch row_memory;

@@ -7,6 +7,10 @@
 
 namespace dybit {
 
+// out: [count][columns], rows of a table [rows][columns]. Returns false if an index is not a row.
+bool look_up(const float* table, int64_t rows, int64_t columns, const int64_t* index, int64_t count, float* out,
+             int threads);
+
 enum class Bag : int { kSum = 0, kMean, kMax };
 
 // out: [count][columns]. Returns false if an index is not a row.

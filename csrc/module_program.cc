@@ -2,9 +2,11 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "conv_transposed.h"
 #include "copy.h"
 #include "depthwise.h"
 #include "elementwise.h"
+#include "embedding.h"
 #include "module_parts.h"
 #include "norm.h"
 #include "pooling.h"
@@ -28,11 +30,11 @@ dybit::Image image(const Picture& p, const Memory& memory) {
           std::get<4>(p),                            std::get<5>(p)};
 }
 
-// Rounds FP32 (batch, *size, channels) to an image.
-void round_image(Program& self, const At& x, int batch, const dybit::Extent& size, const Rounded& format,
+// Rounds FP32 (batch, *size, channels), or planar (batch, channels, *size), to an image.
+void round_image(Program& self, const At& x, int batch, const dybit::Extent& size, bool planar, const Rounded& format,
                  const Picture& out) {
   self.add([=, x = place(x), r = rounding(format)](const Memory& memory, int threads) {
-    return dybit::round_to_image(memory.at<float>(x), batch, size, &r, false, image(out, memory), threads);
+    return dybit::round_to_image(memory.at<float>(x), batch, size, &r, false, image(out, memory), threads, planar);
   });
 }
 
@@ -195,26 +197,109 @@ void softmax(Program& self, const At& x, int64_t rows, int columns, const At& y)
 
 using Pair = std::array<int, 2>;
 
-// sizes: images, channels, height and width of x, and of y. window: kernel, stride, padding, dilation.
-void max_pool(Program& self, const std::array<int, 6>& sizes, const Spread& x, const Spread& y,
+using PoolSizes = std::array<int, 6>;  // images, channels, height and width of x, and of y
+
+dybit::PoolTask pool_task(const PoolSizes& sizes, const Spread& x, const Spread& y, const Memory& memory) {
+  return {sizes[0],
+          sizes[1],
+          {sizes[2], sizes[3]},
+          {sizes[4], sizes[5]},
+          memory.at<float>(place(std::get<0>(x))),
+          std::get<1>(x),
+          memory.at<float>(place(std::get<0>(y))),
+          std::get<1>(y)};
+}
+
+// window: kernel, stride, padding, dilation.
+void max_pool(Program& self, const PoolSizes& sizes, const Spread& x, const Spread& y,
               const std::array<Pair, 4>& window) {
   self.add([=](const Memory& memory, int threads) {
-    const auto& [images, channels, height, width, out_height, out_width] = sizes;
-    dybit::max_pool({images, channels, {height, width}, {out_height, out_width},
-                     memory.at<float>(place(std::get<0>(x))), std::get<1>(x),
-                     memory.at<float>(place(std::get<0>(y))), std::get<1>(y)},
-                    {window[0], window[1], window[2], window[3]}, threads);
+    dybit::max_pool(pool_task(sizes, x, y, memory), {window[0], window[1], window[2], window[3]}, threads);
     return true;
+  });
+}
+
+// window: kernel, stride, padding. A divisor of 0: the count of numbers.
+void average_pool(Program& self, const PoolSizes& sizes, const Spread& x, const Spread& y,
+                  const std::array<Pair, 3>& window, bool count_include_pad, int divisor) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::average_pool(pool_task(sizes, x, y, memory), {window[0], window[1], window[2], {1, 1}}, count_include_pad,
+                        divisor, threads);
+    return true;
+  });
+}
+
+void adaptive_average_pool(Program& self, const PoolSizes& sizes, const Spread& x, const Spread& y) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::adaptive_average_pool(pool_task(sizes, x, y, memory), threads);
+    return true;
+  });
+}
+
+// Factors and shifts by column, and the limits of the results.
+using ColumnScales = std::tuple<At, At, float, float>;
+
+void scale_columns(Program& self, const At& x, int64_t rows, int columns, const ColumnScales& scales, const At& y) {
+  self.add([=](const Memory& memory, int threads) {
+    const auto& [factor, shift, low, high] = scales;
+    dybit::scale_columns({columns, memory.at<float>(place(factor)), memory.at<float>(place(shift)), low, high},
+                         memory.at<float>(place(x)), rows, memory.at<float>(place(y)), threads);
+    return true;
+  });
+}
+
+void fold_rows(Program& self, int kind, const Rows& x, int64_t rows, int columns, const At& y) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::fold_rows(dybit::Fold(kind), memory.at<float>(place(std::get<0>(x))), std::get<1>(x), rows, columns,
+                     memory.at<float>(place(y)), threads);
+    return true;
+  });
+}
+
+// Rows of a table of codes. Stops the program if an index is not a row.
+void look_up(Program& self, const dybit::CodedTable& table, const At& index, int64_t count, const At& y) {
+  self.add([=, &table](const Memory& memory, int threads) {
+    return dybit::look_up(table, memory.at<int64_t>(place(index)), count, memory.at<float>(place(y)), threads);
+  });
+}
+
+// Rows of an FP32 table.
+void look_up_plain(Program& self, const At& table, int64_t rows, int64_t columns, const At& index, int64_t count,
+                   const At& y) {
+  self.add([=](const Memory& memory, int threads) {
+    return dybit::look_up(memory.at<float>(place(table)), rows, columns, memory.at<int64_t>(place(index)), count,
+                          memory.at<float>(place(y)), threads);
+  });
+}
+
+// A transposed convolution. Stops the program if a dynamic scale is not finite.
+void convolve_transposed(Program& self, const dybit::ConvTransposed& conv, const At& x, int batch,
+                         const dybit::Extent& size, const At& y, const dybit::Extent& places, const At& bias,
+                         const Scaled& scaled, bool planar) {
+  self.add([=, &conv](const Memory& memory, int threads) {
+    const dybit::InputScale s = scale(scaled, memory);
+    return conv.run({memory.at<float>(place(x)), batch, size, s.scale, s.offset, s.reach, planar}, places,
+                    memory.at<float>(place(y)), memory.at<float>(place(bias)), threads);
   });
 }
 
 using Sizes = std::array<int64_t, dybit::kCopyDimensions>;
 
-void copy(Program& self, const Sizes& sizes, int element_bytes, const At& x, const Sizes& x_strides, const At& y,
-          const Sizes& y_strides) {
+using Layout = std::tuple<At, Sizes>;  // a place and strides
+
+void copy(Program& self, const Sizes& sizes, int element_bytes, const Layout& x, const Layout& y) {
   self.add([=](const Memory& memory, int threads) {
-    dybit::copy({sizes, x_strides, y_strides, element_bytes}, memory.at<void>(place(x)), memory.at<void>(place(y)),
-                threads);
+    dybit::copy({sizes, std::get<1>(x), std::get<1>(y)}, element_bytes, memory.at<void>(place(std::get<0>(x))),
+                memory.at<void>(place(std::get<0>(y))), threads);
+    return true;
+  });
+}
+
+void convert(Program& self, const Sizes& sizes, int x_type, const Layout& x, int y_type, const Layout& y) {
+  self.add([=](const Memory& memory, int threads) {
+    dybit::convert({sizes, std::get<1>(x), std::get<1>(y)}, dybit::Element(x_type),
+                   memory.at<void>(place(std::get<0>(x))), dybit::Element(y_type),
+                   memory.at<void>(place(std::get<0>(y))), threads);
     return true;
   });
 }
@@ -244,5 +329,13 @@ void define_program(nb::module_& m) {
       .def("binary", &binary)
       .def("softmax", &softmax)
       .def("max_pool", &max_pool)
-      .def("copy", &copy);
+      .def("average_pool", &average_pool)
+      .def("adaptive_average_pool", &adaptive_average_pool)
+      .def("scale_columns", &scale_columns)
+      .def("fold_rows", &fold_rows)
+      .def("look_up", &look_up)
+      .def("look_up_plain", &look_up_plain)
+      .def("conv_transposed", &convolve_transposed)
+      .def("copy", &copy)
+      .def("convert", &convert);
 }

@@ -51,6 +51,8 @@ struct RowKernels {
   void (*unary)(Unary, const float* x, int64_t count, float* y);
   void (*clamp)(const float* x, int64_t count, float low, float high, float* y);
   void (*binary)(Binary, const BinaryRows&);
+  void (*scale_columns)(const ColumnScales&, const float* x, int64_t rows, float* y);
+  void (*fold_rows)(Fold, const float* x, int64_t stride, int64_t rows, int columns, float* y);
   void (*softmax)(const float* x, int64_t rows, int columns, float* y);
   void (*largest)(const PoolBlock&, float* y);
   void (*mean)(const PoolBlock&, float divisor, float* y);

@@ -119,3 +119,57 @@ def test_views_share_memory():
     assert shares_memory(x, x[1:].t())
     assert not shares_memory(x, x.clone())
     assert not shares_memory(x, 3)
+
+
+def in_place(x):
+    y = x + 1.0
+    return torch.relu_(y).mul_(2.0), y
+
+
+def through_a_view(x):
+    y = x * 1.0
+    view = y.view(-1)
+    view.clamp_(0.0, 0.5)
+    return y + 1.0
+
+
+def before_a_view_is_read(x):
+    y = x * 1.0
+    parts = y.chunk(2, 1)
+    y.neg_()
+    return parts[0] + 1.0
+
+
+def into_a_part(x):
+    y = x + 0.0
+    y[0] = 1.0
+    return y
+
+
+def in_another_type(x):
+    return (x > 0).float().add_(x.double())
+
+
+@pytest.mark.parametrize("function", [in_place, through_a_view, before_a_view_is_read, into_a_part, in_another_type])
+def test_graphs_write_to_nothing(function):
+    model = nn.Module()
+    model.forward = function
+    captured = capture(model, (torch.randn(3, 4),), {})
+    targets = [node.target for node in captured.module.graph.nodes if node.op == "call_function"]
+    assert not [target for target in targets if getattr(target, "_schema", None) and target._schema.is_mutable]
+    x = torch.randn(5, 4)
+    expected = function(x.clone())
+    for one, other in zip(*map(pytree.tree_leaves, (captured.module(x), expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_operators_in_place_need_no_second_trace(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", refuse)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(True), nn.Hardswish(True), nn.Flatten()).eval()
+    captured = capture(model, (torch.randn(2, 3, 4, 4),), {})
+    x = torch.randn(3, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(captured.module(x), model(x))

@@ -1,12 +1,10 @@
 """Values as views of buffers, values that are known in advance, and what is left to torch."""
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from dybit.runtime.capture import Shapes, capture
-from dybit.runtime.lowering import Lowering, is_last, rows_of
+from dybit.runtime.lowering import Lowering
 
 
 def lowered(forward, *inputs, rules=()):
@@ -16,33 +14,6 @@ def lowered(forward, *inputs, rules=()):
     lowering = Lowering(captured.module.graph, Shapes(captured).infer(list(inputs)), captured.state)
     lowering.run(rules)
     return lowering
-
-
-@st.composite
-def tensors(draw):
-    """A tensor of up to four dimensions: permuted, with slices, with expanded dimensions."""
-    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
-    x = torch.arange(float(torch.Size(shape).numel())).view(shape)
-    if draw(st.booleans()):
-        x = x.permute(draw(st.permutations(range(x.ndim))))
-    if draw(st.booleans()):
-        x = x[..., : draw(st.integers(1, x.shape[-1]))]
-    if draw(st.booleans()):
-        x = x[: draw(st.integers(1, x.shape[0]))]
-    return x.unsqueeze(0).expand(3, *x.shape) if draw(st.booleans()) else x
-
-
-@given(tensors())
-def test_rows_of_a_tensor_lie_at_one_distance(x):
-    rows = rows_of(x)
-    offsets = torch.as_strided(torch.arange(10_000), x.shape, x.stride()).reshape(-1, x.shape[-1])
-    distances = offsets[1:, 0] - offsets[:-1, 0]
-    steps = offsets[:, 1:] - offsets[:, :-1]
-    are_rows = bool((steps == 1).all()) and bool((distances == distances[:1]).all())
-    assert (rows is not None) == are_rows
-    if rows is not None:
-        assert rows[0] == len(offsets)
-        assert len(distances) == 0 or rows[1] == distances[0]
 
 
 def test_views_are_no_steps():
@@ -104,12 +75,3 @@ def test_the_first_rule_that_applies_counts():
     lowering.run([{target: rule(False, 1)}, {target: rule(True, 2)}, {target: rule(True, 3)}])
     assert seen == [1, 2]
     assert not lowering.steps
-
-
-def test_channels_last_in_memory():
-    x = torch.randn(2, 3, 4, 5)
-    assert is_last(x.to(memory_format=torch.channels_last))
-    assert not is_last(x)
-    assert is_last(torch.randn(2, 4, 4, 4, 3).permute(0, 4, 1, 2, 3))
-    assert not is_last(torch.randn(4, 5))
-    assert not is_last(3)

@@ -8,6 +8,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from dybit import Recipe, quantize_
+from dybit.runtime.program import FusedProgram
 
 RECIPE = Recipe(weights=4, activations="int8", granularity="channel", method="absmax", activation_method="absmax")
 CHANNELS = 6
@@ -22,6 +23,8 @@ class Images(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, kernel, padding=kernel // 2) for kernel in (1, 1, 3))
         self.deep = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)
         self.act = nn.ReLU6(inplace=True)
+        self.norm = nn.BatchNorm2d(CHANNELS)
+        self.squeeze, self.excite = nn.Conv2d(CHANNELS, 4, 1), nn.Conv2d(4, CHANNELS, 1)
         draw = random.Random(seed)
         self.steps = [(draw.choice(IMAGE_STEPS), draw.random(), draw.random()) for _ in range(9)]
 
@@ -31,6 +34,10 @@ class Images(nn.Module):
             n = len(values)
             values.append(step(self, values[int(n * one**0.4)], values[int(n * two**0.4)]))
         return {"last": self.convs[1](values[-1]), "sum": values[-2] + values[-3], "size": x.shape[0]}
+
+
+def _gate(m, x):
+    return torch.sigmoid(m.excite(functional.silu(m.squeeze(functional.adaptive_avg_pool2d(x, 1)))))
 
 
 IMAGE_STEPS = [
@@ -46,6 +53,10 @@ IMAGE_STEPS = [
     lambda m, x, y: x * 0.5 - y.clamp(-0.5, 1.0),
     lambda m, x, y: functional.hardswish(x),
     lambda m, x, y: x * functional.hardsigmoid(y.mean((2, 3), keepdim=True)),
+    lambda m, x, y: x * _gate(m, y),
+    lambda m, x, y: torch.relu(m.norm(x)) + y,
+    lambda m, x, y: functional.avg_pool2d(x, 3, 1, 1) - functional.adaptive_avg_pool2d(y, 1),
+    lambda m, x, y: m.convs[1](x).relu_().add_(functional.normalize(y, dim=1)),
     lambda m, x, y: x.transpose(2, 3).contiguous().transpose(2, 3),
     lambda m, x, y: x.flatten(2).cumsum(-1).view(x.shape).clamp(-1, 1),
     lambda m, x, y: (x + 0.0).mul_(0.5).add_(y),
@@ -81,6 +92,11 @@ def _attend(m, x, y, mask):
     return functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(x.shape)
 
 
+def _pooled(x, mask):
+    kept = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].float()
+    return (x * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1e-3)
+
+
 ROW_STEPS = [
     lambda m, x, y, mask: m.norms[0](x),
     lambda m, x, y, mask: m.norms[1](x + y),
@@ -94,6 +110,9 @@ ROW_STEPS = [
     lambda m, x, y, mask: torch.softmax(x, -1) * 3,
     lambda m, x, y, mask: m.layers[2](x.transpose(0, 1)).transpose(0, 1),
     lambda m, x, y, mask: x.flatten(0, 1).view(x.shape).tanh(),
+    lambda m, x, y, mask: x - y.mean(1, keepdim=True) * functional.normalize(y, dim=-1),
+    lambda m, x, y, mask: x * torch.rsqrt((y**2).mean(-1, keepdim=True) + 1e-6),
+    lambda m, x, y, mask: x + _pooled(y, mask),
 ]
 
 
@@ -132,3 +151,21 @@ def same(one, other, rtol=0.0, atol=0.0):
 def names(fused, *inputs):
     """The steps of a fused model in order; those of torch begin with "torch:"."""
     return [share.name if share.kernel else f"torch:{share.name}" for share in fused.report(*inputs).shares]
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def check(function, *inputs, steps=None, rtol=1e-5, atol=2e-6):
+    """Compares a program with the function, and its steps with those expected."""
+    model = Function(function).eval()
+    fused = FusedProgram(model, inputs, {})
+    same(fused(*inputs), model(*inputs), rtol, atol)
+    if steps is not None:
+        assert names(fused, *inputs) == steps

@@ -98,15 +98,16 @@ class PreparedTable:
 
     Attributes:
         snapshot: Of the table.
+        compiled: The extension's own table; None if it cannot read this one.
     """
 
-    __slots__ = ("_columns", "_kept", "_table", "_weight", "snapshot")
+    __slots__ = ("_columns", "_kept", "_weight", "compiled", "snapshot")
 
     def __init__(self, weight: QuantizedTensor) -> None:
         self._weight, self._columns = weight, weight.spec.columns
         self.snapshot = LayerSnapshot(weight)
         self._kept: tuple[Tensor | None, ...] = ()
-        self._table = self._prepare(weight)
+        self.compiled = self._prepare(weight)
 
     def _prepare(self, weight: QuantizedTensor) -> Any:  # noqa: ANN401  # the extension's own class
         """Returns the table of the extension; None if scales or choices would have to be unpacked for all groups."""
@@ -136,11 +137,11 @@ class PreparedTable:
 
     def rows(self, index: Tensor) -> Tensor:
         """Looks up rows: :func:`embedding`."""
-        if self._table is None or not self._takes(index):
+        if self.compiled is None or not self._takes(index):
             return embedding(index, self._weight)
         given = index.long().contiguous()
         y = torch.empty((*index.shape, self._columns), dtype=torch.float32, device="cpu")
-        if self._table.look_up(_indices(given), address("y", y, torch.float32, y.shape), torch.get_num_threads()):
+        if self.compiled.look_up(_indices(given), address("y", y, torch.float32, y.shape), torch.get_num_threads()):
             return y
         return embedding(index, self._weight)  # which names the index that is no row
 
@@ -155,7 +156,7 @@ class PreparedTable:
         Returns:
             float32 of shape (bags, columns); zero for an empty bag. None if the kernels cannot compute it.
         """
-        if self._table is None or not self._takes(index) or index.ndim != (2 if starts is None else 1):
+        if self.compiled is None or not self._takes(index) or index.ndim != (2 if starts is None else 1):
             return None
         given, begin, bags, length = index.long().contiguous(), 0, index.shape[0], 0
         if starts is not None:
@@ -170,7 +171,7 @@ class PreparedTable:
                 return None
         y = torch.empty((bags, self._columns), dtype=torch.float32, device="cpu")
         to = address("y", y, torch.float32, y.shape)
-        known = self._table.look_up_bags(
+        known = self.compiled.look_up_bags(
             _indices(given), begin, length, bags, BAGS.index(kind), to, torch.get_num_threads()
         )
         return y if known else None
@@ -181,7 +182,7 @@ class PreparedTable:
         Returns:
             float32 of shape (rows, columns). None if the kernels cannot compute it.
         """
-        if self._table is None:
+        if self.compiled is None:
             return None
         rows = self._weight.spec.rows
         memory: Tensor | None = getattr(_memory, "values", None)
@@ -189,7 +190,7 @@ class PreparedTable:
             with torch.inference_mode(False):
                 memory = _memory.values = torch.empty(rows * self._columns, dtype=torch.float32, device="cpu")
         found = memory[: rows * self._columns].view(rows, self._columns)
-        self._table.decode(address("values", found, torch.float32, found.shape), torch.get_num_threads())
+        self.compiled.decode(address("values", found, torch.float32, found.shape), torch.get_num_threads())
         return found
 
     def _takes(self, index: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,8 +67,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             program = torch.export.export(
                 _OfTensors(model, leaves, spec), tuple(tensors), dynamic_shapes=(tuple(free),), strict=False
             )
-            program = program.run_decompositions({})
-            module = cast(fx.GraphModule, program.module())
+            module = program.module()
+            if not _without_writes_(module):
+                program = program.run_decompositions({})  # takes longer than the rest
+                module = program.module()
     except Exception as error:  # tracing runs the model's own code, which fails in any way it likes
         raise CaptureError(_first_line(error)) from error
     signature = program.graph_signature
@@ -79,6 +81,53 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     names = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     state = {name: x for name in sorted(names) if isinstance(x := _attribute(module, name), Tensor)}
     return Capture(module, program.call_spec.out_spec, state)
+
+
+def _without_writes_(module: fx.GraphModule) -> bool:
+    """Replaces operators in place by those that return a new tensor.
+
+    Returns:
+        Whether no operator in place is left. One stays if another value that is used later shares the memory.
+    """
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    sharing: dict[int, list[fx.Node]] = {}
+    for node in order:
+        for x in pytree.tree_leaves(node.meta.get("val")):  # several, of operators such as chunk
+            if isinstance(x, Tensor):
+                sharing.setdefault(x.untyped_storage()._cdata, []).append(node)
+    for node in order:
+        if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+            continue
+        given, fresh = node.all_input_nodes[:1], _fresh(node.target)
+        if fresh is None or given != list(node.args[:1]):
+            return False
+        types = {x.meta["val"].dtype for x in (node, *node.all_input_nodes) if isinstance(x.meta.get("val"), Tensor)}
+        before = [x for x in sharing[node.meta["val"].untyped_storage()._cdata] if order[x] < order[node]]
+        later = [user for x in before if x is not given[0] for user in x.users if order[user] > order[node]]
+        written = any(x.op != "call_function" for x in before) and fresh is not _ATEN.detach.default
+        if len(types) > 1 or written or later:
+            return False
+        for user in [user for user in given[0].users if order[user] > order[node]]:
+            user.replace_input_with(given[0], node)
+        node.target = fresh
+    module.graph.eliminate_dead_code(_is_kept)
+    module.recompile()
+    return True
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a node stays if nothing uses it, such as a check."""
+    return node.op != "call_function" or node.target in _CHECKS
+
+
+def _fresh(target: torch._ops.OpOverload) -> Any:  # noqa: ANN401
+    """Returns the operator that computes what one does that only writes to its first argument; else None."""
+    schema = target._schema
+    name = schema.name.partition("::")[2]
+    if not name.endswith("_") or name.endswith("__") or [x.is_write for x in schema.arguments].count(True) != 1:
+        return None
+    found = getattr(getattr(_ATEN, name[:-1], None), schema.overload_name or "default", None)
+    return found if schema.arguments[0].is_write else None
 
 
 class _OfTensors(nn.Module):

@@ -15,8 +15,9 @@ from dybit.operators.dispatch import read_spec
 from dybit.operators.images import ImageFormat, image_format, three
 from dybit.operators.input_rounding import InputRounding, input_format
 from dybit.operators.packed_conv import PackedConv, packed_conv_for
-from dybit.runtime.lower_tensors import clamp_limits
-from dybit.runtime.lowering import Buffer, Lowering, Place, View, is_last
+from dybit.runtime.layouts import is_last
+from dybit.runtime.lower_tensors import limits_of
+from dybit.runtime.lowering import PLANAR, Buffer, Lowering, Place, View
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _ATEN = torch.ops.aten
@@ -74,7 +75,7 @@ class Images:
     @property
     def rules(self) -> dict[Any, Callable[[fx.Node], bool]]:
         """By operator: adds the step of a convolution at the last node that it takes up."""
-        return dict.fromkeys({node.target for node in self._by_result}, self._lower)
+        return {PLANAR: self._is_only_rounded, **dict.fromkeys({node.target for node in self._by_result}, self._lower)}
 
     def _lower(self, node: fx.Node) -> bool:
         conv = self._by_result.get(node)
@@ -120,7 +121,7 @@ class Images:
                     self._take(conv, user)
                     conv.addend = other
         user = self._only_user(conv.result)
-        limits = None if user is None else _limits(user)
+        limits = None if user is None else limits_of(user)
         if user is not None and limits is not None:
             self._take(conv, user)
             conv.limits = limits
@@ -154,18 +155,29 @@ class Images:
             for user in self._lowering.users(node)
         )
 
+    def _is_only_rounded(self, node: fx.Node) -> bool:
+        """Whether only convolutions use a value, which round it."""
+        low = self._lowering
+        return all(
+            self._convs[user].source is node
+            if user in self._convs
+            else _zeros(user, 4) is not None and low.is_taken(user)
+            for user in low.users(node)
+        )
+
     def image_of(self, source: fx.Node, sharers: list[_Conv]) -> tuple[Buffer, ImageFormat]:
         """Returns the image of a value that some convolutions share, and rounds the value if nothing has yet."""
         low, key = self._lowering, sharers[0].key
         if (source, key) not in self._images:
             like = low.values[source]
             buffer, made = self._images[source, key] = _new_image(like, sharers)
-            view, size = low.view(source), tuple(like.shape[2:])
+            planar, size = source in low.planar, tuple(like.shape[2:])
+            view = low.planar[source] if planar else low.view(source)
             picture, rounded = _picture(made, like.shape[1], size), made.rounded(sharers[0].rounding)
             batch = like.shape[0]
 
             def emit(program: Any, at: Place) -> None:  # noqa: ANN401
-                program.round_image(at(view), batch, three(size), rounded, (at(buffer), *picture))
+                program.round_image(at(view), batch, three(size), planar, rounded, (at(buffer), *picture))
 
             low.add("round", source, [view], [buffer], emit)
         return self._images[source, key]
@@ -245,8 +257,3 @@ def _zeros(node: fx.Node, count: int) -> list[int] | None:
         return None
     sizes = [*sizes, *(0,) * (count - len(sizes))]
     return [n for i in range(len(sizes) - 2, -1, -2) for n in sizes[i : i + 2]]
-
-
-def _limits(node: fx.Node) -> tuple[float, float] | None:
-    """Returns the limits between which a node clamps its only tensor; None if it does something else."""
-    return (0.0, math.inf) if node.target is _ATEN.relu.default else clamp_limits(node)

@@ -15,7 +15,8 @@ from dybit.operators.dispatch import read_spec
 from dybit.operators.input_rounding import InputRounding
 from dybit.operators.linear import packed_for
 from dybit.operators.packed_weight import PackedWeight, Product
-from dybit.runtime.lowering import Buffer, Lowering, Place, Step, View, rows_of
+from dybit.runtime.layouts import rows_of
+from dybit.runtime.lowering import Buffer, Lowering, Place, Step, View
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _ATEN = torch.ops.aten
@@ -182,7 +183,7 @@ class RowRules:
         def emit(program: Any, at: Place) -> None:  # noqa: ANN401
             rounded = made.rounded
             after = (None, _NO_SCALE, _NONE)
-            if rounded is not None:
+            if rounded is not None and at(rounded.buffer) != _NONE:  # else nothing reads it
                 after = (rounded.weight.compiled, rounded.scaled(at), at(rounded.buffer))
             parameters = (at(given[0]), at(given[1]), eps, square, 0.0)
             program.norm(rows[0], columns, (at(view), rows[1]), _NO_ROWS, _NO_ROWS, parameters, (at(y), out[1]), *after)

@@ -1,20 +1,19 @@
-"""Rules for elementwise functions, softmax, concatenation and copies of FP32 tensors."""
+"""Rules for elementwise functions, batch norm and softmax of FP32 tensors."""
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from dybit.runtime.lowering import Lowering, Place, View, is_last
+from dybit.runtime.layouts import merge, spread
+from dybit.runtime.lowering import Lowering, Place, View
 
 _ATEN = torch.ops.aten
 _F32 = torch.float32
-_DIMENSIONS = 6  # csrc/copy.h
 # Numbers of csrc/elementwise.h.
 _UNARIES = {
     _ATEN.relu.default: 0,
@@ -42,14 +41,10 @@ _CLAMPS = {  # with the limits that they have by default
     _ATEN.hardtanh.default: (-1.0, 1.0),
     _ATEN.relu6.default: (0.0, 6.0),
     _ATEN.clamp.default: (-math.inf, math.inf),
+    _ATEN.clamp_min.default: (-math.inf, math.inf),
+    _ATEN.clamp_max.default: (-math.inf, math.inf),
 }
-_COPIES = (
-    _ATEN.clone.default,
-    _ATEN.contiguous.default,
-    _ATEN.reshape.default,
-    _ATEN.view.default,
-    _ATEN._unsafe_view.default,
-)
+_NORMS = (_ATEN.batch_norm.default, _ATEN._native_batch_norm_legit_no_training.default)
 
 
 class TensorRules:
@@ -65,11 +60,10 @@ class TensorRules:
             **dict.fromkeys(_UNARIES, self._unary),
             **dict.fromkeys(_BINARIES, self._binary),
             **dict.fromkeys(_CLAMPS, self._clamp),
-            **dict.fromkeys(_COPIES, self._copy),
+            **dict.fromkeys(_NORMS, self._batch_norm),
+            _ATEN.pow.Tensor_Scalar: self._square,
             _ATEN.softmax.int: self._softmax,
             _ATEN._softmax.default: self._softmax,
-            _ATEN.cat.default: self._cat,
-            _ATEN.max_pool2d.default: self._max_pool,
         }
 
     def _takes(self, node: fx.Node, *operands: Any) -> bool:  # noqa: ANN401
@@ -121,16 +115,18 @@ class TensorRules:
         return True
 
     def _binary(self, node: fx.Node) -> bool:
-        low, kind = self._lowering, _BINARIES[cast(Any, node.target)]
         args = node.args[:2] if node.target is not _ATEN.rsub.Scalar else node.args[1::-1]
+        return len(node.args) == 2 and self._of_two(node, _BINARIES[cast(Any, node.target)], args)
+
+    def _square(self, node: fx.Node) -> bool:
+        x, exponent = node.args
+        return bool(exponent == 2) and self._of_two(node, _BINARIES[_ATEN.mul.Tensor], (x, x))
+
+    def _of_two(self, node: fx.Node, kind: int, args: Sequence[Any]) -> bool:
+        low = self._lowering
         tensors = [x for x in args if isinstance(x, fx.Node) and isinstance(low.values[x], Tensor)]
         numbers = [low.values[x] if isinstance(x, fx.Node) else x for x in args if x not in tensors]
-        if (
-            node.kwargs
-            or len(node.args) > 2
-            or not self._takes(node, *tensors)
-            or not all(isinstance(x, int | float) for x in numbers)
-        ):
+        if node.kwargs or not self._takes(node, *tensors) or not all(isinstance(x, int | float) for x in numbers):
             return False
         y = low.values[node]
         operands: list[Any] = []
@@ -140,8 +136,8 @@ class TensorRules:
             else:
                 number = low.values[x] if isinstance(x, fx.Node) else x
                 operands.append(torch.tensor(number, dtype=_F32, device="cpu"))
-        strides = [_spread(x.like if isinstance(x, View) else x, y.shape) for x in operands]
-        merged = _merge(y.shape, [*strides, y.stride()], 3)
+        strides = [spread(x.like if isinstance(x, View) else x, y.shape) for x in operands]
+        merged = merge(y.shape, [*strides, y.stride()], 3)
         if merged is None:
             return False
         sizes, (one, other, own) = merged
@@ -154,6 +150,42 @@ class TensorRules:
             program.binary(kind, sizes, (at(operands[0]), one), (at(operands[1]), other), (at(result), own))
 
         low.add(_name(node), node, [x for x in operands if isinstance(x, View)], [result], emit)
+        return True
+
+    def _batch_norm(self, node: fx.Node) -> bool:
+        """Scales channels that lie next to each other, and clamps the results if that is their only use."""
+        low, whole = self._lowering, node.target is _ATEN.batch_norm.default
+        args: tuple[Any, ...] = node.args
+        result = node if whole else next((x for x in node.users if x.args[1] == 0), None)
+        if result is None or (whole and args[5]) or (not whole and len(node.users) > 1):
+            return False
+        x, value = low.values[args[0]], low.values[result]
+        if not (self._takes(result, args[0]) and x.ndim > 1 and _channels_last(x) and _channels_last(value)):
+            return False
+        weight, bias, mean, variance = (None if part is None else low.constant(part) for part in args[1:5])
+        if mean is None or variance is None or any(a is not None and low.constant(a) is None for a in args[1:3]):
+            return False
+        factor = (variance.detach().float() + args[-1 - whole]).rsqrt()
+        factor = factor if weight is None else factor * weight.detach().float()
+        shift = -mean.detach().float() * factor
+        shift = shift if bias is None else shift + bias.detach().float()
+        users = low.users(result)
+        limits = limits_of(users[0]) if len(users) == 1 and users[0].op == "call_function" else None
+        taken = [] if result is node else [result]
+        if limits is not None and users[0].all_input_nodes == [result]:
+            taken = [*taken, users[0]]
+        else:
+            limits = None
+        lowest, highest = limits or (-math.inf, math.inf)
+        low.take(taken)
+        view, y = low.view(args[0]), low.own(taken[-1] if taken else node)
+        low.kept.append((factor, shift))
+        rows, columns = x.numel() // x.shape[1], x.shape[1]
+
+        def emit(program: Any, at: Place) -> None:  # noqa: ANN401
+            program.scale_columns(at(view), rows, columns, (at(factor), at(shift), lowest, highest), at(y))
+
+        low.add("batch_norm", node, [view], [y], emit)
         return True
 
     def _softmax(self, node: fx.Node) -> bool:
@@ -173,73 +205,6 @@ class TensorRules:
         low.add("softmax", node, [view], [y], emit)
         return True
 
-    def _max_pool(self, node: fx.Node) -> bool:
-        low = self._lowering
-        args: tuple[Any, ...] = node.args
-        x, kernel, *rest = args
-        stride, padding, dilation = (*rest[:3], *([], 0, 1)[len(rest) :])[:3]
-        window = [_pair(part) for part in (kernel, stride or kernel, padding, dilation)]
-        given, value = low.values[x], low.values[node]
-        if not self._takes(node, x) or given.ndim != 4 or not (is_last(given) and is_last(value)):
-            return False
-        sizes = (value.shape[0], value.shape[1], *given.shape[2:], *value.shape[2:])
-        view, y = low.view(x), low.own(node)
-
-        def emit(program: Any, at: Place) -> None:  # noqa: ANN401
-            placed = ((at(v), (v.like.stride(0), v.like.stride(2), v.like.stride(3))) for v in (view, y))
-            program.max_pool(sizes, *placed, window)
-
-        low.add("max_pool", node, [view], [y], emit)
-        return True
-
-    def _cat(self, node: fx.Node) -> bool:
-        low = self._lowering
-        parts, value = cast("list[fx.Node]", node.args[0]), low.values[node]
-        dim = cast(int, node.args[1]) if len(node.args) > 1 else 0
-        parts = [part for part in parts if low.values[part].numel()]
-        if not value.numel() or any(
-            low.values[part].dtype != value.dtype or low.values[part].ndim != value.ndim for part in parts
-        ):
-            return False
-        tasks, start = [], 0
-        for part in parts:
-            like = low.values[part]
-            copy = _copy_task(like.shape, like.stride(), value.stride())
-            if copy is None:
-                return False
-            tasks.append((low.view(part), copy, start * value.stride(dim) * value.element_size()))
-            start += like.shape[dim]
-        y, size = low.own(node), value.element_size()
-
-        def emit(program: Any, at: Place) -> None:  # noqa: ANN401
-            slot, offset = at(y)
-            for view, (sizes, strides, own), before in tasks:
-                program.copy(sizes, size, at(view), strides, (slot, offset + before), own)
-
-        low.add("cat", node, [view for view, _, _ in tasks], [y], emit, len(tasks))
-        return True
-
-    def _copy(self, node: fx.Node) -> bool:
-        """Copies a tensor to its new layout."""
-        low = self._lowering
-        x, value = cast(fx.Node, node.args[0]), low.values[node]
-        given = low.values[x]
-        same = value.shape == given.shape
-        if not value.numel() or value.dtype != given.dtype or not (same or value.is_contiguous()):
-            return False
-        # A reshape reads its operand in order.
-        task = _copy_task(given.shape, given.stride(), value.stride() if same else _dense(given.shape))
-        if task is None:
-            return False
-        view, y, size = low.view(x), low.own(node), value.element_size()
-
-        def emit(program: Any, at: Place) -> None:  # noqa: ANN401
-            sizes, strides, own = task
-            program.copy(sizes, size, at(view), strides, at(y), own)
-
-        low.add("copy", node, [view], [y], emit)
-        return True
-
 
 def clamp_limits(node: fx.Node) -> tuple[float, float] | None:
     """Returns the limits of ``hardtanh``, ``relu6`` or ``clamp`` by numbers; None for other nodes."""
@@ -247,14 +212,20 @@ def clamp_limits(node: fx.Node) -> tuple[float, float] | None:
     if target not in _CLAMPS or node.kwargs:
         return None
     given = [*node.args[1:3], None, None][:2]
+    if target is _ATEN.clamp_max.default:
+        given.reverse()
     found = [default if x is None else x for x, default in zip(given, _CLAMPS[target], strict=True)]
     numbers = [float(x) for x in found if isinstance(x, int | float)]
     return (numbers[0], numbers[1]) if len(numbers) == 2 and numbers[0] <= numbers[1] else None
 
 
-def _pair(x: int | list[int]) -> tuple[int, int]:
-    """Returns a parameter of height and width."""
-    return (x, x) if isinstance(x, int) else (x[0], x[-1])
+def limits_of(node: fx.Node) -> tuple[float, float] | None:
+    """As :func:`clamp_limits`, for ``relu`` too."""
+    return (0.0, math.inf) if node.target is _ATEN.relu.default else clamp_limits(node)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.permute(0, *range(2, x.ndim), 1).is_contiguous()
 
 
 def _name(node: fx.Node) -> str:
@@ -264,44 +235,3 @@ def _name(node: fx.Node) -> str:
 def _sorted(x: Tensor) -> Tensor:
     """Returns a tensor with its dimensions in the order of memory."""
     return x.permute(sorted(range(x.ndim), key=lambda d: (x.stride(d), x.shape[d] > 1), reverse=True))
-
-
-def _dense(shape: Sequence[int]) -> list[int]:
-    """Returns the strides of a contiguous tensor."""
-    return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-
-
-def _spread(x: Tensor, shape: Sequence[int]) -> list[int]:
-    """Returns the strides of a tensor that broadcasts to a shape."""
-    missing = len(shape) - x.ndim
-    return [0] * missing + [
-        0 if n == 1 and m != 1 else s for n, m, s in zip(x.shape, shape[missing:], x.stride(), strict=True)
-    ]
-
-
-def _merge(shape: Sequence[int], strides: Sequence[Sequence[int]], most: int) -> tuple[Any, list[Any]] | None:
-    """Merges dimensions that lie next to each other in every operand; the last operand decides their order.
-
-    Returns:
-        ``most`` sizes, and as many strides of every operand; None if more dimensions are left.
-    """
-    kept = [(n, *(s[d] for s in strides)) for d, n in enumerate(shape) if n != 1]
-    kept.sort(key=operator.itemgetter(-1), reverse=True)
-    merged: list[Any] = []
-    for n, *steps in kept:
-        if merged and all(before == n * step for before, step in zip(merged[-1][1:], steps, strict=True)):
-            merged[-1] = (merged[-1][0] * n, *steps)
-        else:
-            merged.append((n, *steps))
-    if len(merged) > most:
-        return None
-    if not merged:  # a single number
-        merged = [(1, *(1 for _ in strides))]
-    whole = [(1, *(0 for _ in strides))] * (most - len(merged)) + merged
-    columns = list(zip(*whole, strict=True))
-    return columns[0], columns[1:]
-
-
-def _copy_task(shape: Sequence[int], given: Sequence[int], own: Sequence[int]) -> tuple[Any, Any, Any] | None:
-    merged = _merge(shape, [given, own], _DIMENSIONS)
-    return None if merged is None else (merged[0], merged[1][0], merged[1][1])

@@ -6,8 +6,6 @@ several nodes may become one step.
 
 from __future__ import annotations
 
-import itertools
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from dybit.runtime.capture import CaptureError, shares_memory
+from dybit.runtime.layouts import is_last
 
 At = tuple[int, int]  # csrc/program.h: Place
+PLANAR = "planar"
 _MOST_FOLDED = 1 << 22  # elements of a value that is computed in advance
 
 
@@ -96,19 +96,23 @@ class Lowering:
         graph: The captured graph.
         values: The value of every node (:class:`dybit.runtime.capture.Shapes`).
         state: Parameters and buffers by the names of the graph's attributes.
+        given: The inputs; None if they have the layouts of their values.
 
     Attributes:
         inputs: The buffers of the inputs, in order.
+        planar: Inputs that are read as contiguous images, while their values are channels-last.
         outputs: A view, or a plain value, for every result.
         results: The nodes of the results, or plain values.
         steps: In the order of the graph.
         kept: Objects that the steps refer to by address.
     """
 
-    def __init__(self, graph: fx.Graph, values: Mapping[fx.Node, Any], state: Mapping[str, Tensor]) -> None:
-        self.values, self._state = values, state
+    def __init__(self, graph: fx.Graph, values: Mapping[fx.Node, Any], state: Mapping[str, Tensor],
+                 given: Sequence[Tensor] | None = None) -> None:  # fmt: skip
+        self.values, self._state, self._given = values, state, given
         self.steps: list[Step] = []
         self.inputs: list[Buffer] = []
+        self.planar: dict[fx.Node, View] = {}
         self.outputs: list[Any] = []
         self.results: list[Any] = []
         self.kept: list[Any] = []
@@ -123,10 +127,11 @@ class Lowering:
 
         Args:
             rules: By operator: adds steps for a node and returns True, or returns False. The first that applies counts.
+                That of :data:`PLANAR` tells whether the steps for an input can read it as contiguous images.
         """
         for node in self.nodes:
             if node.op == "placeholder":
-                self.inputs.append(self.own(node).buffer)
+                self._input(node, rules)
             elif node.op == "output":
                 self.results = list(cast("Sequence[Any]", node.args[0]))
                 self.outputs = [self._result(x) for x in self.results]
@@ -136,6 +141,15 @@ class Lowering:
                 continue
             elif not any(node.target in known and known[node.target](node) for known in rules):
                 self.call(node)
+
+    def _input(self, node: fx.Node, rules: Sequence[Mapping[Any, Callable[[fx.Node], bool]]]) -> None:
+        value, given = self.values[node], None if self._given is None else self._given[len(self.inputs)]
+        turned = given is not None and is_last(value) and not is_last(given) and given.is_contiguous()
+        view = self.own(node)
+        if given is not None and turned and any(known[PLANAR](node) for known in rules if PLANAR in known):
+            like = torch.empty_like(given, device="meta")
+            view = self.planar[node] = View(Buffer(given.nbytes, like), like)
+        self.inputs.append(view.buffer)
 
     def view(self, node: fx.Node) -> View:
         """Returns where a value is."""
@@ -291,27 +305,8 @@ class Lowering:
         return self._views.get(x, self.values[x])
 
 
-def is_last(x: Any) -> bool:  # noqa: ANN401
-    """Whether a value is images, channels-last in memory."""
-    return isinstance(x, Tensor) and x.ndim in (4, 5) and x.permute(0, *range(2, x.ndim), 1).is_contiguous()
-
-
 def _buffer(x: Buffer | View) -> Buffer:
     return x if isinstance(x, Buffer) else x.buffer
-
-
-def rows_of(x: Tensor) -> tuple[int, int] | None:
-    """Returns the number and the stride of the rows of a tensor that is a matrix of its last dimension; else None."""
-    if x.ndim == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        return None
-    count = math.prod(x.shape[:-1])
-    outer = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    if not outer:
-        return count, x.shape[-1]
-    for (_, step), (n, inner) in itertools.pairwise(outer):
-        if step != n * inner:
-            return None
-    return count, outer[-1][1]
 
 
 _ATEN = torch.ops.aten

@@ -21,6 +21,8 @@ from dybit.kernels.transforms import transforming
 from dybit.layers.quantized import FusedModule
 from dybit.runtime.capture import Capture, CaptureError, Shapes, capture
 from dybit.runtime.lower_conv import Images
+from dybit.runtime.lower_copies import CopyRules
+from dybit.runtime.lower_folds import FoldRules
 from dybit.runtime.lower_rows import RowRules
 from dybit.runtime.lower_tensors import TensorRules
 from dybit.runtime.lowering import Lowering
@@ -279,8 +281,8 @@ def lower(captured: Capture, inputs: Sequence[Tensor]) -> Plan:
         CaptureError: The captured graph does not hold for these inputs.
     """
     values = Shapes(captured).infer(inputs)
-    lowering = Lowering(captured.module.graph, values, captured.state)
-    images = Images(lowering)
-    lowering.run([images.rules, RowRules(lowering).rules, TensorRules(lowering).rules])
+    lowering = Lowering(captured.module.graph, values, captured.state, inputs)
+    kinds = (Images, RowRules, FoldRules, TensorRules, CopyRules)
+    lowering.run([kind(lowering).rules for kind in kinds])
     as_model = Shapes(captured, prefer_last=False).infer(inputs)
     return Plan(lowering, [as_model.get(x) for x in lowering.results])
