@@ -48,7 +48,11 @@ def test_average_pooling(options):
 def test_adaptive_pooling(size):
     x = torch.randn(2, 5, 9, 8)
     for images in (x, x.to(memory_format=torch.channels_last)):
-        check(lambda x: functional.adaptive_avg_pool2d(x, size), images, steps=["mean" if size == 1 else "adaptive_average_pool"])
+        check(
+            lambda x: functional.adaptive_avg_pool2d(x, size),
+            images,
+            steps=["mean" if size == 1 else "adaptive_average_pool"],
+        )
 
 
 @settings(max_examples=25)
