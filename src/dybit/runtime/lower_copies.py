@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -121,20 +122,18 @@ class CopyRules:
         low, x = self._lowering, cast(fx.Node, node.args[0])
         given, value = low.values[x], low.values[node]
         indices = [low.constant(index) for index in cast("list[Any]", node.args[1])]
-        known = [index.long() for index in indices if index is not None and index.dtype in (torch.int64, torch.int32)]
+        known = [index.long().numpy() for index in indices if index is not None and index.dtype in _INDICES]
         if len(known) < len(indices) or not value.numel():
             return False
-        place = torch.zeros((), dtype=torch.int64)
+        places: Any = np.int64(0)
         for index, n, step in zip(known, given.shape, given.stride(), strict=False):
             if int(index.min()) < -n or int(index.max()) >= n:
                 return False  # torch names the index
-            place = place + torch.where(index < 0, index + n, index) * step
-        start = int(place.flatten()[0])
-        steps = [int(place.select(d, 1).flatten()[0]) - start if n > 1 else 0 for d, n in enumerate(place.shape)]
-        even = torch.tensor(start)
-        for d, (n, step) in enumerate(zip(place.shape, steps, strict=True)):
-            even = even + (torch.arange(n) * step).view(-1, *(1,) * (place.ndim - d - 1))
-        if min(steps, default=0) < 0 or not torch.equal(even.expand(place.shape), place):
+            places = places + np.where(index < 0, index + n, index) * step
+        start = int(places.flat[0])
+        steps = [int(places.take(1, d).flat[0]) - start if n > 1 else 0 for d, n in enumerate(places.shape)]
+        even = sum((i * step for i, step in zip(np.ogrid[tuple(map(slice, places.shape))], steps, strict=True)), start)
+        if min(steps, default=0) < 0 or not np.array_equal(np.broadcast_to(even, places.shape), places):
             return False
         task = _task(value.shape, [*steps, *given.stride()[len(known) :]], value.stride())
         return task is not None and self._move(node, x, task, start)
