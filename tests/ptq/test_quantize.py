@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.layers.input_spec import InputSpec
 from dybit.layers.quantized import Quantized, quantized_layers
+from dybit.models.own_text import own_text
 from dybit.models.preparation import dequantize_, folded_pairs, make_plain_
 from dybit.ptq import chain
 from dybit.ptq.quantize import quantize_
@@ -602,3 +603,27 @@ def test_a_chain_that_fails_leaves_the_model_as_it_was(algorithm, inference, mon
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
     quantize_(model, Recipe(weights=4))
+
+
+@pytest.mark.parametrize("algorithm", [None, "gptq"])
+def test_a_language_model_writes_its_own_calibration(algorithm):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    given, said = copy.deepcopy(model), []
+    quantize_(given, Recipe(weights=3), own_text(model), algorithm=algorithm)
+    quantize_(model, Recipe(weights=3), "auto", algorithm=algorithm, progress=lambda *step: said.append(step))
+    ids = torch.randint(1, 50, (4, 16))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, given(ids).logits)
+
+
+def test_a_model_that_cannot_write_stays_as_it_was():
+    model = mlp()
+    with pytest.raises(DyBitError, match="a Sequential cannot write its own calibration text"):
+        quantize_(model, Recipe(weights=4), "auto")
+    assert not quantized_layers(model)

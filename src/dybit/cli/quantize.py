@@ -51,7 +51,11 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in JSON, instead of the above.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Calibration inputs: module:function, a text file, or .npy/.safetensors."),
+        typer.Option(
+            metavar="DATA",
+            help="Calibration inputs: module:function, a text file, .npy/.safetensors, or auto: the model writes "
+            "them (language models).",
+        ),
     ] = None,
     algorithm: options.Algorithm = None,
     workdir: options.Workdir = None,
@@ -74,7 +78,7 @@ def quantize(
 
     Example: dybit quantize dybit.demo:minilm -o minilm-w4a8 --activations 8 --calibration dybit.demo:minilm_batches
 
-    Example: dybit quantize dybit.demo:smollm2 -o smol --algorithm gptq --calibration dybit.demo:smollm2_batches
+    Example: dybit quantize dybit.demo:smollm2 -o smol --group-size 64 --algorithm auto --calibration auto
     """
     plan = options.make_recipe(recipe, **options.recipe_fields(locals()))
     check_target(output)
@@ -89,8 +93,8 @@ def quantize(
     else:
         needs_calibration(plan, calibration)
         loaded = sources.load_model(model)
-        data = None
-        if calibration is not None:
+        data: list[object] | str | None = calibration
+        if calibration is not None and calibration != "auto":
             data = sources.load_batches(calibration, "--calibration", split="calibration", limit=batches, model=model,
                                         tokenizer=tokenizer, batch_size=batch_size)  # fmt: skip
         rows, fp32 = _quantize_model(loaded, output, plan, data, chain, workdir, strict)
@@ -161,7 +165,7 @@ def _quantize_model(
     model: nn.Module,
     output: Path,
     recipe: Recipe,
-    data: list[object] | None,
+    data: list[object] | str | None,
     chain: str | tuple[str, ...] | None,
     workdir: Path | None,
     strict: bool,

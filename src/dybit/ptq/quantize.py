@@ -12,6 +12,7 @@ from torch import nn
 from dybit.errors import DyBitWarning
 from dybit.models.batch_norm import find_pairs, fold_
 from dybit.models.coverage import measure
+from dybit.models.own_text import own_text
 from dybit.models.plan import plan_layers, quantized_names
 from dybit.models.preparation import bypass_fast_path_, folded_pairs, make_plain_
 from dybit.models.rollback import undone_on_failure
@@ -24,7 +25,7 @@ from dybit.recipe import Recipe
 def quantize_(
     model: nn.Module,
     recipe: Recipe,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     *,
     algorithm: str | Sequence[str] | None = None,
     workdir: str | os.PathLike[str] | None = None,
@@ -46,7 +47,8 @@ def quantize_(
         model: The model. If quantization fails, it stays unchanged; with transforms this takes a copy of the weights.
         recipe: The formats of the layers.
         calibration: Batches of typical inputs, each a tensor, a tuple or list of positional arguments, or a mapping of
-            keyword arguments. Static activations need them, and they improve weights.
+            keyword arguments. Static activations need them, and they improve weights. ``"auto"`` has a language model
+            write them (see :func:`dybit.models.own_text.own_text`).
         algorithm: How weights are rounded and errors corrected: a name, several names in the order of their stages
             (see ``ALGORITHMS``), or ``"auto"`` for a good choice by architecture. None rounds to nearest.
         workdir: A directory in which ``gptq`` stores finished layers, so that the same call resumes after an
@@ -61,7 +63,8 @@ def quantize_(
     Raises:
         DyBitError: ``model`` is not a module, is already quantized or has nothing to quantize; a weight is empty, not
             floating point or not finite; a rule matches nothing; the algorithms do not form a chain; calibration is
-            missing, empty or does not fit; or ``strict`` is set and weights would stay in floating point.
+            missing, empty or does not fit, or the model cannot write it; or ``strict`` is set and weights would stay in
+            floating point.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -76,7 +79,10 @@ def quantize_(
         check_without_calibration(plans)
     if workdir is not None:
         chain.check_workdir(workdir, steps)
-    if steps != ("rtn",):
+    if calibration == "auto":
+        with ordinary_tensors(model):
+            calibration = own_text(model, progress=progress and (lambda text: progress(0, len(plans), text)))
+    elif steps != ("rtn",):
         calibration = chain.materialize(calibration)
     writes = any(chain.ALGORITHMS[step].stage == 0 for step in steps)  # transforms, in place
     with undone_on_failure(model, written=writes), ordinary_tensors(model):

@@ -174,7 +174,8 @@ def test_bad_hessians(hessian, message):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("damping", -1.0), ("damping", float("nan")), ("passes", -1), ("passes", 1.5)]
+    ("field", "value"),
+    [("damping", -1.0), ("damping", float("nan")), ("passes", -1), ("passes", 1.5), ("shrinkage", 1.1)],
 )
 def test_bad_settings(field, value):
     with pytest.raises(DyBitError, match=f"{field} must be"):

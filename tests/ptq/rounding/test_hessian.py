@@ -11,6 +11,7 @@ from dybit.models.plan import weight_spec
 from dybit.models.running import observing
 from dybit.ptq.rounding.hessian import Hessians, shrink, size
 from dybit.recipe import LayerRecipe
+from dybit.tensors.quantized_tensor import TensorSpec
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4, bias=False), (5, 3, 6)),
@@ -160,6 +161,22 @@ def test_chance_is_shrunk_away_and_correlations_stay(count):
     x = torch.randn(count, 1, generator=generator) * size  # all channels say the same
     same = (x.T @ x / count)[None]
     assert torch.allclose(shrink(same, count), same, rtol=2 / count + 1e-4)
+
+
+def test_at_least_a_share_of_the_correlations_goes():
+    x = torch.randn(5000, 1, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9.0)
+    same = (x.T @ x / 5000)[None]
+    found = shrink(same, 5000, 0.3)
+    assert torch.allclose(found.diagonal(dim1=1, dim2=2), same.diagonal(dim1=1, dim2=2), rtol=1e-5)
+    assert torch.allclose(found.triu(1), 0.7 * same.triu(1), rtol=1e-4)
+    chance = torch.eye(8)[None] + 0.01
+    assert torch.equal(shrink(chance, 2, 0.3), shrink(chance, 2))  # few samples shrink more
+    hessians, layer = Hessians(), nn.Linear(8, 4)
+    hessians.observe("layer", layer, [x])
+    spec = TensorSpec("dybit4", (4, 8))
+    seen = hessians.of("layer", "weight", spec)
+    assert torch.allclose(seen, same, rtol=1e-4)
+    assert torch.equal(hessians.of("layer", "weight", spec, shrinkage=0.3), shrink(seen, 5000, 0.3))
 
 
 def test_shrinking_what_is_zero_or_one_channel():

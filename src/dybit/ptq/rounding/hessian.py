@@ -87,14 +87,15 @@ class Hessians:
             return None
         return next((moment for moment in self._moments.values() if moment.has(x)), None)
 
-    def of(self, name: str, weight: str, spec: TensorSpec, *, shrunk: bool = False) -> Tensor | None:
+    def of(self, name: str, weight: str, spec: TensorSpec, *, shrinkage: float | None = None) -> Tensor | None:
         """The Hessian of a weight.
 
         Args:
             name: The layer's.
             weight: The weight's.
             spec: How the weight is stored.
-            shrunk: Whether to return an estimate for all inputs like those that were seen (see :func:`shrink`).
+            shrinkage: Returns an estimate for inputs that were not seen, shrunk by this share at least (see
+                :func:`shrink`). None returns the Hessian of those that were.
 
         Returns:
             float32 of shape (parts, columns, columns), or None where the layer was never reached or the channels of its
@@ -105,7 +106,7 @@ class Hessians:
         moments = [self._moments.get((name, index), self._moments.get((name, 0))) for index in indices]
         found = list(dict.fromkeys(moments)) if len(set(moments)) == 1 else moments
         means = [
-            shrink(moment.mean, moment.count) if shrunk else moment.mean
+            moment.mean if shrinkage is None else shrink(moment.mean, moment.count, shrinkage)
             for moment in found
             if moment is not None and moment.mean is not None
         ]
@@ -116,16 +117,18 @@ class Hessians:
         return torch.cat(means)
 
 
-def shrink(mean: Tensor, count: int) -> Tensor:
+def shrink(mean: Tensor, count: int, least: float = 0.0) -> Tensor:
     """Shrinks means of x xᵀ towards their diagonals, the more the fewer x there were and the less they are correlated.
 
     Correlations that few samples show are mostly chance, and what makes up for errors by them adds to the errors on
     other inputs. How much to shrink is the oracle-approximating estimate of Chen et al. (IEEE TSP, 2010), applied to
-    correlations, since the channels' own moments are known far better.
+    correlations, since the channels' own moments are known far better. The estimate holds for inputs like those that
+    were seen; inputs of another kind have other correlations, for which ``least`` is.
 
     Args:
         mean: float32 of shape (parts, columns, columns).
         count: How many x it is the mean of.
+        least: The least share of the correlations that is taken away, 0 to 1.
     """
     diagonal = mean.diagonal(dim1=1, dim2=2).double()
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
@@ -133,7 +136,7 @@ def shrink(mean: Tensor, count: int) -> Tensor:
     square = (mean.double() * unit[:, None] * unit[:, :, None]).square().sum((1, 2))
     excess = (square - live).clamp(min=1e-9)
     share = ((1 - 2 / live) * square + live.square()) / ((count + 1 - 2 / live) * excess)
-    share = share.clamp(0, 1).float()[:, None]
+    share = share.clamp(least, 1).float()[:, None]
     result = mean * (1 - share[:, None])
     result.diagonal(dim1=1, dim2=2).add_(share * diagonal.float())
     return result

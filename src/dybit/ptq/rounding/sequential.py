@@ -125,7 +125,7 @@ class _Run:
         self, plan: Plan, hessians: Hessians, weight: Tensor, name: str, spec: TensorSpec
     ) -> QuantizedTensor | None:
         kept = self._kept(plan, name)
-        hessian = None if kept else hessians.of(plan.name, name, spec, shrunk=True)
+        hessian = None if kept else hessians.of(plan.name, name, spec, shrinkage=self.settings.shrinkage)
         if hessian is None:
             return kept
         recipe = plan.recipe
