@@ -1,12 +1,13 @@
 """Post-training quantization of the linear layers of SmolLM2-135M, judged on texts unlike the calibration's.
 
-Calibration is on the language reference of CPython. Evaluation is on the Debian Administrator's Handbook and on the
-quotations of ``fortunes`` (see ``texts.py``). A configuration is FORMAT[:GROUP][+INPUTS[:GROUP]][?FIELD=VALUE…]/CHAIN,
-such as ``dybit4:64/gptq``, ``nf4:64+int8/gptq`` or ``dybit4plain?variant_granularity=tensor/plain``. INPUTS are
-dynamic, with a scale for every token or for every GROUP features. FIELD is any other field of a recipe. CHAIN names
-algorithms; ``plain`` is rounding to nearest without calibration. Bits hold scales and choices. KL is the divergence
-from FP32 of a token. Standard errors are over sequences of 512 tokens; differences are paired with the first
-configuration. Embeddings stay in FP32. Seconds are of the processor.
+Evaluation is on the Debian Administrator's Handbook and on the quotations of ``fortunes`` (see ``texts.py``). A
+configuration is FORMAT[:GROUP][+INPUTS[:GROUP]][?FIELD=VALUE…]/CHAIN[@TEXT], such as ``dybit4:64/gptq``,
+``nf4:64+int8/gptq@own`` or ``dybit4plain?variant_granularity=tensor/plain``. INPUTS are dynamic, with a scale for every
+token or for every GROUP features. FIELD is any other field of a recipe. CHAIN names algorithms; ``plain`` is rounding
+to nearest without calibration. TEXT is what it is calibrated on: ``reference``, the language reference of CPython (the
+default), ``own``, text that the model writes, or ``both``, half of each. Bits hold scales and choices. KL is the
+divergence from FP32 of a token. Standard errors are over sequences of 512 tokens; differences are paired with the first
+configuration. Embeddings stay in FP32. Seconds are of the processor, without writing text.
 """
 
 import math
@@ -14,6 +15,7 @@ import os
 import resource
 import statistics
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,9 @@ from texts import TEXTS, text_file
 import dybit
 import dybit.demo
 from dybit.cli.options import chain
+from dybit.errors import DyBitError
 from dybit.layers.quantized import quantized_layers
+from dybit.models.own_text import own_text
 from dybit.models.preparation import dequantize_
 
 COLUMNS = (
@@ -101,15 +105,27 @@ def judge(model, inputs, kept):
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def measure(word, data, judged):
+@cache
+def calibration(text, tokens):
+    """Sequences to calibrate on."""
+    count = tokens // LENGTH
+    if text == "own":
+        return own_text(dybit.demo.smollm2(), sequences=count, length=LENGTH)
+    if text == "both":
+        return [*calibration("own", tokens)[: count // 2], *calibration("reference", tokens)[::2]]
+    if text != "reference":
+        raise DyBitError(f"a configuration is calibrated on {text!r}; use reference, own or both")
+    return dybit.demo.smollm2_batches("calibration", batches=count)
+
+
+def measure(word, tokens, judged):
     """The row of a configuration, without what compares it to the first."""
     model = dybit.demo.smollm2()
-    algorithm = word.rpartition("/")[2]
+    algorithm, _, text = word.rpartition("/")[2].partition("@")
     plain = algorithm == "plain"
+    data = None if plain else calibration(text or "reference", tokens)
     start = time.process_time()
-    dybit.quantize_(
-        model, recipe(word), None if plain else data, algorithm=None if plain else chain(algorithm, calibrated=True)
-    )
+    dybit.quantize_(model, recipe(word), data, algorithm=None if plain else chain(algorithm, calibrated=True))
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row = {"configuration": word, "bits": bits_per_weight(model), "cpu_seconds": seconds, "peak_mb": peak // 1000}
@@ -152,14 +168,13 @@ def main():
         todo = [word for word in options.configurations if not results.has(configuration=word)]
         if not todo:
             return
-        data = dybit.demo.smollm2_batches("calibration", batches=options.calibration // LENGTH)
         judged = {}
         for text in TEXTS:
             source = text_file(text, options.packages, options.folder)
             inputs = dybit.demo.smollm2_batches("evaluation", batches=options.evaluation // LENGTH, source=source)
             judged[text] = inputs, reference(options.folder / f"{text}.{options.evaluation}.npy", inputs)
         for word in todo:
-            row = measure(word, data, judged)
+            row = measure(word, options.calibration, judged)
             results.add(**row, **(above(row, results.rows[0]) if results.rows else {}))
 
 
