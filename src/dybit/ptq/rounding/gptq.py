@@ -40,13 +40,13 @@ class Settings:
         sort: Whether columns are rounded by decreasing second moment of their inputs ("act-order").
         passes: Rounds of coordinate descent afterwards.
         shrinkage: The least share by which the Hessian of a whole model's layer is shrunk towards its diagonal, 0 to 1.
-            0 fits inputs of the calibration's kind best; 0.3 is better for all other inputs.
+            0 fits inputs of the calibration's kind best; 0.2 is better for inputs of other kinds.
     """
 
     damping: float = 0.03
     sort: bool = True
     passes: int = 2
-    shrinkage: float = 0.3
+    shrinkage: float = 0.2
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
