@@ -28,6 +28,16 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SHOWN_LAYERS = 40
 
 
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Calibration inputs: module:function, a text file, .npy/.safetensors, or auto: the model writes them "
+        "(language models).",
+    ),
+]
+
+
 @guarded
 def quantize(
     model: Annotated[
@@ -49,14 +59,7 @@ def quantize(
     criterion: options.Criterion = None,
     activation_mode: options.ActivationMode = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in JSON, instead of the above.")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Calibration inputs: module:function, a text file, .npy/.safetensors, or auto: the model writes "
-            "them (language models).",
-        ),
-    ] = None,
+    calibration: _Calibration = None,
     algorithm: options.Algorithm = None,
     workdir: options.Workdir = None,
     tokenizer: options.Tokenizer = None,
