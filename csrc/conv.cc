@@ -9,6 +9,7 @@
 #include "codes.h"
 #include "dispatch.h"
 #include "pool.h"
+#include "row_kernels.h"
 #include "scratch.h"
 
 namespace dybit {
@@ -184,6 +185,11 @@ class Conv::Multiplication {
         for (int row = 0; row < in.rows; ++row)
           std::memset(results + row * width + (end - 1 - block) * kBlockRows, 0, kBlockRows * sizeof(float));
       kernels_.linear(conv_.weights_[group]->weight(), in, {results - channel, width, bias}, block, end);
+      if (finish_.activation)
+        for (int row = 0; row < in.rows; ++row) {
+          float* of_row = results + row * width;
+          kernels_.rows->unary(*finish_.activation, of_row, (end - block) * kBlockRows, of_row);
+        }
       const int first = group * first_.rows;
       const Results given{results, width, true, start, in.rows, first + channel,
                           first + std::min(first_.rows, end * kBlockRows)};
@@ -260,7 +266,7 @@ bool Conv::run(const Image& image, int batch, const Extent& size, float scale, c
     given.data = reinterpret_cast<uint8_t*>(wide_memory.take<int16_t>(count));
     weights_[0]->kernels().codes->convert(image.kind, image.data, count, kind, given.data);
   }
-  if (finish.image) clear_border(*finish.image, batch, geometry_.output(size));
+  if (finish.image) fill_border(*finish.image, batch, geometry_.output(size), finish.rounding);
   return multiply({batch, size, scales.data(), offset, bias, threads}, given, finish);
 }
 

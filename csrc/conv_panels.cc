@@ -3,8 +3,11 @@
 #include <atomic>
 #include <limits>
 
+#include "codes.h"
 #include "conv.h"
+#include "dispatch.h"
 #include "pool.h"
+#include "row_kernels.h"
 #include "scratch.h"
 
 namespace dybit {
@@ -12,7 +15,7 @@ namespace {
 
 constexpr size_t kTileBytes = size_t(1) << 18;    // of inputs: they stay in the L2 cache
 constexpr int kLeastTile = 96, kMostTile = 1536;  // rows
-constexpr int kResults = 1 << 16;                 // of a tile that are turned: they stay in the L2 cache
+constexpr int kResults = 1 << 16;                 // of a tile that are not finished: they stay in the L2 cache
 constexpr int kFewRows = 4;                       // so many do not pay for reading unpacked weights
 
 // An element of a row that a column of the weight is multiplied with.
@@ -81,7 +84,8 @@ class Conv::PanelProduct {
   PanelProduct(const Conv& conv, const Unpacked& unpacked, const Run& run, const Image& image, const Finish& finish)
       : conv_(conv), g_(conv.geometry_), first_(conv.weights_[0]->weight()), unpacked_(unpacked), run_(run),
         image_(image), finish_(finish), padded_(image.padded(run.size)), places_(g_.output(run.size)),
-        unit_(conv.weights_[0]->input().unit()), biases_(conv.biases(run.bias, run.offset)) {}
+        unit_(conv.weights_[0]->input().unit()), biases_(conv.biases(run.bias, run.offset)),
+        apart_(finish.planar || finish.activation) {}
 
   // Finds the words in the image. Returns false if a row has none, or if offsets do not fit 32 bits.
   bool prepare() {
@@ -98,7 +102,7 @@ class Conv::PanelProduct {
   bool all() {
     const int64_t total = volume(places_) * run_.batch;
     int64_t wanted = int64_t(kTileBytes / (unpacked_.words.size() * 4)) / 6 * 6;
-    if (finish_.planar) wanted = std::min<int64_t>(wanted, kResults / first_.rows / 6 * 6);
+    if (apart_) wanted = std::min<int64_t>(wanted, kResults / first_.rows / 6 * 6);
     const int64_t tile = std::clamp<int64_t>(wanted, kLeastTile, kMostTile), tiles = (total + tile - 1) / tile;
     // With fewer tiles than threads, the rows of the weights are divided too.
     const int units = unpacked_.groups[0].panels().unit_count, threads = run_.threads;
@@ -127,22 +131,22 @@ class Conv::PanelProduct {
       for (int d = 0; d < 3; ++d) from[d] = corner[d] + cursor.place[d] * g_.stride[d];
       inputs[row] = image_.data + index_of(from, cursor.sample, padded_) * image_.pixel();
     }
-    const Image* to = finish_.image;
+    const Image* to = apart_ ? nullptr : finish_.image;
     uint8_t** places = nullptr;
     if (to) {
       places = place_memory.take<uint8_t*>(rows);
       find_places(*to, places_, start, rows, places);
     }
     const int outputs = first_.rows * g_.groups;
-    auto* turned = finish_.planar ? result_memory.take<float>(size_t(rows) * first_.rows) : nullptr;
+    auto* results = apart_ ? result_memory.take<float>(size_t(rows) * first_.rows) : nullptr;
     for (int group = 0; group < g_.groups; ++group) {
       const int64_t shift = int64_t(group) * (g_.channels / g_.groups) * image_.element();
       const int first = group * first_.rows;
       const int64_t at = start * outputs + first;
       const Ending ending{biases_.data() + size_t(group) * first_.blocks * kBlockRows,
                           finish_.addend ? finish_.addend + at : nullptr,
-                          turned ? turned : finish_.y ? finish_.y + at : nullptr,
-                          turned ? first_.rows : outputs,
+                          apart_ ? results : finish_.y ? finish_.y + at : nullptr,
+                          apart_ ? first_.rows : outputs,
                           finish_.low,
                           finish_.high,
                           &finish_.rounding,
@@ -155,12 +159,25 @@ class Conv::PanelProduct {
       const PackedWeight& packed = *conv_.weights_[group];
       const Panels& panels = unpacked_.groups[group].panels();
       if (packed.kernels().panels->run(panels, in, ending, first_unit, last_unit)) unknown_ = true;
-      if (!turned) continue;
+      if (!apart_) continue;
       const int from = panels.first_block(first_unit) * kBlockRows;
       const int last = std::min(first_.rows, panels.first_block(last_unit) * kBlockRows);
-      store_planar({turned + from, first_.rows, false, start, rows, first + from, first + last}, places_, outputs,
-                   finish_.y);
+      finish_apart({results + from, first_.rows, false, start, rows, first + from, first + last}, results + from);
     }
+  }
+
+  // Finishes results that were not finished in registers.
+  void finish_apart(const Results& given, float* results) {
+    const int outputs = first_.rows * g_.groups;
+    if (finish_.activation)
+      for (int row = 0; row < given.rows; ++row) {
+        float* of_row = results + row * given.stride;
+        kernels().rows->unary(*finish_.activation, of_row, given.last - given.first, of_row);
+      }
+    if (finish_.planar)
+      store_planar(given, places_, outputs, finish_.y);
+    else if (finish_some(*kernels().codes, finish_, places_, outputs, given))
+      unknown_ = true;
   }
 
   const Conv& conv_;
@@ -173,6 +190,7 @@ class Conv::PanelProduct {
   const Extent padded_, places_;
   const float unit_;
   const std::vector<float> biases_;
+  const bool apart_;  // results are not finished in registers
   std::vector<int32_t> offsets_;  // of the words, from the first input of a row
   std::atomic<bool> unknown_{false};
 };

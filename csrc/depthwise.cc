@@ -10,6 +10,7 @@
 #include "conv_tasks.h"
 #include "dispatch.h"
 #include "pool.h"
+#include "row_kernels.h"
 #include "scratch.h"
 
 namespace dybit {
@@ -89,7 +90,7 @@ struct Depthwise::Steps {
   Steps(const Depthwise& conv, const Finish& finish, const std::vector<float>& bias, float row_scale)
       : usable(false), rounding{} {
     const Rounding& r = finish.rounding;
-    if (!finish.image || finish.y || finish.addend || finish.image->kind == InputKind::kSigned16 || r.max_run != 1 ||
+    if (!finish.image || finish.y || finish.addend || finish.activation || finish.image->kind == InputKind::kSigned16 || r.max_run != 1 ||
         !ordinary(r.scale) || !ordinary(row_scale) || std::isnan(finish.low) || std::isnan(finish.high))
       return;
     const double unit = std::ldexp(1.0, r.magnitude_bits - 1), per = unit / r.scale, range = 2 * unit;
@@ -182,6 +183,7 @@ class Depthwise::Lines {
     task.y = in_place ? finish_.y + place * g_.channels : result_memory.take<float>(count * g_.channels);
     codes_.depthwise(task);
     if (in_place) return false;
+    if (finish_.activation) kernels().rows->unary(*finish_.activation, task.y, int64_t(count) * g_.channels, task.y);
     const Results results{task.y, g_.channels, false, place, count, 0, g_.channels};
     if (!finish_.planar) return finish_some(codes_, finish_, places_, g_.channels, results);
     store_planar(results, places_, g_.channels, finish_.y);
@@ -227,7 +229,7 @@ bool Depthwise::run_some(const ConvInput& input, float* y, const float* bias, in
 
 bool Depthwise::run(const Image& image, int batch, const Extent& size, float scale, const float* offset,
                     const float* bias, const Finish& finish, int threads) const {
-  if (finish.image) clear_border(*finish.image, batch, geometry_.output(size));
+  if (finish.image) fill_border(*finish.image, batch, geometry_.output(size), finish.rounding);
   const std::vector<float> scales(batch, scale);
   return run_lines(image.pitch < kLanes ? widened(image, batch * volume(image.padded(size))) : image, batch, size,
                    scales.data(), biases(bias, offset), finish, threads);

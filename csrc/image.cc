@@ -28,20 +28,37 @@ Finish Finish::plain(float* y, bool planar) {
   return finish;
 }
 
-bool Finish::is_plain() const { return !addend && !image && low == -kInfinity && high == kInfinity; }
+bool Finish::is_plain() const {
+  return !addend && !image && !activation && low == -kInfinity && high == kInfinity;
+}
 
-void clear_border(const Image& image, int batch, const Extent& size) {
+void fill_border(const Image& image, int batch, const Extent& size, const Rounding& rounding) {
   if (!any(image.before) && !any(image.after)) return;
+  uint8_t code[2 * kLanes] = {};  // more than one: kernels may write whole registers
+  if (rounding.offset != 0) {
+    const Image single{code, image.kind, {}, {}, 1, 1};
+    const float zero = 0;
+    Finish finish = Finish::plain(nullptr);
+    finish.image = &single;
+    finish.rounding = rounding;
+    finish_some(*kernels().codes, finish, {1, 1, 1}, 1, {&zero, 1, false, 0, 1, 0, 1});
+  }
+  auto fill = [&](uint8_t* to, size_t bytes) {
+    if (image.element() == 1 || rounding.offset == 0)
+      std::memset(to, code[0], bytes);
+    else
+      for (size_t i = 0; i < bytes; ++i) to[i] = code[i % 2];
+  };
   const Extent padded = image.padded(size);
   const size_t pixel = size_t(image.pixel()), line = pixel * padded[2];
   uint8_t* to = image.data;
   for (int i = 0; i < batch * padded[0] * padded[1]; ++i, to += line) {
     const int d = i / padded[1] % padded[0] - image.before[0], h = i % padded[1] - image.before[1];
     if (d < 0 || d >= size[0] || h < 0 || h >= size[1]) {
-      std::memset(to, 0, line);
+      fill(to, line);
     } else {
-      std::memset(to, 0, pixel * image.before[2]);
-      std::memset(to + line - pixel * image.after[2], 0, pixel * image.after[2]);
+      fill(to, pixel * image.before[2]);
+      fill(to + line - pixel * image.after[2], pixel * image.after[2]);
     }
   }
 }
@@ -124,7 +141,7 @@ bool round_to_image(const float* x, int batch, const Extent& size, const Roundin
   const int64_t at_once = planar ? kTurned : kStep;
   const int64_t step = std::max<int64_t>(1, at_once / channels / kLanes) * kLanes;
   const int steps = int((places + step - 1) / step);
-  clear_border(image, batch, size);
+  if (batch) fill_border(image, batch, size, rounding[0]);  // a scale by sample has no offset
   std::atomic<bool> unknown{false};
   parallel_for(batch * steps, places * batch * channels < kLittle ? 1 : threads, [&](int i) {
     const int64_t sample = i / steps, start = i % steps * step;

@@ -5,14 +5,16 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "elementwise.h"
 #include "extent.h"
 #include "kernels.h"
 
 namespace dybit {
 
-// Significands with a border of zeros: [batch][before + size + after][pitch]. Each place holds `channels` significands,
-// then zeros.
+// Significands with a border: [batch][before + size + after][pitch]. Each place holds `channels` significands, then
+// zeros. Places of the border hold the significand of 0.
 struct Image {
   uint8_t* data;
   InputKind kind;
@@ -32,14 +34,16 @@ struct Finish {
   const Image* image = nullptr;  // or null
   Rounding rounding{};           // of the image; static
   bool planar = false;           // y is; for plain results only
+  // Of the sums, without addend and limits; one that keeps 0.
+  std::optional<Unary> activation{};
 
   // FP32 results as they are.
   static Finish plain(float* y, bool planar = false);
   bool is_plain() const;
 };
 
-// Writes zeros to the border of an image.
-void clear_border(const Image& image, int batch, const Extent& size);
+// Writes the border of an image whose numbers are rounded like this.
+void fill_border(const Image& image, int batch, const Extent& size, const Rounding& rounding);
 
 // Rounds x, FP32 [batch][size][channels] or planar, to an image. Returns false if there is NaN.
 bool round_to_image(const float* x, int batch, const Extent& size, const Rounding* rounding, bool by_sample,

@@ -38,16 +38,20 @@ void round_image(Program& self, const At& x, int batch, const dybit::Extent& siz
   });
 }
 
+// Limits of results, and a dybit::Unary (-1: none), which goes without an addend.
+using Ended = std::tuple<float, float, int>;
+
 // A convolution of an image: results are added to `addend`, clamped, and stored as FP32, as an image, or both.
 template <class T>
 void convolve_image(Program& self, const T& conv, const Picture& x, int batch, const dybit::Extent& size, float scale,
-                    const At& offset, const At& bias, const At& y, const At& addend, float low, float high,
+                    const At& offset, const At& bias, const At& y, const At& addend, const Ended& ended,
                     const Picture& out, const Rounded& format) {
   self.add([=, &conv, offset = place(offset), bias = place(bias), y = place(y), addend = place(addend),
             r = rounding(format)](const Memory& memory, int threads) {
     const dybit::Image result = image(out, memory);
-    const dybit::Finish finish{memory.at<float>(y), memory.at<float>(addend), low, high,
-                               result.data ? &result : nullptr, r};
+    const auto& [low, high, activation] = ended;
+    dybit::Finish finish{memory.at<float>(y), memory.at<float>(addend), low, high, result.data ? &result : nullptr, r};
+    if (activation >= 0) finish.activation = dybit::Unary(activation);
     return conv.run(image(x, memory), batch, size, scale, memory.at<float>(offset), memory.at<float>(bias), finish,
                     threads);
   });

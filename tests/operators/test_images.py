@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dybit.errors import DyBitError
+from dybit.formats import catalogue
 from dybit.formats.format import Format
 from dybit.kernels import extension
 from dybit.operators.images import ImageFormat, UnknownError, decode_image, round_image
@@ -105,6 +106,20 @@ def test_rounding_to_tapered_levels_is_that_of_a_division(name, seed):
         np.testing.assert_array_equal(found.numpy().ravel(), expected, err_msg=isa)
 
 
+@pytest.mark.parametrize("name", ["u8r1", "u8r3", "uint8", "u4r2", "int8"])
+@pytest.mark.parametrize("channels", [3, 20])
+def test_a_border_holds_the_code_of_zero(name, channels):
+    made, scale = ImageFormat(name, (1, 0, 2, 1)), torch.tensor([0.03])
+    level = float(np.unique(np.abs(catalogue.family(name).books[0].levels))[5])
+    rounding = InputRounding(name, scale, -level * scale)
+    x = torch.randn(2, channels, 5, 4)
+    ((image,), (plain,)) = on_all(lambda: (round_image(x, rounding, made.border),))
+    assert torch.equal(image, plain)
+    whole = decode_image(image, channels, ImageFormat(name, (0,) * 4), rounding)
+    expected = torch.nn.functional.pad(rounding.round(x), (2, 1, 1, 0))
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_opcheck():
     rounding = (torch.randn(2, 20, 5, 4), torch.tensor([0.02]), None, "int8", (1, 0, 2, 1))
     torch.library.opcheck(torch.ops.dybit.round_image, rounding)
@@ -129,8 +144,8 @@ def test_values_of_an_image():
 
 def test_what_cannot_be_an_image():
     x = torch.ones(1, 4, 3, 3)
-    with pytest.raises(DyBitError, match="border must be zero if rounding has an offset"):
-        round_image(x, InputRounding("int8", torch.ones(1), torch.ones(1)), (1,) * 4)
+    with pytest.raises(DyBitError, match="border must be zero if the offset leaves 0 without a code"):
+        round_image(x, InputRounding("int8", torch.ones(1), torch.full((1,), 0.5)), (1,) * 4)
     with pytest.raises(DyBitError, match="rounding must have a static scale"):
         ImageFormat("int8", (0,) * 4).rounded(InputRounding("int8"))
     with pytest.raises(DyBitError, match="x must be floating point of 4 dimensions"):

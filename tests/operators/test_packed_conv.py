@@ -27,6 +27,7 @@ def weight_of(shape, family="dybit4"):
         ((4, 6, 3, 3), "dybit4", 1, BORDER, STATIC, True),
         ((4, 6, 3, 3), "dybit4", 1, NONE, OFFSET, True),
         ((4, 6, 3, 3), "dybit4", 1, BORDER, OFFSET, False),  # zeros are no multiples of a step from the offset
+        ((4, 6, 3, 3), "dybit4", 1, BORDER, InputRounding("uint8", torch.ones(1), -torch.ones(1)), True),
         ((4, 6, 3, 3), "nf4", 1, BORDER, STATIC, False),
         ((4, 6, 3, 3), "dybit4", 1, BORDER, InputRounding("nf4", torch.ones(1)), False),
         ((6, 1, 3, 3), "dybit4", 6, BORDER, STATIC, True),

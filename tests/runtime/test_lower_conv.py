@@ -66,6 +66,26 @@ def test_additions_and_clamps():
     check(lambda m, x: (m.a(x) + m.a(x)).relu(), ["round", "conv", "conv"])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("function", [functional.silu, functional.hardswish, functional.gelu])
+def test_activations_are_taken_up_and_leave_an_offset(function, isa):
+    extension.use(isa)
+    recipe = Recipe(weights=4, activations=8)
+    x = torch.randn(2, 6, 8, 7)
+    model = Net(lambda m, x: function(m.deep(function(m.a(x)))) + function(m.c(x + m.b(x)))[..., 1:-1, 1:-1]).eval()
+    quantize_(model, recipe, calibration=[x])
+    assert model.deep.input_spec.offset
+    fused = FusedProgram(model, (x,), {})
+    assert names(fused, x) == ["round", "conv", "depthwise", "conv", "conv", "add"]
+    with torch.no_grad():
+        for given in (x, torch.randn(3, 6, 12, 9)):
+            one, other = fused(given), model(given)
+            torch.testing.assert_close(one, other, rtol=0.0, atol=0.02 * float(other.abs().amax()))
+            assert (one - other).abs().mean() < 1e-4
+    two = quantize_(Net(lambda m, x: (y := function(m.a(x))) * y.mean((2, 3), True)).eval(), recipe, calibration=[x])
+    assert names(FusedProgram(two, (x,), {}), x) == ["round", "conv", "mean", "mul"]
+
+
 def test_what_is_used_twice_is_not_taken_up():
     def forward(m, x):
         y = m.a(x)

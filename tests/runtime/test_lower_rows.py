@@ -182,3 +182,34 @@ def test_transposed_rows():
     check(lambda m, x: m.q(x.transpose(0, 1)).transpose(0, 1), None)
     check(lambda m, x: m.q(x[:, ::2]), None)
     check(lambda m, x: m.q(x[:, 0]), ["round", "linear"])
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_encoder_layers_of_torch(batch_first, mode):
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 96, activation="gelu", batch_first=batch_first).eval()
+    x = torch.randn(3, 7, WIDTH)
+    model = quantize_(layer, replace(DYNAMIC, activation_mode=mode, activation_method="absmax"), calibration=[x])
+    fused = FusedProgram(model, (x,), {})
+    with torch.no_grad():
+        for given in (x, torch.randn(2, 5, WIDTH)):
+            one, other = fused(given), model(given)
+            torch.testing.assert_close(one, other, rtol=0.0, atol=0.02 * float(other.abs().amax()))
+    assert not [name for name in names(fused, x) if name.startswith("torch")]
+
+
+def test_attention_to_other_tokens_and_its_weights():
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+            self.other = nn.MultiheadAttention(WIDTH, 4, batch_first=True, kdim=32, vdim=32)
+
+        def forward(self, x, y, mask):
+            mixed, weights = self.one(x, x[:, :3], x[:, :3])
+            return self.other(mixed, y, y, key_padding_mask=mask, need_weights=False)[0], weights
+
+    given = torch.randn(2, 7, WIDTH), torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model = quantize_(Crossed().eval(), DYNAMIC, calibration=[given])
+    with torch.no_grad():
+        same(FusedProgram(model, given, {})(*given), model(*given), rtol=1e-5, atol=1e-5)

@@ -216,7 +216,11 @@ class QuantizedAttention(Quantized):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As ``nn.MultiheadAttention.forward``."""
         attention = cast(nn.MultiheadAttention, self)
-        if self.weight_specs and not traced() and extension.load() is not None:
+        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        # In a trace, weights are not cut: it would record that, too.
+        of_one = given.get("query") is given.get("key") is given.get("value")
+        whole = of_one or "in_proj_weight" not in self.weight_specs
+        if self.weight_specs and (whole or not traced()) and extension.load() is not None:
             return attend(attention, *args, project=self._project, **kwargs)
         if self.input_spec is None and getattr(attention.out_proj, "input_spec", None) is None:
             return super().forward(*args, **kwargs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dybit.errors import DyBitError
-from dybit.formats.codebook import Family
+from dybit.formats.codebook import Codebook, Family
 from dybit.formats.scaling import Method
 from dybit.layers.input_spec import InputSpec
 from dybit.models.running import evaluating, iterate, observing, positions, run_batch
@@ -170,9 +170,20 @@ def choose_input(
         if best is None or error < best[0]:
             book = family.books[int(scales.choice.item()) if scales.choice is not None else 0]
             spec = InputSpec(book.name, offset=low != 0)
-            best = error, spec, scales.scale.reshape(1), sample.new_tensor([low]) if low != 0 else None
+            scale = scales.scale.reshape(1)
+            shift = sample.new_tensor([low]) if low != 0 else None
+            if shift is not None and low < 0 < statistics.high:
+                shift = _with_zero(shift, scale, book)
+            best = error, spec, scale, shift
     assert best is not None
     return best[1:]
+
+
+def _with_zero(low: Tensor, scale: Tensor, book: Codebook) -> Tensor:
+    """Returns the offset next to the lowest number that makes 0 the value of a code, if its range reaches to 0."""
+    levels = scale.new_tensor(book.levels)
+    zero = (levels + low / scale).abs().argmin()
+    return -levels[zero] * scale if zero < len(levels) - 1 else low
 
 
 def choose_dynamic_input(

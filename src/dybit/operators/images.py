@@ -1,8 +1,8 @@
 """Images of significands: activations that stay integers from one convolution to the next.
 
-An image is channels-last, of shape (batch, *size with the border, pitch), with a border of zeros for the padding of
-the next convolution. A value takes one byte, or two if significands are wide. ``torch.ops.dybit.round_image`` makes
-an image from floating-point activations.
+An image is channels-last, of shape (batch, *size with the border, pitch). Places of the border hold the code of 0, for
+the padding of the next convolution. A value takes one byte, or two if significands are wide.
+``torch.ops.dybit.round_image`` makes an image from floating-point activations.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class ImageFormat:
         """Returns the extension's arguments for rounding to such an image.
 
         Raises:
-            DyBitError: ``rounding`` has no static scale, or has an offset while the image has a border.
+            DyBitError: ``rounding`` has no static scale, or has no code for the zeros of a border.
         """
         if rounding.scale is None:
             raise DyBitError("rounding must have a static scale for an image")
-        if rounding.offset is not None and any(self.border):
-            raise DyBitError(f"border must be zero if rounding has an offset, not {self.border}")
+        if any(self.border) and not rounding.keeps_zero():
+            raise DyBitError(f"border must be zero if the offset leaves 0 without a code, not {self.border}")
         shift = 0.0 if rounding.offset is None else rounding.offset.item()
         inputs = self.inputs
         scale = rounding.scale.item() * inputs.factor
@@ -125,12 +125,19 @@ def encode_image(x: Tensor, made: ImageFormat, rounding: InputRounding) -> Tenso
     """
     if bool(x.isnan().any()):
         raise UnknownError("x must not hold NaN where it is rounded to an image")
+    image = (
+        _significands(x.new_zeros(()), made, rounding).expand(made.shape(x.shape[0], x.shape[1], x.shape[2:])).clone()
+    )
+    inner = _inner(image, made)
+    inner[..., x.shape[1] :] = 0
+    inner[..., : x.shape[1]] = _significands(x, made, rounding).permute(0, *range(2, x.ndim), 1)
+    return image
+
+
+def _significands(x: Tensor, made: ImageFormat, rounding: InputRounding) -> Tensor:
     shifted = x.float() if rounding.offset is None else x.float() - rounding.offset
     values = cast(Tensor, fake_quantize(shifted, rounding.scale, None, made.name)) / cast(Tensor, rounding.scale)
-    image = torch.zeros(made.shape(x.shape[0], x.shape[1], x.shape[2:]), dtype=made.dtype, device=x.device)
-    inner = _inner(image, made)[..., : x.shape[1]]
-    inner.copy_((values * made.unit).round().to(made.dtype).permute(0, *range(2, x.ndim), 1))
-    return image
+    return (values * made.unit).round().to(made.dtype)
 
 
 def decode_image(image: Tensor, channels: int, made: ImageFormat, rounding: InputRounding) -> Tensor:
@@ -159,7 +166,7 @@ def _round(x: Tensor, scale: Tensor, offset: Tensor | None, format: str, border:
     image = torch.empty(shape, dtype=made.dtype, device="cpu")
     given = channels_last(x)
     if given.numel() == 0:
-        return image.zero_()  # the border of an empty sample
+        return encode_image(x, made, rounding)  # the border of an empty sample
     done = compiled.round_to_image(
         address("x", given, torch.float32, (batch, *size, channels)),
         batch,
@@ -189,7 +196,7 @@ def round_image(x: Tensor, rounding: InputRounding, border: Sequence[int]) -> Te
 
     Args:
         x: Floating point of shape (batch, channels, *size).
-        rounding: The format, the static scale, and the offset, which is for images without a border only.
+        rounding: The format, the static scale, and the offset, which gives 0 a code if the image has a border.
         border: Zeros before and after every dimension in turn.
 
     Returns:

@@ -15,6 +15,8 @@ from dybit.formats.format import Format, variants
 from dybit.kernels.code_operators import fake_quantize, fake_quantize_dynamic
 from dybit.kernels.transforms import pass_gradients, transforming
 
+_EXACT = 1e-5  # of the scale: FP32 rounds the product of scale and level
+
 
 @dataclass(frozen=True, eq=False)
 class InputRounding:
@@ -41,6 +43,13 @@ class InputRounding:
         if transforming():
             return pass_gradients(x, self._round(x.detach()))
         return self._round(x)
+
+    def keeps_zero(self) -> bool:
+        """Whether 0 is the value of a code, as zero padding needs: always, unless there is a static offset."""
+        if self.scale is None or self.offset is None:
+            return True
+        zero = fake_quantize(self.offset.detach().new_zeros(1), self.scale, self.offset, self.format)
+        return abs(float(zero)) <= _EXACT * float(self.scale)
 
     def _round(self, x: Tensor) -> Tensor:
         if self.scale is not None:

@@ -52,7 +52,7 @@ class PreparedConv:
         weight: Of shape (out_channels, channels / groups, *kernel).
         bias: Of shape (out_channels,), or None.
         geometry: Stride, padding, dilation and groups. The padding is at most the border.
-        rounding: Format, static scale and offset of the image. With a border there must be no offset.
+        rounding: Format, static scale and offset of the image. With a border, 0 must have a code.
         border: The border of the image.
         out: Format, static scale and offset of the next image; None to make no image.
         out_border: The border of the next image.

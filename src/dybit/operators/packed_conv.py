@@ -150,19 +150,19 @@ def packed_conv_for(weight: QuantizedTensor, geometry: ConvGeometry, rounding: I
 
     Returns None if the kernels do not support it, or if torch is faster.
     """
-    has_offset = rounding.offset is not None
-    key = (rounding.format, geometry, has_offset)
-    return _cache.get(weight, key, lambda: _pack(weight, geometry, input_format(rounding.format), has_offset))
+    keeps_zero = rounding.keeps_zero()
+    key = (rounding.format, geometry, keeps_zero)
+    return _cache.get(weight, key, lambda: _pack(weight, geometry, input_format(rounding.format), keeps_zero))
 
 
 def _pack(
-    weight: QuantizedTensor, geometry: ConvGeometry, inputs: InputFormat | None, has_offset: bool
+    weight: QuantizedTensor, geometry: ConvGeometry, inputs: InputFormat | None, keeps_zero: bool
 ) -> PackedConv | None:
     compiled, spec = extension.load(), weight.spec
     if compiled is None or inputs is None or not packed_weight.supports(spec.family) or spec.transposed:
         return None
     extents, groups = geometry.extents(spec.shape[2:]), geometry.groups
-    if has_offset and any(map(any, extents[3:])):  # zeros of the border have no code if there is an offset
+    if not keeps_zero and any(map(any, extents[3:])):  # zeros of the border have no code
         return None
     channels = spec.shape[1] * groups
     if spec.shape[1] == 1 and groups == spec.rows > 1:

@@ -231,9 +231,7 @@ def _takes_images(module: nn.Module) -> bool:
     return (
         spec.mode == "static"
         and conv.padding_mode == "zeros"
-        and not (
-            spec.offset and any(conv._reversed_padding_repeated_twice)
-        )  # zero padding has no code if there is an offset
+        and (not any(conv._reversed_padding_repeated_twice) or module.input_rounding().keeps_zero())
         and module.float_dtype == torch.float32
         and input_format(spec.format) is not None
     )
@@ -248,7 +246,7 @@ def _stages(module: fx.GraphModule, aliases: Aliases) -> list[_Stage]:
             continue
         padding = _paired(cast(nn.Conv2d, layer)._reversed_padding_repeated_twice)
         source, pads = node.all_input_nodes[0], []
-        whole = not cast(Quantized, layer).input_spec.offset  # type: ignore[union-attr]
+        whole = cast(Quantized, layer).input_rounding().keeps_zero()
         while whole and (added := _zeros(source, module, len(padding))) is not None:
             padding = tuple(a + b for a, b in zip(padding, added, strict=True))
             pads.append(source)

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+_COPY_DIMENSIONS = 6  # csrc/copy.h
+CopyTask = tuple[Any, Any, Any]  # sizes, strides of the operand, strides of the result
+
 
 def is_last(x: Any) -> bool:  # noqa: ANN401
     """Whether a value is images, channels-last in memory."""
@@ -64,3 +67,9 @@ def merge(shape: Sequence[int], strides: Sequence[Sequence[int]], most: int) -> 
     whole = [(1, *(0 for _ in strides))] * (most - len(merged)) + merged
     columns = list(zip(*whole, strict=True))
     return columns[0], columns[1:]
+
+
+def copy_task(shape: Sequence[int], given: Sequence[int], own: Sequence[int]) -> CopyTask | None:
+    """Returns the arguments of a copy between two layouts; None if they have too many dimensions."""
+    merged = merge(shape, [given, own], _COPY_DIMENSIONS)
+    return None if merged is None else (merged[0], merged[1][0], merged[1][1])

@@ -16,12 +16,13 @@ from dybit.operators.images import ImageFormat, image_format, three
 from dybit.operators.input_rounding import InputRounding, input_format
 from dybit.operators.packed_conv import PackedConv, packed_conv_for
 from dybit.runtime.layouts import is_last
-from dybit.runtime.lower_tensors import limits_of
+from dybit.runtime.lower_tensors import limits_of, unary_number
 from dybit.runtime.lowering import PLANAR, Buffer, Lowering, Place, View
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _ATEN = torch.ops.aten
 _ADDITIONS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
+_ACTIVATIONS = (_ATEN.silu.default, _ATEN.hardswish.default, _ATEN.gelu.default)  # 0 stays 0
 _NO_IMAGE = ((-1, 0), 1, (0, 0, 0), (0, 0, 0), 0, 0)
 _NO_ROUNDING = (1, 1, True, 1.0, 0.0)
 
@@ -39,6 +40,7 @@ class _Conv:
     pads: tuple[fx.Node, ...]
     addend: fx.Node | None = None
     limits: tuple[float, float] = (-math.inf, math.inf)
+    activation: int = -1  # csrc/elementwise.h: Unary
     taken: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -99,7 +101,7 @@ class Images:
             return None
         stored = QuantizedTensor(read_spec(str(spec)), weight, scale, choice, tensor_scale)
         source, pads, whole = low.source(x), [], [int(n) for n in padding]
-        while rounding.offset is None and (added := _zeros(source, len(whole))) is not None:
+        while rounding.keeps_zero() and (added := _zeros(source, len(whole))) is not None:
             whole = [a + b for a, b in zip(whole, added, strict=True)]
             pads.append(source)
             source = low.source(source.all_input_nodes[0])
@@ -109,7 +111,7 @@ class Images:
         return found if packed_conv_for(stored, geometry, rounding) is not None else None
 
     def _take_up(self, conv: _Conv) -> None:
-        """Lets a convolution take up an addition and a clamp that are its only users."""
+        """Lets a convolution take up an addition and a clamp, or an activation, that are its only users."""
         low = self._lowering
         user = self._only_user(conv.result)
         if user is not None and user.target in _ADDITIONS and not user.kwargs:
@@ -125,6 +127,9 @@ class Images:
         if user is not None and limits is not None:
             self._take(conv, user)
             conv.limits = limits
+        elif user is not None and conv.addend is None and user.target in _ACTIVATIONS:
+            self._take(conv, user)
+            conv.activation = unary_number(user)
 
     def _take(self, conv: _Conv, user: fx.Node) -> None:
         """Takes up a node, and the copies before it."""
@@ -202,7 +207,7 @@ class Images:
         source = _picture(made, x.shape[1], size)
         scale = made.rounded(conv.rounding)[3]
         depthwise = not packed.parts
-        limits, offset, bias = conv.limits, conv.rounding.offset, conv.bias
+        ended, offset, bias = (*conv.limits, conv.activation), conv.rounding.offset, conv.bias
 
         def emit(program: Any, at: Place) -> None:  # noqa: ANN401
             add = program.depthwise_image if depthwise else program.conv_image
@@ -216,7 +221,7 @@ class Images:
                 at(bias),
                 at(y.buffer),
                 at(addend),
-                *limits,
+                ended,
                 (at(out), *picture) if out is not None else out_picture,
                 out_rounded,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -11,13 +11,12 @@ from torch import fx
 
 from dybit.operators.dispatch import read_spec
 from dybit.operators.embedding import PreparedTable
-from dybit.runtime.layouts import dense, merge, spread
+from dybit.runtime.layouts import CopyTask, copy_task, dense, spread
 from dybit.runtime.lowering import Buffer, Lowering, Place, View
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 _ATEN = torch.ops.aten
 _F32 = torch.float32
-_DIMENSIONS = 6  # csrc/copy.h
 _TYPES = {torch.float32: 0, torch.int64: 1, torch.int32: 2, torch.bool: 3}  # csrc/copy.h: Element
 _INDICES = (torch.int64, torch.int32)
 _COPIES = (
@@ -35,8 +34,6 @@ _COPIES = (
     _ATEN.type_as.default,
 )
 _ANDS = (_ATEN.__and__.Tensor, _ATEN.bitwise_and.Tensor, _ATEN.logical_and.default)
-
-_Task = tuple[Any, Any, Any]  # sizes, strides of the operand, strides of the result
 
 
 class CopyRules:
@@ -69,7 +66,7 @@ class CopyRules:
         tasks, start = [], 0
         for part in parts:
             like = low.values[part]
-            task = _task(like.shape, like.stride(), value.stride())
+            task = copy_task(like.shape, like.stride(), value.stride())
             if task is None:
                 return False
             tasks.append((low.view(part), task, start * value.stride(dim) * value.element_size()))
@@ -93,10 +90,10 @@ class CopyRules:
         if not value.numel() or not (same or value.is_contiguous()):
             return False
         # A reshape reads its operand in order.
-        task = _task(given.shape, given.stride(), value.stride() if same else dense(given.shape))
+        task = copy_task(given.shape, given.stride(), value.stride() if same else dense(given.shape))
         return task is not None and self._move(node, x, task)
 
-    def _move(self, node: fx.Node, x: fx.Node, task: _Task, start: int = 0) -> bool:
+    def _move(self, node: fx.Node, x: fx.Node, task: CopyTask, start: int = 0) -> bool:
         """Copies or converts from the element ``start`` of ``x`` on."""
         low = self._lowering
         types = low.values[x].dtype, low.values[node].dtype
@@ -135,7 +132,7 @@ class CopyRules:
         even = sum((i * step for i, step in zip(np.ogrid[tuple(map(slice, places.shape))], steps, strict=True)), start)
         if min(steps, default=0) < 0 or not np.array_equal(np.broadcast_to(even, places.shape), places):
             return False
-        task = _task(value.shape, [*steps, *given.stride()[len(known) :]], value.stride())
+        task = copy_task(value.shape, [*steps, *given.stride()[len(known) :]], value.stride())
         return task is not None and self._move(node, x, task, start)
 
     def _and(self, node: fx.Node) -> bool:
@@ -146,7 +143,7 @@ class CopyRules:
         if len(operands) != 2 or not known or value.dtype != torch.bool or not value.numel():
             return False
         x = operands[operands[0] is known[0]]
-        task = _task(value.shape, spread(low.values[x], value.shape), value.stride())
+        task = copy_task(value.shape, spread(low.values[x], value.shape), value.stride())
         return low.values[x].dtype == torch.bool and task is not None and self._move(node, x, task)
 
     def _plain_embedding(self, node: fx.Node) -> bool:
@@ -182,7 +179,7 @@ class CopyRules:
         """Looks up rows, by indices that are converted to int64 in a row before if they are something else."""
         low = self._lowering
         given, value = low.values[index], low.values[node]
-        task = _task(given.shape, given.stride(), dense(given.shape))
+        task = copy_task(given.shape, given.stride(), dense(given.shape))
         if not value.numel() or not value.is_contiguous() or task is None or given.dtype not in _INDICES:
             return False
         view, y, count = low.view(index), low.own(node), given.numel()
@@ -202,8 +199,3 @@ class CopyRules:
 
         low.add("embedding", node, [indices], [y], emit)
         return True
-
-
-def _task(shape: Sequence[int], given: Sequence[int], own: Sequence[int]) -> _Task | None:
-    merged = merge(shape, [given, own], _DIMENSIONS)
-    return None if merged is None else (merged[0], merged[1][0], merged[1][1])

@@ -15,7 +15,7 @@ from dybit.operators.dispatch import read_spec
 from dybit.operators.input_rounding import InputRounding
 from dybit.operators.linear import packed_for
 from dybit.operators.packed_weight import PackedWeight, Product
-from dybit.runtime.layouts import rows_of
+from dybit.runtime.layouts import CopyTask, copy_task, dense, rows_of
 from dybit.runtime.lowering import Buffer, Lowering, Place, Step, View
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
@@ -72,16 +72,16 @@ class RowRules:
         args: tuple[Any, ...] = node.args
         x, *state, spec, format, reach, group_size = args
         value, given = low.values[node], low.values[x]
-        rows = rows_of(given)
-        if rows is None or not value.numel() or low.view(x).buffer.constant is not None:
+        if not value.numel() or low.view(x).buffer.constant is not None or value.dtype != _F32 or given.dtype != _F32:
             return False
-        if value.dtype != _F32 or given.dtype != _F32:
+        if copy_task(given.shape, given.stride(), dense(given.shape)) is None:
             return False
+        rows = given.numel() // given.shape[-1]
         weight, scale, choice, tensor_scale, bias, input_scale, input_offset = (low.tensor(part) for part in state)
         stored = QuantizedTensor(read_spec(str(spec)), cast(Tensor, weight), cast(Tensor, scale), choice, tensor_scale)
         rounding = InputRounding(str(format), input_scale, input_offset, float(reach), int(group_size))
         packed = packed_for(stored, rounding)
-        if packed is None or packed.most_rows < rows[0]:
+        if packed is None or packed.most_rows < rows:
             return False
         bias = None if bias is None else bias.detach().float().contiguous()
         product = Product(packed, bias, rounding)
@@ -99,10 +99,10 @@ class RowRules:
         def emit(program: Any, at: Place) -> None:  # noqa: ANN401
             parameters = (-1, given_offset), (-1, given_bias), activation
             after = strided(finish.factor, at), strided(finish.addend, at)
-            program.multiply(packed.compiled, at(rounded.buffer), rows[0], *parameters, *after, (at(y), out_rows[1]))
+            program.multiply(packed.compiled, at(rounded.buffer), rows, *parameters, *after, (at(y), out_rows[1]))
 
         y.buffer.of_rows = _bytes_of(out_rows[1])
-        low.add("linear", finish.result, [rounded.buffer, finish.factor, finish.addend], [y], emit, rows=rows[0])
+        low.add("linear", finish.result, [rounded.buffer, finish.factor, finish.addend], [y], emit, rows=rows)
         return True
 
     def _round(self, x: fx.Node, packed: PackedWeight, product: Product, rounding: InputRounding) -> _Rounded:
@@ -118,7 +118,7 @@ class RowRules:
         for other in known:
             if other.key == key and packed.compiled.shares_rows_with(other.weight.compiled):
                 return other
-        view = low.view(x)
+        view = self._in_rows(x)
         rows, stride = cast("tuple[int, int]", rows_of(view.like))
         sized = packed.compiled.rounded_bytes
         made = _Rounded(packed, product, key, Buffer(sized(rows), of_rows=sized))
@@ -134,6 +134,21 @@ class RowRules:
 
         low.add("round", x, [view], [made.buffer], emit, rows=rows)
         return made
+
+    def _in_rows(self, x: fx.Node) -> View:
+        """Returns a value, or a contiguous copy of it if it does not consist of rows."""
+        low, view = self._lowering, self._lowering.view(x)
+        if rows_of(view.like) is not None:
+            return view
+        like = torch.empty(view.like.shape, dtype=_F32, device="meta")
+        copied = View(Buffer(like.numel() * 4, like), like)
+        sizes, strides, own = cast(CopyTask, copy_task(like.shape, view.like.stride(), like.stride()))
+
+        def emit(program: Any, at: Place) -> None:  # noqa: ANN401
+            program.copy(sizes, 4, (at(view), strides), (at(copied), own))
+
+        low.add("copy", x, [view], [copied], emit)
+        return copied
 
     def _origin(self, x: fx.Node) -> fx.Node:
         """Returns the value whose rows are those of ``x``, looking through copies and reshapes that keep rows."""

@@ -86,9 +86,7 @@ class TensorRules:
         return low.view(given), low.own(node)
 
     def _unary(self, node: fx.Node) -> bool:
-        kind = _UNARIES[cast(Any, node.target)]
-        if node.target is _ATEN.gelu.default and node.kwargs.get("approximate") == "tanh":
-            kind = _GELU_TANH
+        kind = unary_number(node)
         found = self._same(node)
         if found is None:
             return False
@@ -217,6 +215,13 @@ def clamp_limits(node: fx.Node) -> tuple[float, float] | None:
     found = [default if x is None else x for x, default in zip(given, _CLAMPS[target], strict=True)]
     numbers = [float(x) for x in found if isinstance(x, int | float)]
     return (numbers[0], numbers[1]) if len(numbers) == 2 and numbers[0] <= numbers[1] else None
+
+
+def unary_number(node: fx.Node) -> int:
+    """Returns the kernels' number of a function of single numbers, or -1."""
+    if node.target is _ATEN.gelu.default and node.kwargs.get("approximate") == "tanh":
+        return _GELU_TANH
+    return _UNARIES.get(cast(Any, node.target), -1)
 
 
 def limits_of(node: fx.Node) -> tuple[float, float] | None:

@@ -209,14 +209,14 @@ class Lowering:
         return found if isinstance(found, Tensor) else None
 
     def tensor(self, node: Any) -> Tensor | None:  # noqa: ANN401
-        """Returns the parameter or buffer that a node is; None for None.
+        """Returns the parameter or buffer that a node is, or what is computed from such alone; None for None.
 
         Raises:
             CaptureError: The node depends on the inputs.
         """
         if node is None:
             return None
-        found = self._state.get(str(node.target)) if node.op == "get_attr" else None
+        found = self._state.get(str(node.target)) if node.op == "get_attr" else self.constant(node)
         if found is None:
             raise CaptureError(f"{node} is no parameter or buffer")
         return found
@@ -262,15 +262,13 @@ class Lowering:
     def _fold(self, node: fx.Node) -> bool:
         """Computes a value now if it does not depend on the inputs."""
         value = self.values[node]
-        tensors = [x for x in node.all_input_nodes if isinstance(self.values[x], Tensor)]
+        parts = value if isinstance(value, tuple | list) else [value]
+        sources = [x for x in node.all_input_nodes if isinstance(self.values[x], Tensor | tuple | list)]
         if (
-            not isinstance(value, Tensor)
-            or value.numel() > _MOST_FOLDED
+            not all(isinstance(x, Tensor) for x in parts)
+            or sum(x.numel() for x in parts) > _MOST_FOLDED
             or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        ):
-            return False
-        if not all(x in self._real for x in tensors) or any(
-            isinstance(self.values[x], tuple | list) for x in node.all_input_nodes
+            or not all(x in self._real for x in sources)
         ):
             return False
         args, kwargs = self.real(node.args), self.real(node.kwargs)
