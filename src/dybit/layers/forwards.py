@@ -222,6 +222,11 @@ class QuantizedAttention(Quantized):
         whole = of_one or "in_proj_weight" not in self.weight_specs
         if self.weight_specs and (whole or not traced()) and extension.load() is not None:
             return attend(attention, *args, project=self._project, **kwargs)
+        return self.forward_by_values(*args, **kwargs)
+
+    def forward_by_values(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As :meth:`forward`, with the values of weights and rounded inputs."""
+        attention = cast(nn.MultiheadAttention, self)
         if self.input_spec is None and getattr(attention.out_proj, "input_spec", None) is None:
             return super().forward(*args, **kwargs)
         return attend(attention, *args, round_input=self.round_input, **kwargs)
