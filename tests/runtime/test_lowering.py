@@ -75,3 +75,11 @@ def test_the_first_rule_that_applies_counts():
     lowering.run([{target: rule(False, 1)}, {target: rule(True, 2)}, {target: rule(True, 3)}])
     assert seen == [1, 2]
     assert not lowering.steps
+
+
+def test_questions_about_sizes_are_no_uses():
+    lowering = lowered(lambda x: (y := x.relu()).reshape(y.shape[0], -1), torch.randn(3, 4, 5))
+    relu = next(node for node in lowering.nodes if str(node.target) == "aten.relu.default")
+    given = next(node for node in lowering.nodes if node.op == "placeholder")
+    assert [str(user.target) for user in lowering.users(relu)] == ["aten.reshape.default"]
+    assert lowering.users(given) == [relu]

@@ -110,6 +110,22 @@ def test_arguments_in_any_order_are_one_plan():
     assert (fused.seen, len(fused.state_dict())) == (model.seen, len(model.state_dict()))
 
 
+def test_tensors_by_name_in_any_order():
+    class Sum(nn.Module):
+        def forward(self, x, y=None, *, z):
+            return x - (0.0 if y is None else 2.0 * y) + 3.0 * z
+
+    x, y, z = (torch.randn(2, 3) for _ in range(3))
+    fused, model = FusedProgram(Sum().eval(), (x,), {"z": z}), Sum()
+    for args, kwargs in (
+        ((x,), {"z": z}),
+        ((x, y), {"z": z}),
+        ((), {"z": z, "y": y, "x": x}),
+        ((x,), {"z": x, "y": x}),
+    ):
+        same(fused(*args, **kwargs), model(*args, **kwargs), 1e-6, 1e-6)
+
+
 def test_training_and_gradients_run_the_model():
     model, fused = small()
     check(fused, model, X)  # parameters may require gradients
@@ -169,6 +185,10 @@ def test_changed_parameters_are_seen():
         model.norm.weight = nn.Parameter(torch.zeros(4))
         same(fused(X), model(X))
         model.a.weight_scale.mul_(0.5) if hasattr(model.a, "weight_scale") else model.a.bias.add_(1.0)
+        same(fused(X), model(X), 1e-5, 1e-5)
+        bias, model.norm.bias = model.norm.bias, None
+        same(fused(X), model(X), 1e-5, 1e-5)
+        model.norm.bias = bias
         same(fused(X), model(X), 1e-5, 1e-5)
         model.load_state_dict({name: x + 1 if name == "norm.bias" else x for name, x in model.state_dict().items()})
         same(fused(X), model(X), 1e-5, 1e-5)

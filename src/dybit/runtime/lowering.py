@@ -229,7 +229,7 @@ class Lowering:
         """Returns the nodes that use a value, looking through copies that need not be made."""
         found: list[fx.Node] = []
         for user in node.users:
-            if user.op == "call_module":  # a check of sizes
+            if user.op == "call_module" or user.target in _SIZES:  # which read no elements
                 continue
             found += self.users(user) if self.is_copy(user) else [user]
         return found
@@ -315,6 +315,7 @@ _COPIES = (
     _ATEN.contiguous.default,
     _ATEN.lift_fresh_copy.default,
 )
+_SIZES = (_ATEN.sym_size.int, _ATEN.sym_numel.default, _ATEN.sym_stride.int)
 _RESHAPES = (
     _ATEN.view.default,
     _ATEN._unsafe_view.default,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import operator
 import threading
 import time
 import warnings
@@ -32,6 +34,8 @@ _KNOWN = (Tensor, bool, int, float, str, type(None))  # kinds of inputs
 _MOST_CAPTURES, _MOST_PLANS = 8, 64
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+
+_VERSION = operator.attrgetter("_version")
 
 _CAPTURING = threading.RLock()  # torch.export runs in one thread at a time
 
@@ -106,6 +110,7 @@ class FusedProgram(FusedModule):
         self._captures: dict[Key, list[Capture]] = {}
         self._plans: OrderedDict[Key, _Planned | None] = OrderedDict()
         self._watched = _Watch(self.model)
+        self._orders: dict[Any, tuple[list[int], pytree.TreeSpec]] = {}  # of tensors, by their names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the model's own signature
         """As the model."""
@@ -113,9 +118,9 @@ class FusedProgram(FusedModule):
             return self.model(*args, **kwargs)
         with self._lock:  # while a thread captures the model, torch replaces its parameters
             found = None
-            if not self._is_watched(args, kwargs):
+            if not self._is_watched():
                 leaves, spec, key = self._flatten(args, kwargs)
-                found = self._find(leaves, spec, key)
+                found = self._find(leaves, spec, key) if _are_plain(leaves) else None
             if found is None:
                 return self.model(*args, **kwargs)
         results = found[0].run(_tensors(leaves))
@@ -134,7 +139,7 @@ class FusedProgram(FusedModule):
         if not args and not kwargs:
             args, kwargs = self._example
         leaves, spec, key = self._flatten(args, kwargs)
-        found = None if self._is_watched(args, kwargs) else self._find(leaves, spec, key)
+        found = None if self._is_watched() or not _are_plain(leaves) else self._find(leaves, spec, key)
         if found is not None:
             found[0].run(_tensors(leaves))  # the first run touches fresh memory
         shares: list[Share] = []
@@ -145,20 +150,25 @@ class FusedProgram(FusedModule):
             shares = [Share(type(self.model).__name__, "", False, time.perf_counter() - start)]
         return Report(time.perf_counter() - start, tuple(shares))
 
-    def _is_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the model itself must run."""
-        if not all(isinstance(x, _KNOWN) for x in pytree.tree_leaves((args, kwargs))):
-            return True  # torch.export would take another object apart, or refuse it
+    def _is_watched(self) -> bool:
+        """Whether the model itself must run, whatever its inputs are."""
         if torch.compiler.is_compiling() or self.model.training or transforming() or not self._watched.is_bare():
             return True
-        if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or torch.is_autocast_enabled("cpu"):
-            return True
-        if not torch.is_grad_enabled():
-            return False
-        return any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves((args, kwargs)))
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state()
+        return bool(watched or torch.is_autocast_enabled("cpu"))
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec, Key]:
-        leaves, spec = pytree.tree_flatten(self._watched.bind(args, kwargs))
+        given = (*args, *kwargs.values())
+        if all(type(x) is Tensor for x in given):  # the structure depends on the names alone
+            names = len(args), tuple(kwargs)
+            if names not in self._orders:
+                places = iter(range(len(given)))
+                bound = self._watched.bind(tuple(next(places) for _ in args), {name: next(places) for name in kwargs})
+                self._orders[names] = pytree.tree_flatten(bound)
+            order, spec = self._orders[names]
+            leaves: list[Any] = [given[i] for i in order]
+        else:
+            leaves, spec = pytree.tree_flatten(self._watched.bind(args, kwargs))
         kinds = tuple(
             (tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves
         )
@@ -210,7 +220,7 @@ class FusedProgram(FusedModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Drops captures and plans: copies make their own."""
-        dropped = ("_captures", "_plans", "_lock", "_watched")
+        dropped = ("_captures", "_plans", "_lock", "_watched", "_orders")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -232,9 +242,12 @@ class _Watch:
         self._signature = inspect.signature(model.forward)
         self._hooks = [vars(module)[name] for module in modules for name in _HOOKS]
         self._hooks += [getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS]
-        self._forwards = [(vars(module), vars(module).get("forward")) for module in modules]
+        self._states = [vars(module) for module in modules]
+        self._forwards = [state.get("forward") for state in self._states]
         self._model = model
-        self._tensors: dict[str, tuple[dict[str, Any], str, Tensor, int]] = {}  # by path
+        self._holders: dict[int, tuple[dict[str, Any], list[Any]]] = {}  # of parameters or buffers, by identity
+        self._tensors: dict[str, Tensor] = {}  # by path
+        self._versions: list[int] = []
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns arguments in the order of the signature."""
@@ -249,18 +262,27 @@ class _Watch:
             module = modules.get(owner)
             for held in (module._parameters, module._buffers) if module is not None else ():
                 tensor = held.get(name)
-                if tensor is not None:
+                if tensor is not None and path not in self._tensors:
                     if tensor.is_inference():
                         raise CaptureError(f"{path!r} was made in inference mode, so changes to it cannot be seen")
-                    self._tensors.setdefault(path, (held, name, tensor, tensor._version))
+                    self._holders.setdefault(id(held), (held, list(held.values())))
+                    self._tensors[path] = tensor
+                    self._versions.append(tensor._version)
+
+    # Every call asks both questions about hundreds of objects, so the loops are not Python's.
 
     def is_bare(self) -> bool:
         """Whether no module has hooks or another forward than before."""
-        return not any(self._hooks) and all(state.get("forward") is known for state, known in self._forwards)
+        found = map(dict.get, self._states, itertools.repeat("forward"))
+        return not any(self._hooks) and all(map(operator.is_, found, self._forwards))
 
     def is_unchanged(self) -> bool:
         """Whether parameters and buffers are the same tensors, not written to."""
-        return all(held.get(name) is x and x._version == version for held, name, x, version in self._tensors.values())
+        same = all(
+            len(held) == len(known) and all(map(operator.is_, held.values(), known))
+            for held, known in self._holders.values()
+        )
+        return same and [*map(_VERSION, self._tensors.values())] == self._versions
 
 
 def _kind(x: Any) -> Any:  # noqa: ANN401
@@ -268,6 +290,13 @@ def _kind(x: Any) -> Any:  # noqa: ANN401
     if not isinstance(x, Tensor):
         return x
     return (x.dtype, x.device, *(n if n < 2 else -1 for n in x.shape))
+
+
+def _are_plain(leaves: Sequence[Any]) -> bool:
+    """Whether inputs are tensors and numbers, and no gradients of them are recorded."""
+    if not all(isinstance(x, _KNOWN) for x in leaves):
+        return False  # torch.export would take another object apart, or refuse it
+    return not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves))
 
 
 def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
