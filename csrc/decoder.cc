@@ -297,7 +297,7 @@ void Decoder::run_layer(const DecoderLayer& layer, const DecoderInput& input, in
       by_rows(rows, inner, threads, [&](int64_t from, int64_t some) {
         LinearFinish part = finish;
         part.factor += from * stride;
-        layer.gates[0].weight->kernels().finish(part, gate + from * stride, stride, int(some), int(inner));
+        layer.gates[0].weight->kernels().rows->finish(part, gate + from * stride, stride, int(some), int(inner));
       });
     } else {
       multiply(layer.gates[0], x, gate, inner, {nullptr, layer.activation});

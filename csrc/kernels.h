@@ -87,11 +87,8 @@ struct Kernels {
   // The kind of inputs of a sign and magnitude for a weight.
   InputKind (*input_kind)(Storage storage, int max_weight, int max_input, bool input_is_signed);
   void (*linear)(const Weight&, const Input&, const Output&, int first_block, int last_block);
-  void (*encode)(const EncodeTask&, int first_row, int last_row);
   // Values of some blocks: FP32 [16 · blocks][columns], significand times scale, rounded once.
   void (*dequantize)(const Weight&, float* out, int first_block, int last_block);
-  // Activation, factor and addend, in place; factor and addend are those of the first result.
-  void (*finish)(const LinearFinish&, float* y, int64_t stride, int rows, int columns);
   const CodeKernels* codes;
   const RowKernels* rows;
   // Multiplies bytes in registers at full speed and returns how many. Null without an instruction for it.

@@ -12,6 +12,7 @@
 #endif
 
 #include "pool.h"
+#include "row_kernels.h"
 #include "scratch.h"
 
 namespace dybit {
@@ -341,7 +342,7 @@ void PackedWeight::round(const float* x, int64_t x_stride, const InputScale& sca
                         rows.group_scales,
                         rows.row_scales,
                         rows.has_nan};
-  kernels_.encode(task, first, last);
+  kernels_.rows->encode(task, first, last);
 }
 
 void PackedWeight::round(const float* x, int64_t x_stride, const InputScale& scale, const RoundedRows& rows,
@@ -393,7 +394,7 @@ void PackedWeight::multiply(const RoundedRows& rows, const float* offset, const 
       LinearFinish rest = finish;
       if (rest.factor) rest.factor += first * rest.factor_stride + column;
       if (rest.addend) rest.addend += first * rest.addend_stride + column;
-      kernels_.finish(rest, out.data + column, y_stride, in.rows, std::min(next * kBlockRows, weight_.rows) - column);
+      kernels_.rows->finish(rest, out.data + column, y_stride, in.rows, std::min(next * kBlockRows, weight_.rows) - column);
     }
   });
   for (int row = 0; row < m; ++row)

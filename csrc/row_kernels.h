@@ -67,6 +67,9 @@ struct RowKernels {
   void (*hadamard)(float* rows, int count, int size, int64_t stride);
   // to[column][row] = from[row][column]
   void (*transpose)(const float* from, int64_t from_stride, int rows, int columns, float* to, int64_t to_stride);
+  void (*encode)(const EncodeTask&, int first_row, int last_row);
+  // Activation, factor and addend, in place; factor and addend are those of the first result.
+  void (*finish)(const LinearFinish&, float* y, int64_t stride, int rows, int columns);
 };
 
 }  // namespace dybit

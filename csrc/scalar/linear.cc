@@ -97,7 +97,7 @@ void dequantize(const Weight& w, float* out, int first_block, int last_block) {
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", 4, input_kind, linear, encode_rows,
-                         dequantize, finish, &kScalarCodes, &kScalarRows, nullptr};
+const Kernels kScalar = {"scalar", 4, input_kind, linear,
+                         dequantize, &kScalarCodes, &kScalarRows, nullptr};
 
 }  // namespace dybit

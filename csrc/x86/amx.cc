@@ -388,14 +388,8 @@ InputKind input_kind(Storage storage, int max_weight, int max_input, bool is_sig
   return kAvx512.input_kind(storage, max_weight, max_input, is_signed);
 }
 
-void encode(const EncodeTask& task, int first_row, int last_row) { kAvx512.encode(task, first_row, last_row); }
-
 void dequantize(const Weight& w, float* out, int first_block, int last_block) {
   kAvx512.dequantize(w, out, first_block, last_block);
-}
-
-void finish(const LinearFinish& task, float* y, int64_t stride, int rows, int columns) {
-  kAvx512.finish(task, y, stride, rows, columns);
 }
 
 int64_t multiply(int64_t count) {
@@ -422,8 +416,8 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kAmx;
-const Kernels kAmx = {"amx", kGrain, input_kind, linear, encode,
-                      dequantize, finish, &kAvx512Codes, &kAvx512Rows, multiply};
+const Kernels kAmx = {"amx", kGrain, input_kind, linear,
+                      dequantize, &kAvx512Codes, &kAvx512Rows, multiply};
 
 }  // namespace dybit
 DYBIT_TARGET_END

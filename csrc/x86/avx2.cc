@@ -26,8 +26,8 @@ constexpr bool kVnni = false;
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", 1, input_kind, linear, encode_rows,
-                       dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply, &kAvx2Panels};
+const Kernels kAvx2 = {"avx2", 1, input_kind, linear,
+                       dequantize, &kAvx2Codes, &kAvx2Rows, multiply, &kAvx2Panels};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -95,8 +95,8 @@ int64_t multiply(int64_t count) {
 }  // namespace
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear, encode_rows,
-                         dequantize, finish, &kAvx512Codes, &kAvx512Rows, multiply, &kAvx512Panels};
+const Kernels kAvx512 = {"avx512", kUnit, input_kind, linear,
+                         dequantize, &kAvx512Codes, &kAvx512Rows, multiply, &kAvx512Panels};
 
 }  // namespace dybit
 DYBIT_TARGET_END

@@ -27,8 +27,8 @@ constexpr bool kVnni = true;
 }  // namespace
 
 extern const Kernels kAvxVnni;
-const Kernels kAvxVnni = {"avxvnni", 1, input_kind, linear, encode_rows,
-                          dequantize, finish, &kAvx2Codes, &kAvx2Rows, multiply, &kAvxVnniPanels};
+const Kernels kAvxVnni = {"avxvnni", 1, input_kind, linear,
+                          dequantize, &kAvx2Codes, &kAvx2Rows, multiply, &kAvxVnniPanels};
 
 }  // namespace dybit
 DYBIT_TARGET_END
