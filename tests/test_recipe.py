@@ -151,7 +151,7 @@ def test_the_kind_of_a_layer_decides_the_mode_of_its_inputs():
         layer = recipe.layer("x", kind)
         return layer.activation_mode, layer.activation_group_size
 
-    assert mode(Recipe(activations=8), "linear") == ("dynamic", 64)
+    assert mode(Recipe(activations=8), "linear") == ("dynamic", 128)
     assert mode(Recipe(activations=8), "convolution") == ("static", None)
     assert mode(Recipe(activations=4, activation_group_size=32), "linear") == ("dynamic", 32)
     assert mode(Recipe(activations=4, activation_group_size=32), "convolution") == ("static", None)

@@ -25,7 +25,7 @@ Kind = Literal["linear", "convolution", "embedding"]
 
 FORMAT_VERSION = 1
 _LONGEST_PATTERN = 10_000
-INPUT_GROUP_SIZE = 64
+INPUT_GROUP_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LayerRecipe:
         percentile: For the ``percentile`` methods of weights and activations.
         activation_mode: ``static``: one scale per tensor, from calibration. ``dynamic``: a scale per token (per sample
             in convolutions), from its largest magnitude as the model runs. None: static in convolutions; dynamic in all
-            other layers, with ``activation_group_size`` 64 unless it is given.
+            other layers, with ``activation_group_size`` 128 unless it is given.
         activation_method: How static scales are chosen: ``mse``, ``absmax`` (min-max) or ``percentile``.
         activation_group_size: For dynamic activations of linear layers: consecutive inputs that share a scale.
         activation_offset: Whether static activations may use an unsigned format and an offset if that reduces the
