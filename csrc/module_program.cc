@@ -11,6 +11,8 @@
 #include "norm.h"
 #include "pooling.h"
 #include "program.h"
+#include "recurrent.h"
+#include "scratch.h"
 
 namespace nb = nanobind;
 
@@ -287,6 +289,30 @@ void convolve_transposed(Program& self, const dybit::ConvTransposed& conv, const
   });
 }
 
+// h and c; c is null unless the cell is that of an LSTM.
+using States = std::array<At, 2>;
+
+// All steps of a recurrent layer, with the same sequences at each. Results may be null.
+void recur(Program& self, int cell, const dybit::PackedWeight& weight, const At& bias, const Scaled& scaled,
+           int64_t steps, int64_t count, bool reverse, const At& x, const States& first, const States& last,
+           const At& y) {
+  const std::vector<int64_t> counts(steps, count);
+  self.add([=, &weight](const Memory& memory, int threads) {
+    static thread_local dybit::Scratch state_memory;
+    const int64_t all = count * weight.weight().columns;
+    auto* states = state_memory.take<float>(2 * all);
+    for (int i = 0; i < 2; ++i)
+      if (const auto* from = memory.at<float>(place(first[i]))) std::copy_n(from, all, states + i * all);
+    dybit::recur({dybit::Cell(cell), &weight, memory.at<float>(place(bias)), scale(scaled, memory), steps,
+                  counts.data(), reverse, memory.at<float>(place(x)), states, states + all,
+                  memory.at<float>(place(y))},
+                 threads);
+    for (int i = 0; i < 2; ++i)
+      if (auto* to = memory.at<float>(place(last[i]))) std::copy_n(states + i * all, all, to);
+    return true;
+  });
+}
+
 using Sizes = std::array<int64_t, dybit::kCopyDimensions>;
 
 using Layout = std::tuple<At, Sizes>;  // a place and strides
@@ -340,6 +366,7 @@ void define_program(nb::module_& m) {
       .def("look_up", &look_up)
       .def("look_up_plain", &look_up_plain)
       .def("conv_transposed", &convolve_transposed)
+      .def("recur", &recur)
       .def("copy", &copy)
       .def("convert", &convert);
 }

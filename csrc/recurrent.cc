@@ -74,7 +74,7 @@ void recur(const RecurrentTask& task, int threads) {
       else
         plain(rows, task.cell, x, mine, size, h);
     }
-    std::memcpy(task.y + at * size, task.h, size_t(count * size) * sizeof(float));
+    if (task.y) std::memcpy(task.y + at * size, task.h, size_t(count * size) * sizeof(float));
     if (!task.reverse) at += count;
   }
 }

@@ -21,7 +21,7 @@ struct RecurrentTask {
   bool reverse;           // from the last step on
   const float* x;         // [all counts][gates · size]: the products with the inputs, and their bias
   float *h, *c;           // [sequences][size]: states before, then after. c: LSTM only
-  float* y;               // [all counts][size]: h after each step
+  float* y;               // [all counts][size]: h after each step; or null
 };
 
 void recur(const RecurrentTask& task, int threads);

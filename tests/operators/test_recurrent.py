@@ -6,7 +6,7 @@ import torch
 from dybit.kernels import extension
 from dybit.operators.input_rounding import KEPT, InputRounding
 from dybit.operators.linear import linear
-from dybit.operators.recurrent import CELLS, recur_steps
+from dybit.operators.recurrent import CELLS, recur_steps, recur_whole
 from dybit.tensors.encoding import quantize
 from dybit.tensors.quantized_tensor import TensorSpec
 from kernels import ISAS
@@ -87,3 +87,34 @@ def test_what_is_left_to_torch():
     assert recur_steps("RNN_TANH", x.double(), [1, 1], [h.double()], weight, None, rounding) is None
     assert recur_steps("RNN_TANH", x.requires_grad_(), [1, 1], [h], weight, None, rounding) is None
     assert recur_steps("RNN_TANH", x.detach()[:0], [0], [h[:0]], weight, None, rounding) is None
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("reverse", [False, True])
+@torch.no_grad()
+def test_one_operator_for_sequences_of_one_length(cell, name, reverse):
+    torch.manual_seed(0)
+    gates, rounding = {"LSTM": 4, "GRU": 3}.get(cell, 1), ROUNDINGS[name]
+    shape = gates * 32, 32
+    bias, states = torch.randn(shape[0]), [torch.randn(3, 32) for _ in range(2 if cell == "LSTM" else 1)]
+    x = torch.randn(5, 3, shape[0])
+    for family, exact in (("dybit4", True), ("nf4", False)):  # the kernels do not have the latter
+        weight = quantize(torch.randn(shape) / 8, TensorSpec(family, shape))
+        counts = [3] * 5
+        y, last = recur_whole(cell, x, states, weight, bias, rounding, reverse)
+        if exact:
+            expected, final = recur_steps(cell, x.flatten(0, 1), counts, states, weight, bias, rounding, reverse)
+        else:
+            multiply = lambda h: linear(h, weight, bias, rounding)  # noqa: B023, E731
+            expected, final = by_steps(cell, x.flatten(0, 1), counts, states, multiply, reverse)
+        for one, other in zip((y.flatten(0, 1), *last), (expected, *final), strict=True):
+            torch.testing.assert_close(one, other, rtol=0.0, atol=0.0 if exact else 1e-5)
+
+
+def test_opcheck():
+    weight = quantize(torch.randn(64, 16), TensorSpec("dybit4", (64, 16)))
+    parts = weight.packed, weight.scale, weight.choice, weight.tensor_scale
+    rest = weight.spec.key, "LSTM", "int8", 127.0, 0, False
+    given = torch.randn(4, 2, 64), torch.randn(2, 16), torch.randn(2, 16), *parts, torch.randn(64), *rest
+    torch.library.opcheck(torch.ops.dybit.recurrent, given)

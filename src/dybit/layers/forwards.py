@@ -26,7 +26,7 @@ from dybit.operators.packed_cache import Snapshot
 from dybit.operators.packed_weight import take_rows
 from dybit.operators.prepared_conv import PreparedLayer
 from dybit.operators.prepared_linear import PreparedLinear
-from dybit.operators.recurrent import recur_steps
+from dybit.operators.recurrent import recur_steps, recur_whole
 from dybit.operators.transposed_conv import PreparedTransposed
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
@@ -206,8 +206,17 @@ class QuantizedRecurrent(MadeWeights, Quantized):
             own = self._parameters.get(bias)
             return recur_steps(cell_mode(self), x, counts, states, weights[weight], own, rounding, reverse)
 
-        compute: Any = recur if isinstance(self, nn.RNNBase) else recur_once
-        return compute(self, *args, multiply=multiply, steps=steps, **kwargs)
+        def whole(
+            x: Tensor, states: Sequence[Tensor], weight: str, bias: str, reverse: bool
+        ) -> tuple[Tensor, list[Tensor]]:
+            own = self._parameters.get(bias)
+            return recur_whole(cell_mode(self), x, states, weights[weight], own, rounding, reverse)
+
+        if not isinstance(self, nn.RNNBase):
+            return recur_once(cast(Any, self), *args, multiply=multiply, steps=steps, **kwargs)
+        # The operator has no gradients.
+        exported = torch.compiler.is_exporting() and not torch.is_grad_enabled()
+        return recur(self, *args, multiply=multiply, steps=steps, whole=whole if exported else None, **kwargs)
 
 
 class QuantizedAttention(Quantized):

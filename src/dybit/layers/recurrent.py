@@ -18,13 +18,15 @@ from torch.nn.utils.rnn import PackedSequence
 from dybit.errors import DyBitError
 from dybit.layers.kinds import RECURRENT
 from dybit.layers.quantized_weight import plain_values
+from dybit.operators.recurrent import step_of
 
 #: Multiplies rows by the transposed weight of the first name and adds the bias of the second, if any.
 Multiply = Callable[[Tensor, str, str], Tensor]
 #: Computes all steps from the products with the inputs, the sequences at each step, the states, the names of the weight
 #: and the bias of the states, and whether the last step is the first. None if it cannot.
 Steps = Callable[[Tensor, Sequence[int], Sequence[Tensor], str, str, bool], tuple[Tensor, list[Tensor]] | None]
-_Step = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+#: As :data:`Steps`, for products (steps, sequences, gates · size) of which all sequences have all steps.
+Whole = Callable[[Tensor, Sequence[Tensor], str, str, bool], tuple[Tensor, list[Tensor]]]
 _HELD = threading.local()
 
 
@@ -35,6 +37,7 @@ def recur(
     *,
     multiply: Multiply,
     steps: Steps | None = None,
+    whole: Whole | None = None,
 ) -> tuple[Any, Any]:
     """Computes the forward of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``.
 
@@ -44,6 +47,7 @@ def recur(
         hx: The first states, as the layer takes them.
         multiply: Called for every product.
         steps: Called for every direction of every layer, unless outputs are projected; or None.
+        whole: Called in place of ``steps``, if sequences are not packed: the number of steps may be symbolic; or None.
 
     Returns:
         As the layer's forward: outputs and last states.
@@ -52,15 +56,18 @@ def recur(
         DyBitError: ``input`` or ``hx`` has the wrong type or number of dimensions.
     """
     packed = isinstance(input, PackedSequence)
+    whole = None if packed or module.proj_size else whole
     if not packed and input.dim() not in (2, 3):
         raise DyBitError(f"input must have 2 or 3 dimensions, not shape {tuple(input.shape)}")
     alone = not packed and input.dim() == 2
     if packed:
         data, sizes = input.data, input.batch_sizes.tolist()
     else:
-        sequence = input.unsqueeze(1) if alone else input.transpose(0, 1) if module.batch_first else input
-        data, sizes = sequence.flatten(0, 1), [sequence.shape[1]] * sequence.shape[0]
-    if not sizes:
+        data = input.unsqueeze(1) if alone else input.transpose(0, 1) if module.batch_first else input
+        sizes = [data.shape[1]]
+        if whole is None:
+            data, sizes = data.flatten(0, 1), sizes * data.shape[0]
+    if not sizes or data.shape[0] == 0 < sizes[0]:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     directions = 2 if module.bidirectional else 1
     states = _first_states(module, hx, sizes[0], data, alone)
@@ -72,7 +79,11 @@ def recur(
         for direction in range(directions):
             suffix = f"l{layer}{'_reverse' if direction else ''}"
             mine = [state[layer * directions + direction] for state in states]
-            part, final = _pass(module, data, sizes, mine, suffix, multiply, steps)
+            if whole is None:
+                part, final = _pass(module, data, sizes, mine, suffix, multiply, steps)
+            else:
+                rows = multiply(data, f"weight_ih_{suffix}", f"bias_ih_{suffix}")
+                part, final = whole(rows, mine, f"weight_hh_{suffix}", f"bias_hh_{suffix}", bool(direction))
             parts.append(part)
             last.append(final)
         data = torch.cat(parts, dim=-1)
@@ -85,7 +96,7 @@ def recur(
             finals = [state.index_select(1, input.unsorted_indices) for state in finals]
         output = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
     else:
-        output = data.unflatten(0, (len(sizes), sizes[0]))
+        output = data.unflatten(0, (len(sizes), sizes[0])) if whole is None else data
         output = output.squeeze(1) if alone else output.transpose(0, 1) if module.batch_first else output
         finals = [state.squeeze(1) for state in finals] if alone else finals
     return output, tuple(finals) if len(finals) > 1 else finals[0]
@@ -116,7 +127,7 @@ def recur_once(
     states = states or [x.new_zeros(x.shape[0], module.hidden_size)] * count
     rows = multiply(x, "weight_ih", "bias_ih")
     done = steps(rows, [x.shape[0]], states, "weight_hh", "bias_hh", False) if steps and x.shape[0] else None
-    step = _step(cell_mode(module), lambda h: multiply(h, "weight_hh", "bias_hh"), None)
+    step = step_of(cell_mode(module), lambda h: multiply(h, "weight_hh", "bias_hh"), None)
     found = step(rows, states) if done is None else done[1]
     found = [state.squeeze(0) for state in found] if alone else found
     return tuple(found) if count > 1 else found[0]
@@ -156,7 +167,7 @@ def _pass(
     The state of a sequence stays unchanged after its end; in the reverse direction, before its start.
     """
     projected = (lambda h: multiply(h, f"weight_hr_{suffix}", "")) if module.proj_size else None
-    step = _step(module.mode, lambda h: multiply(h, f"weight_hh_{suffix}", f"bias_hh_{suffix}"), projected)
+    step = step_of(module.mode, lambda h: multiply(h, f"weight_hh_{suffix}", f"bias_hh_{suffix}"), projected)
     rows = multiply(data, f"weight_ih_{suffix}", f"bias_ih_{suffix}")
     backwards = suffix.endswith("_reverse")
     if projected is None and steps is not None:
@@ -175,30 +186,6 @@ def _pass(
         ]
         outputs[place] = new[0]
     return torch.cat([outputs[place] for place in order]), states
-
-
-def _step(mode: str, recurrent: Callable[[Tensor], Tensor], projected: Callable[[Tensor], Tensor] | None) -> _Step:
-    """Computes the next states of a layer from the product with its input and the previous states."""
-
-    def lstm(x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-        h, c = states
-        first, forget, cell, out = (x + recurrent(h)).chunk(4, dim=-1)
-        c = torch.sigmoid(forget) * c + torch.sigmoid(first) * torch.tanh(cell)
-        h = torch.sigmoid(out) * torch.tanh(c)
-        return [h if projected is None else projected(h), c]
-
-    def gru(x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-        (h,) = states
-        given, own = x.chunk(3, dim=-1), recurrent(h).chunk(3, dim=-1)
-        reset, update = (torch.sigmoid(a + b) for a, b in zip(given[:2], own[:2], strict=True))
-        new = torch.tanh(given[2] + reset * own[2])
-        return [new + update * (h - new)]
-
-    def plain(x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-        y = x + recurrent(states[0])
-        return [torch.relu(y) if mode == "RNN_RELU" else torch.tanh(y)]
-
-    return {"LSTM": lstm, "GRU": gru}.get(mode, plain)
 
 
 def cell_mode(cell: nn.Module) -> str:

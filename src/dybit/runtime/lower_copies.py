@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -49,6 +50,7 @@ class CopyRules:
             **dict.fromkeys(_COPIES, self._copy),
             **dict.fromkeys(_ANDS, self._and),
             _ATEN.cat.default: self._cat,
+            _ATEN.stack.default: self._stack,
             _ATEN.index.Tensor: self._index,
             _ATEN.embedding.default: self._plain_embedding,
             torch.ops.dybit.embedding.default: self._embedding,
@@ -63,22 +65,35 @@ class CopyRules:
             low.values[part].dtype != value.dtype or low.values[part].ndim != value.ndim for part in parts
         ):
             return False
-        tasks, start = [], 0
-        for part in parts:
+        starts = itertools.accumulate((low.values[part].shape[dim] for part in parts), initial=0)
+        return self._join(node, parts, value.stride(), [start * value.stride(dim) for start in starts])
+
+    def _stack(self, node: fx.Node) -> bool:
+        low = self._lowering
+        parts, value = cast("list[fx.Node]", node.args[0]), low.values[node]
+        dim = (cast(int, node.args[1]) if len(node.args) > 1 else 0) % value.ndim
+        if not value.numel() or any(low.values[part].dtype != value.dtype for part in parts):
+            return False
+        strides = [step for d, step in enumerate(value.stride()) if d != dim]
+        return self._join(node, parts, strides, [i * value.stride(dim) for i in range(len(parts))])
+
+    def _join(self, node: fx.Node, parts: Sequence[fx.Node], strides: Sequence[int], starts: Sequence[int]) -> bool:
+        """Copies tensors to places of one, each from its start on and with the same strides."""
+        low, tasks = self._lowering, []
+        for part, start in zip(parts, starts, strict=False):
             like = low.values[part]
-            task = copy_task(like.shape, like.stride(), value.stride())
+            task = copy_task(like.shape, like.stride(), strides)
             if task is None:
                 return False
-            tasks.append((low.view(part), task, start * value.stride(dim) * value.element_size()))
-            start += like.shape[dim]
-        y, size = low.own(node), value.element_size()
+            tasks.append((low.view(part), task, start * like.element_size()))
+        y, size = low.own(node), low.values[node].element_size()
 
         def emit(program: Any, at: Place) -> None:  # noqa: ANN401
             slot, offset = at(y)
             for view, (sizes, strides, own), before in tasks:
                 program.copy(sizes, size, (at(view), strides), ((slot, offset + before), own))
 
-        low.add("cat", node, [view for view, _, _ in tasks], [y], emit, len(tasks))
+        low.add(str(node.target).split(".")[1], node, [view for view, _, _ in tasks], [y], emit, len(tasks))
         return True
 
     def _copy(self, node: fx.Node) -> bool:

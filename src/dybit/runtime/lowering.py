@@ -264,6 +264,7 @@ class Lowering:
         value = self.values[node]
         parts = value if isinstance(value, tuple | list) else [value]
         sources = [x for x in node.all_input_nodes if isinstance(self.values[x], Tensor | tuple | list)]
+        sources = sources[1:] if node.target in _FILLED else sources  # its values do not matter
         if (
             not all(isinstance(x, Tensor) for x in parts)
             or sum(x.numel() for x in parts) > _MOST_FOLDED
@@ -272,6 +273,9 @@ class Lowering:
         ):
             return False
         args, kwargs = self.real(node.args), self.real(node.kwargs)
+        if node.target in _FILLED:
+            like = self.values[node.all_input_nodes[0]]
+            args = (torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu"), *args[1:])
         with torch.no_grad():
             self._constant(node, node.target(*args, **kwargs))  # type: ignore[operator]
         return True
@@ -314,6 +318,14 @@ _COPIES = (
     _ATEN.alias.default,
     _ATEN.contiguous.default,
     _ATEN.lift_fresh_copy.default,
+)
+_FILLED = (
+    _ATEN.new_zeros.default,
+    _ATEN.new_ones.default,
+    _ATEN.new_full.default,
+    _ATEN.zeros_like.default,
+    _ATEN.ones_like.default,
+    _ATEN.full_like.default,
 )
 _SIZES = (_ATEN.sym_size.int, _ATEN.sym_numel.default, _ATEN.sym_stride.int)
 _RESHAPES = (

@@ -25,6 +25,7 @@ from dybit.runtime.capture import Capture, CaptureError, Shapes, capture
 from dybit.runtime.lower_conv import Images
 from dybit.runtime.lower_copies import CopyRules
 from dybit.runtime.lower_folds import FoldRules
+from dybit.runtime.lower_recurrent import RecurrentRules
 from dybit.runtime.lower_rows import RowRules
 from dybit.runtime.lower_tensors import TensorRules
 from dybit.runtime.lowering import Lowering
@@ -311,7 +312,7 @@ def lower(captured: Capture, inputs: Sequence[Tensor]) -> Plan:
     """
     values = Shapes(captured).infer(inputs)
     lowering = Lowering(captured.module.graph, values, captured.state, inputs)
-    kinds = (Images, RowRules, FoldRules, TensorRules, CopyRules)
+    kinds = (Images, RowRules, RecurrentRules, FoldRules, TensorRules, CopyRules)
     lowering.run([kind(lowering).rules for kind in kinds])
     as_model = Shapes(captured, prefer_last=False).infer(inputs)
     return Plan(lowering, [as_model.get(x) for x in lowering.results])
