@@ -1,9 +1,11 @@
 """When operators have to be called, and how they are told of a weight."""
 
+import threading
+
 import pytest
 import torch
 
-from dybit.operators.dispatch import no_view, read_spec, unwatched
+from dybit.operators.dispatch import no_view, read_spec, recorded, recording, unwatched
 from dybit.tensors.quantized_tensor import TensorSpec
 
 
@@ -44,3 +46,13 @@ def test_somebody_watches():
 def test_results_are_no_views(y):
     found = no_view(y)
     assert torch.equal(found, y) and not found._is_view() and found.data_ptr() == y.data_ptr()
+
+
+def test_layers_are_recorded_inside_of_a_block_alone():
+    with recording():
+        assert recorded()
+        found = []
+        thread = threading.Thread(target=lambda: found.append(recorded()))
+        thread.start()
+        thread.join()
+    assert not recorded() and found == [False]

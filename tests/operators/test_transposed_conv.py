@@ -10,6 +10,7 @@ from torch import nn
 
 import dybit
 from dybit.kernels import extension
+from dybit.operators.dispatch import recording
 from kernels import ISAS, by_torch
 
 pytestmark = [
@@ -112,3 +113,34 @@ def test_threads_give_the_same_bits():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(layers(), st.sampled_from(INPUTS), st.sampled_from(["dybit4", "nf4"]), st.booleans())
+@torch.no_grad()
+def test_one_operator_of_torch(made, inputs, weights, last):
+    x = torch.randn(2, made.in_channels, *(5, 4, 6)[: len(made.kernel_size)])
+    layout = torch.channels_last if last and x.ndim == 4 else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    layer = dybit.quantize_(nn.Sequential(made), dybit.Recipe(weights=weights, **inputs), [x] if inputs else None)[0]
+    expected = layer(x)
+    with recording():
+        found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous(memory_format=layout)
+
+
+def test_opcheck():
+    layer = layer_of(output_padding=1)
+    spec, rounding = layer.quantized_tensor(), layer.input_rounding()
+    parts = (
+        spec.packed,
+        spec.scale,
+        spec.choice,
+        spec.tensor_scale,
+        layer.bias.detach(),
+        rounding.scale,
+        rounding.offset,
+    )
+    rest = spec.spec.key, [10, 8], [2, 2], [1, 1, 1, 1], [1, 1], 1, rounding.format, rounding.reach
+    torch.library.opcheck(torch.ops.dybit.conv_transposed, (torch.randn(2, 8, 5, 4), *parts, *rest))

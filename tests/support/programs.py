@@ -23,7 +23,7 @@ class Images(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, kernel, padding=kernel // 2) for kernel in (1, 1, 3))
         self.deep = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)
         self.act = nn.ReLU6(inplace=True)
-        self.norm = nn.BatchNorm2d(CHANNELS)
+        self.norm, self.back = nn.BatchNorm2d(CHANNELS), nn.ConvTranspose2d(CHANNELS, CHANNELS, 3, padding=1)
         self.squeeze, self.excite = nn.Conv2d(CHANNELS, 4, 1), nn.Conv2d(4, CHANNELS, 1)
         draw = random.Random(seed)
         self.steps = [(draw.choice(IMAGE_STEPS), draw.random(), draw.random()) for _ in range(9)]
@@ -54,6 +54,7 @@ IMAGE_STEPS = [
     lambda m, x, y: functional.hardswish(x),
     lambda m, x, y: x * functional.hardsigmoid(y.mean((2, 3), keepdim=True)),
     lambda m, x, y: x * _gate(m, y),
+    lambda m, x, y: functional.silu(m.deep(m.back(x))),
     lambda m, x, y: torch.relu(m.norm(x)) + y,
     lambda m, x, y: functional.avg_pool2d(x, 3, 1, 1) - functional.adaptive_avg_pool2d(y, 1),
     lambda m, x, y: m.convs[1](x).relu_().add_(functional.normalize(y, dim=1)),

@@ -18,7 +18,7 @@ from dybit.layers.recurrent import MadeWeights, cell_mode, is_plain, recur, recu
 from dybit.operators.activations import activate
 from dybit.operators.conv import conv
 from dybit.operators.conv_geometry import ConvGeometry
-from dybit.operators.dispatch import traced, unwatched
+from dybit.operators.dispatch import recorded, traced, unwatched
 from dybit.operators.embedding import PreparedTable, embedding
 from dybit.operators.experts import experts
 from dybit.operators.linear import linear
@@ -27,7 +27,7 @@ from dybit.operators.packed_weight import take_rows
 from dybit.operators.prepared_conv import PreparedLayer
 from dybit.operators.prepared_linear import PreparedLinear
 from dybit.operators.recurrent import recur_steps, recur_whole
-from dybit.operators.transposed_conv import PreparedTransposed
+from dybit.operators.transposed_conv import PreparedTransposed, conv_transposed
 from dybit.tensors.quantized_tensor import QuantizedTensor
 
 
@@ -110,7 +110,7 @@ class QuantizedTransposed(Quantized):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the layer's own forward."""
         layer = cast(Any, self)
-        if not traced() and layer.padding_mode == "zeros" and input.ndim == len(layer.kernel_size) + 2:
+        if (recorded() or not traced()) and layer.padding_mode == "zeros" and input.ndim == len(layer.kernel_size) + 2:
             kernel = layer.kernel_size
             more = layer._output_padding(  # which also checks output_size
                 input, output_size, layer.stride, layer.padding, kernel, len(kernel), layer.dilation
@@ -121,6 +121,9 @@ class QuantizedTransposed(Quantized):
                     input.shape[2:], layer.stride, layer.padding, layer.dilation, kernel, more, strict=True
                 )
             ]
+            if recorded():
+                rest = self.own_bias, self._geometry(layer), self.input_rounding()
+                return conv_transposed(input, self.quantized_tensor(), *rest, places)
             found = self._prepare(layer).convolve(input, places)
             if found is not None:
                 return found
@@ -133,12 +136,15 @@ class QuantizedTransposed(Quantized):
         kept: tuple[PreparedTransposed, object] | None = state.get("_prepared")
         if kept is not None and kept[1] == given and kept[0].snapshot.holds(state["_buffers"], bias):
             return kept[0]
-        cut = [n for side in layer.padding for n in (side, side)]
-        geometry = ConvGeometry.of(layer.stride, cut, layer.dilation, layer.groups)
-        made = PreparedTransposed(self.quantized_tensor(), bias, geometry, self.input_rounding())
+        made = PreparedTransposed(self.quantized_tensor(), bias, self._geometry(layer), self.input_rounding())
         if not is_offloaded(self):  # it would keep the codes in memory
             state["_prepared"] = made, given
         return made
+
+    @staticmethod
+    def _geometry(layer: Any) -> ConvGeometry:  # noqa: ANN401
+        cut = [n for side in layer.padding for n in (side, side)]
+        return ConvGeometry.of(layer.stride, cut, layer.dilation, layer.groups)
 
 
 def prepared_table(layer: Quantized) -> PreparedTable:
@@ -214,9 +220,7 @@ class QuantizedRecurrent(MadeWeights, Quantized):
 
         if not isinstance(self, nn.RNNBase):
             return recur_once(cast(Any, self), *args, multiply=multiply, steps=steps, **kwargs)
-        # The operator has no gradients.
-        exported = torch.compiler.is_exporting() and not torch.is_grad_enabled()
-        return recur(self, *args, multiply=multiply, steps=steps, whole=whole if exported else None, **kwargs)
+        return recur(self, *args, multiply=multiply, steps=steps, whole=whole if recorded() else None, **kwargs)
 
 
 class QuantizedAttention(Quantized):
@@ -226,16 +230,11 @@ class QuantizedAttention(Quantized):
         """As ``nn.MultiheadAttention.forward``."""
         attention = cast(nn.MultiheadAttention, self)
         given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        # In a trace, weights are not cut: it would record that, too.
+        # Weights that are recorded are not cut: that would be recorded, too.
         of_one = given.get("query") is given.get("key") is given.get("value")
-        whole = of_one or "in_proj_weight" not in self.weight_specs
+        whole = recorded() and (of_one or "in_proj_weight" not in self.weight_specs)
         if self.weight_specs and (whole or not traced()) and extension.load() is not None:
             return attend(attention, *args, project=self._project, **kwargs)
-        return self.forward_by_values(*args, **kwargs)
-
-    def forward_by_values(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As :meth:`forward`, with the values of weights and rounded inputs."""
-        attention = cast(nn.MultiheadAttention, self)
         if self.input_spec is None and getattr(attention.out_proj, "input_spec", None) is None:
             return super().forward(*args, **kwargs)
         return attend(attention, *args, round_input=self.round_input, **kwargs)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dybit.errors import DyBitError
-from dybit.layers.forwards import QuantizedAttention, QuantizedConv, QuantizedEmbedding, QuantizedLinear
+from dybit.layers.forwards import QuantizedConv, QuantizedEmbedding, QuantizedLinear
 from dybit.layers.patched_forward import follow_class_
 from dybit.layers.quantized import Quantized, original_class, quantized_layers
 from dybit.models.running import evaluating, run_batch
@@ -228,8 +228,6 @@ def _speaking(cls: type[Quantized], layer: str, names: tuple[str, ...]) -> Any: 
         members["forward"] = linear
     elif issubclass(cls, QuantizedEmbedding):
         members["forward"] = embedding
-    elif issubclass(cls, QuantizedAttention):
-        members["forward"] = cls.forward_by_values
     elif issubclass(cls, QuantizedConv):
         members["forward"] = Quantized.forward  # the layer's own, with the placeholders
     return type(cls.__name__, (cls,), members)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import cast
 
@@ -12,6 +15,8 @@ from torch import Tensor
 from dybit.errors import DyBitError
 from dybit.kernels.transforms import transforming
 from dybit.tensors.quantized_tensor import TensorSpec
+
+_RECORDED = ContextVar("recorded", default=False)
 
 
 @lru_cache(maxsize=4096)
@@ -23,6 +28,21 @@ def read_spec(key: str) -> TensorSpec:
 def traced() -> bool:
     """Whether torch traces the calls: under ``torch.compile``, ``torch.jit.trace`` or a transform."""
     return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state() or transforming())
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Lets layers be recorded, while torch traces them, as operators that a program of kernels knows."""
+    token = _RECORDED.set(True)
+    try:
+        yield
+    finally:
+        _RECORDED.reset(token)
+
+
+def recorded() -> bool:
+    """Whether layers are recorded for a program of kernels: without gradients, and for nobody else."""
+    return _RECORDED.get()
 
 
 def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:

@@ -1,4 +1,6 @@
-"""Transposed convolutions by the kernels: a product for every place of the inputs, whose results are added.
+"""Transposed convolutions by the kernels, and the operator ``torch.ops.dybit.conv_transposed``.
+
+The kernels compute a product for every place of the inputs, and add the results.
 
 The product has a row for every kernel position and output, and the channels of a group as columns. So weights need one
 scale per output, or one for all.
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,13 +21,27 @@ from dybit.kernels.arguments import address
 from dybit.kernels.packed_codes import pack
 from dybit.operators.conv import layout_of
 from dybit.operators.conv_geometry import ConvGeometry
-from dybit.operators.dispatch import unwatched
+from dybit.operators.dispatch import read_spec, unwatched
 from dybit.operators.images import three
 from dybit.operators.input_rounding import InputFormat, InputRounding, input_format
 from dybit.operators.packed_cache import LayerSnapshot, PackedCache
 from dybit.operators.packed_weight import PackedWeight, pack_choices, supports
 from dybit.tensors.quantized_tensor import QuantizedTensor, TensorSpec
 
+# x: (batch, channels, *size). weight to tensor_scale: the buffers of a QuantizedTensor; spec: TensorSpec.key.
+# input_scale, input_offset, input_format and reach: see InputRounding. places: the size of the results. stride to
+# groups: see ConvGeometry. Returns (batch, out_channels, *places) in the layout of x.
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_choice, Tensor? tensor_scale, Tensor? bias, "
+    "Tensor? input_scale, Tensor? input_offset, str spec, SymInt[] places, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str input_format, float reach) -> Tensor"
+)
+_FUNCTIONS = {
+    1: torch.nn.functional.conv_transpose1d,
+    2: torch.nn.functional.conv_transpose2d,
+    3: torch.nn.functional.conv_transpose3d,
+}
+_LIBRARY = torch.library.Library("dybit", "FRAGMENT")
 _F32 = torch.float32
 _LEAST_CHANNELS = 4  # of a group: with fewer, torch is faster
 
@@ -53,9 +69,11 @@ class PreparedTransposed:
 
     Attributes:
         snapshot: Of the tensors above.
+        compiled: The extension's own object; None if the kernels cannot compute it.
+        given: Arguments of the extension: the address of the bias; those of scale and offset, and the reach.
     """
 
-    __slots__ = ("_bias", "_geometry", "_given", "_kept", "_packed", "_weight", "snapshot")
+    __slots__ = ("_bias", "_geometry", "_kept", "_packed", "_weight", "compiled", "given", "snapshot")
 
     def __init__(
         self, weight: QuantizedTensor, bias: Tensor | None, geometry: ConvGeometry, rounding: InputRounding
@@ -63,6 +81,7 @@ class PreparedTransposed:
         self.snapshot = LayerSnapshot(weight, bias, rounding)
         self._weight, self._bias, self._geometry = weight, bias, geometry
         self._packed = _cache.get(weight, (rounding.format, geometry), lambda: _pack(weight, geometry, rounding.format))
+        self.compiled = None if self._packed is None else self._packed.compiled
         if self._packed is None:
             return
         floating = None if bias is None else bias.detach().float().contiguous()
@@ -72,7 +91,7 @@ class PreparedTransposed:
         self._kept = floating, scale, rounding.offset  # the extension holds their addresses
         outputs = (weight.spec.shape[1] * geometry.groups,)
         scales = address("scale", scale, _F32, (1,)), address("offset", rounding.offset, _F32, (1,))
-        self._given = address("bias", floating, _F32, outputs), (*scales, rounding.reach / factor)
+        self.given = address("bias", floating, _F32, outputs), (*scales, rounding.reach / factor)
 
     def convolve(self, x: Tensor, places: Sequence[int]) -> Tensor | None:
         r"""Convolves, and adds results of overlapping kernels in FP32, in the order of the inputs.
@@ -85,7 +104,7 @@ class PreparedTransposed:
             float32 of shape (batch, out_channels, \*places), in the layout of ``x``. None if the kernels cannot compute
             it.
         """
-        if self._packed is None or not self._takes(x) or min(places) < 1:
+        if self.compiled is None or not self._takes(x) or min(places) < 1:
             return None
         layout = layout_of(x)
         planar = layout is torch.contiguous_format
@@ -93,8 +112,8 @@ class PreparedTransposed:
         y = torch.empty((x.shape[0], outputs, *places), dtype=_F32, device="cpu", memory_format=layout)
         order = range(x.ndim) if planar else (0, *range(2, x.ndim), 1)
         given, to = x.detach().permute(*order).contiguous(), y.permute(*order)
-        bias, scale = self._given
-        done = self._packed.compiled.run(
+        bias, scale = self.given
+        done = self.compiled.run(
             address("x", given, _F32, given.shape),
             x.shape[0],
             three(x.shape[2:]),
@@ -150,3 +169,61 @@ def _by_row(units: Tensor | None, groups: int, outputs: int, taps: int) -> Tenso
     if units is None:
         return None
     return units.expand(groups * outputs, 1).view(groups, 1, outputs).repeat(1, taps, 1).view(groups, -1, 1)
+
+
+def conv_transposed(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    rounding: InputRounding,
+    places: Sequence[int],
+) -> Tensor:
+    r"""Convolves as one operator of torch.
+
+    Args:
+        x: Floating point of shape (batch, channels, \*size).
+        weight: As for :class:`PreparedTransposed`.
+        bias: As for :class:`PreparedTransposed`.
+        geometry: As for :class:`PreparedTransposed`.
+        rounding: As for :class:`PreparedTransposed`.
+        places: The size of the results.
+
+    Returns:
+        Of shape (batch, out_channels, \*places), in the layout of ``x``.
+    """
+    parts = weight.packed, weight.scale, weight.choice, weight.tensor_scale, bias, rounding.scale, rounding.offset
+    laid = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    return cast(Tensor, _operator(x, *parts, weight.spec.key, places, *laid, rounding.format, rounding.reach))
+
+
+def _transposed(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
+    *parts, bias, scale, offset, key, places, stride, padding, dilation, groups, name, reach = rest
+    weight, rounding = QuantizedTensor(read_spec(key), *parts), InputRounding(name, scale, offset, reach)
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
+    found = PreparedTransposed(weight, bias, geometry, rounding).convolve(x, places)
+    if found is not None:
+        return found
+    # Each sample has one dynamic scale, so each sample is one row.
+    rounded = rounding.round(x if rounding.scale is not None else x.flatten(1)).view(x.shape)
+    values, cut = weight.dequantize(x.dtype), padding[::2]
+    ends = zip(x.shape[2:], stride, cut, dilation, values.shape[2:], strict=True)
+    plain = [(n - 1) * step - 2 * less + by * (k - 1) + 1 for n, step, less, by, k in ends]
+    more = [place - n for place, n in zip(places, plain, strict=True)]
+    y: Tensor = _FUNCTIONS[len(places)](
+        rounded, values, None if bias is None else bias.to(x.dtype), stride, cut, more, groups, dilation
+    )
+    return y.contiguous(memory_format=layout_of(x)).clone()
+
+
+def _shape(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
+    shape, places, groups = read_spec(rest[7]).shape, rest[8], rest[12]
+    return torch.empty(
+        (x.shape[0], shape[1] * groups, *places), dtype=x.dtype, device=x.device, memory_format=layout_of(x)
+    )
+
+
+_LIBRARY.define("conv_transposed" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("conv_transposed", _transposed, "CompositeExplicitAutograd")
+torch.library.register_fake("dybit::conv_transposed", _shape, lib=_LIBRARY)
+_operator = torch.ops.dybit.conv_transposed

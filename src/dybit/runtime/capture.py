@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from dybit.operators.dispatch import recording
+
 _ATEN = torch.ops.aten
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
@@ -62,7 +64,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     tensors = [x.detach().clone(memory_format=torch.contiguous_format) for x in leaves if isinstance(x, Tensor)]
     free = [{i: torch.export.Dim.AUTO for i, n in enumerate(x.shape) if n > 1} for x in tensors]
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), recording():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 _OfTensors(model, leaves, spec), tuple(tensors), dynamic_shapes=(tuple(free),), strict=False

@@ -28,6 +28,7 @@ from dybit.runtime.lower_folds import FoldRules
 from dybit.runtime.lower_recurrent import RecurrentRules
 from dybit.runtime.lower_rows import RowRules
 from dybit.runtime.lower_tensors import TensorRules
+from dybit.runtime.lower_transposed import TransposedRules
 from dybit.runtime.lowering import Lowering
 from dybit.runtime.plan import Plan, Share
 
@@ -312,7 +313,7 @@ def lower(captured: Capture, inputs: Sequence[Tensor]) -> Plan:
     """
     values = Shapes(captured).infer(inputs)
     lowering = Lowering(captured.module.graph, values, captured.state, inputs)
-    kinds = (Images, RowRules, RecurrentRules, FoldRules, TensorRules, CopyRules)
+    kinds = (Images, TransposedRules, RowRules, RecurrentRules, FoldRules, TensorRules, CopyRules)
     lowering.run([kind(lowering).rules for kind in kinds])
     as_model = Shapes(captured, prefer_last=False).infer(inputs)
     return Plan(lowering, [as_model.get(x) for x in lowering.results])
