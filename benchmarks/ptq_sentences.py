@@ -3,7 +3,8 @@
 Every evaluated paragraph is cut in two. Spearman is the rank correlation of the similarities of all pairs of first
 halves. Retrieval looks up every first half among the second halves: shown are how often it finds the same one as FP32,
 and the mean reciprocal rank (MRR) of the right one beside that of FP32. Standard errors are by jackknife over tenths of
-the paragraphs. Calibration and evaluation are disjoint texts. Embeddings keep 8 bits. Seconds are of the processor.
+the paragraphs. Calibration is on the language reference of CPython, evaluation on the Debian Administrator's Handbook
+(see ``texts.py``). Embeddings keep 8 bits. Seconds are of the processor.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from results import Column, Results, parser
+from texts import text_file
 from torch import Tensor, nn
 
 from dybit import Recipe, quantize_
 from dybit.cli import options
-from dybit.demo import half, minilm, minilm_batches, minilm_tokenizer, prose
+from dybit.demo import minilm, minilm_batches, minilm_tokenizer, prose
 from dybit.measure.fidelity import pair_spearman, similarities, sqnr
 
 PARTS = 10
@@ -39,9 +43,9 @@ COLUMNS = (
 )
 
 
-def halves(count: int) -> list[str]:
+def halves(count: int, source: Path) -> list[str]:
     """The first halves of evaluated paragraphs, then their second halves."""
-    texts = [text for text in half(prose(), "evaluation") if len(text.split()) >= 24]
+    texts = [text for text in prose(source) if len(text.split()) >= 24]
     step = len(texts) / count
     words = [texts[int(i * step)].split() for i in range(count)]
     return [" ".join(w[: len(w) // 2]) for w in words] + [" ".join(w[len(w) // 2 :]) for w in words]
@@ -96,6 +100,7 @@ def main() -> None:
     reader.add_argument("--algorithms", nargs="+", default=["rtn", "auto"], help="chains such as gptq,bias")
     reader.add_argument("--texts", type=int, default=300, help="paragraphs to judge by")
     reader.add_argument("--calibration", type=int, default=128, help="paragraphs")
+    reader.add_argument("--packages", type=Path, default=Path("/"), help="root of the text's package")
     given = reader.parse_args()
     warnings.filterwarnings("ignore")
     mode = "dynamic" if given.dynamic else "static"
@@ -109,7 +114,9 @@ def main() -> None:
         for group in given.group_sizes
         for name in given.weights
     }
-    model, texts = minilm(), halves(given.texts)
+    with TemporaryDirectory() as folder:
+        texts = halves(given.texts, text_file("handbook", given.packages, Path(folder)))
+    model = minilm()
     calibration, exact = minilm_batches(batches=given.calibration // 16), embed(model, texts)
     with Results(__file__, __doc__, COLUMNS, given, recipes) as results:
         for group, chain, name in itertools.product(given.group_sizes, given.algorithms, given.weights):

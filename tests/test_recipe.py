@@ -125,7 +125,8 @@ def test_null_keeps_floating_point():
 def test_what_is_left_open_is_resolved():
     assert Recipe().scale_granularity == "channel"
     assert Recipe(group_size=128).scale_granularity == "group"
-    assert Recipe().scale_type == "fp32"
+    assert Recipe().scale_type == Recipe(group_size=64, scale="fp32").scale_type == "fp32"
+    assert Recipe(group_size=64).scale_type == "bf16"
     assert LayerRecipe(weights="mxfp4", group_size=32).scale_type == "pow2"
     names = {bits: Recipe(weights=bits).weight_family.name for bits in range(2, 9)}
     assert names[2] == "dybit2" and names[5] == "dybit5spare" and names[6] == "dybit6plain" and names[8] == "int8"

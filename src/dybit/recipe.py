@@ -42,6 +42,7 @@ class LayerRecipe:
         granularity: What shares a scale. None means ``"group"`` if ``group_size`` is given, else ``"channel"``.
         group_size: Consecutive weights of an output channel that share a scale.
         scale: Type of the scales: ``fp32``, ``bf16``, ``pow2`` or ``e4m3`` (see :mod:`dybit.tensors.scale_search`).
+            None means ``bf16`` for groups, where FP32 gains nothing for its bits, and ``fp32`` otherwise.
         variants: The variants that a width may choose from: ``plain`` (``max_run`` only), ``spare`` (plain variants
             with one more level, never worse than plain), ``midrise``, or ``all``. None means ``all`` at 2 bits,
             ``spare`` from 3 to 5, and ``plain`` above, where the spare level gains nothing (8 bits: INT8).
@@ -173,7 +174,8 @@ class LayerRecipe:
     def scale_type(self) -> ScaleType:
         """The type of the weight scales, resolved."""
         family = self.weight_family
-        return self.scale or (family.scale if family else None) or "fp32"
+        default: ScaleType = "bf16" if self.scale_granularity == "group" else "fp32"
+        return self.scale or (family.scale if family else None) or default
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,6 @@ def llama(tmp_path_factory):
 def stored(llama, tmp_path_factory):
     """A checkpoint that dybit quantized."""
     folder = tmp_path_factory.mktemp("stored")
-    config = dybit.DyBitConfig(weights=4, group_size=32)
+    config = dybit.DyBitConfig(weights=4, group_size=32, scale="fp32")
     AutoModelForCausalLM.from_pretrained(llama, quantization_config=config).save_pretrained(folder)
     return folder

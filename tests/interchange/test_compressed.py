@@ -78,7 +78,7 @@ def test_there_and_back(tmp_path, kind):
     ("fields", "message"),
     [
         ({"weights": 4, "group_size": 32, "scale": "pow2"}, "'0.weight' is dybit4spare"),
-        ({"weights": "s4r2", "group_size": 32}, "fp32 scales, group_size=32"),
+        ({"weights": "s4r2", "group_size": 32, "scale": "fp32"}, "fp32 scales, group_size=32"),
         ({"weights": "s4r2", "group_size": 16, "scale": "pow2"}, "pow2 scales, group_size=16"),
         ({**RECIPES["mxfp4"], "rules": {"0": None}}, "dividing the columns"),
         ({**RECIPES["mxfp4"], "activations": 8, "activation_mode": "dynamic"}, "Linear with rounded inputs"),

@@ -107,7 +107,7 @@ def mlp(hidden=16, seed=0):
     return nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, 4)).eval()
 
 
-STORED = Recipe(weights=4, activations="dybit8plain", activation_mode="static", group_size=6)
+STORED = Recipe(weights=4, activations="dybit8plain", activation_mode="static", group_size=6, scale="fp32")
 
 
 @pytest.fixture
