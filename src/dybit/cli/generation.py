@@ -91,7 +91,7 @@ def rates(model: Any, prompt: int = _PROMPT, tokens: int = _TOKENS, rounds: int 
             times["decode"].append((_generate(model, short, tokens) - first) / (tokens - 1))
     prompt_seconds, decode_seconds = (statistics.median(values[1:]) for values in times.values())
     read = getattr(model, "weight_bytes", None)
-    floor = None if read is None else _bandwidth(read) / read
+    floor = None if read is None else bandwidth(read) / read
     return Rates(prompt / prompt_seconds, 1 / max(decode_seconds, 1e-9), floor)
 
 
@@ -105,8 +105,15 @@ def _generate(model: Any, ids: Tensor, count: int) -> float:  # noqa: ANN401
     return time.perf_counter() - start
 
 
-def _bandwidth(count: int) -> float:
-    """Returns bytes a second at which the kernels' threads read so many bytes of memory."""
+def bandwidth(count: int) -> float:
+    """Measures how fast the kernels' threads read memory.
+
+    Args:
+        count: Bytes that they read at a time.
+
+    Returns:
+        Bytes a second, of the best of five tries.
+    """
     import torch
 
     from dybit.kernels import extension
