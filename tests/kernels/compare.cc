@@ -180,7 +180,7 @@ void linears() {
   for (const Kind& kind : kinds)
     for (const InputFormat& input : kInputs)
       for (int i = 0; i < 10 * kTimes; ++i) {
-        const int columns = one_of({1, 5, 31, 32, 33, 77, 128, 130, 257}), rows = one_of({1, 3, 15, 16, 17, 37});
+        const int columns = one_of({1, 5, 31, 32, 33, 77, 128, 130, 257}), rows = one_of({1, 3, 4, 7, 8, 13, 16, 17, 37});
         const int group = below(2) ? columns : one_of({8, 32, 40, 64});
         const WeightCase w(kind.bits, rows, columns, group, kind.largest, kind.form);
         const int inputs = i % 10 < 9 ? i % 10 + 1 : between(10, 20);
