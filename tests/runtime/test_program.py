@@ -1,17 +1,18 @@
 """Fused programs: the results of the model, and where the model itself runs."""
 
 import copy
+import itertools
 import pickle
 import threading
 import warnings
 
 import pytest
 import torch
-from programs import RECIPE, images, names, rows, same
+from programs import NETWORKS, RECIPE, images, names, rows, same
 from torch import nn
 from torch.nn import functional
 
-from dybit import quantize_
+from dybit import Recipe, quantize_
 from dybit.errors import DyBitError, DyBitWarning
 from dybit.kernels import extension
 from dybit.models.checkpoint import save
@@ -63,6 +64,30 @@ def test_random_networks_of_tokens(seed, mode):
             for one, other in zip(found, expected, strict=True):
                 largest = float(other.abs().amax()) if other.numel() else 0.0
                 same(one, other, rtol=0.0, atol=0.03 * largest)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_known_networks_are_one_program(name):
+    torch.manual_seed(3)
+    model, given = NETWORKS[name]()
+    model = quantize_(settled(model, given), Recipe(weights=4, activations=8), calibration=[given])
+    fused = FusedProgram(model, given, {})
+    sizes = [given, [x[:1] for x in given], [torch.cat([x, x]) for x in given], [x[:0] for x in given]]
+    for isa, inputs in itertools.product(extension.available()[1:], sizes):
+        extension.use(isa)
+        with torch.no_grad():
+            found, expected = fused(*inputs), model(*inputs)
+        largest = float(expected.abs().amax()) if expected.numel() else 0.0
+        same(found, expected, rtol=0.0, atol=0.05 * largest)
+    assert not fused.report().cuts
+
+
+def settled(model, given):
+    """In evaluation mode, with norms that have seen inputs."""
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(*given)
+    return model.eval()
 
 
 class Small(nn.Module):

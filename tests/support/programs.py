@@ -170,3 +170,85 @@ def check(function, *inputs, steps=None, rtol=1e-5, atol=2e-6):
     same(fused(*inputs), model(*inputs), rtol, atol)
     if steps is not None:
         assert names(fused, *inputs) == steps
+
+
+def _unit(channels, out, kernel=1, stride=1, groups=1, act=None):
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out), *([act] if act else [])]
+
+
+class Inverted(nn.Module):
+    """A block of MobileNetV3 or EfficientNet, with squeeze-and-excitation."""
+
+    def __init__(self, act, gate, stride=1):
+        super().__init__()
+        self.wide = nn.Sequential(*_unit(8, 16, act=act), *_unit(16, 16, 5, stride, 16, act))
+        self.pool, self.act, self.gate = nn.AdaptiveAvgPool2d(1), act, gate
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.narrow = nn.Sequential(*_unit(16, 8))
+
+    def forward(self, x):
+        y = self.wide(x)
+        y = self.narrow(y * self.gate(self.excite(self.act(self.squeeze(self.pool(y))))))
+        return x + y if y.shape == x.shape else y
+
+
+class Dense(nn.Module):
+    """A block of a DenseNet: batch norm and activation before a convolution, concatenation after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(8 + 4 * i), nn.ReLU(True), nn.Conv2d(8 + 4 * i, 4, 3, padding=1))
+            for i in range(3)
+        )
+
+    def forward(self, x):
+        for part in self.parts:
+            x = torch.cat([x, part(x)], 1)
+        return functional.avg_pool2d(x, 2)
+
+
+class Transformer(nn.Module):
+    """An encoder of patches with a class token, or of words whose means are normalized."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words, self.patches = nn.Embedding(50, WIDTH), nn.Conv2d(3, WIDTH, 4, 4)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Embedding(40, WIDTH)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 3, 32, activation="gelu", batch_first=True)
+        self.head, self.of_words = nn.Linear(WIDTH, 5), words
+
+    def forward(self, x, mask=None):
+        if not self.of_words:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        else:
+            x = self.words(x)
+        y = self.layer(x + self.places(torch.arange(x.shape[1])))
+        return self.head(y[:, 0]) if mask is None else functional.normalize(_pooled(y, mask), dim=-1)
+
+
+#: Small networks of known kinds, and their inputs.
+NETWORKS = {
+    "MobileNetV3": lambda: (
+        nn.Sequential(
+            *_unit(3, 8, 3, 2, act=nn.Hardswish()), Inverted(nn.ReLU(), nn.Hardsigmoid()),
+            Inverted(nn.Hardswish(), nn.Hardsigmoid(), 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+        ),
+        (torch.randn(2, 3, 16, 16),),
+    ),
+    "EfficientNet": lambda: (
+        nn.Sequential(
+            *_unit(3, 8, 3, 2, act=nn.SiLU(True)), Inverted(nn.SiLU(), nn.Sigmoid()), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(8, 5),
+        ),
+        (torch.randn(2, 3, 16, 16),),
+    ),
+    "DenseNet": lambda: (
+        nn.Sequential(*_unit(3, 8, 3, act=nn.ReLU()), Dense(), nn.BatchNorm2d(20), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
+        (torch.randn(2, 3, 12, 12),),
+    ),
+    "ViT": lambda: (Transformer(words=False), (torch.randn(2, 3, 16, 16),)),
+    "sentences": lambda: (Transformer(words=True), (torch.randint(0, 50, (2, 9)), torch.rand(2, 9) > 0.3)),
+}  # fmt: skip
