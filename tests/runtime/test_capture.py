@@ -150,12 +150,21 @@ def in_another_type(x):
     return (x > 0).float().add_(x.double())
 
 
-@pytest.mark.parametrize("function", [in_place, through_a_view, before_a_view_is_read, into_a_part, in_another_type])
+def under_other_modes(x):
+    with torch.autocast("cpu", enabled=False):
+        y = x.float().cos()
+    return y.relu_() + x
+
+
+@pytest.mark.parametrize(
+    "function", [under_other_modes, in_place, through_a_view, before_a_view_is_read, into_a_part, in_another_type]
+)
 def test_graphs_write_to_nothing(function):
     model = nn.Module()
     model.forward = function
     captured = capture(model, (torch.randn(3, 4),), {})
     targets = [node.target for node in captured.module.graph.nodes if node.op == "call_function"]
+    assert all(isinstance(target, torch._ops.OpOverload) or target.__module__ == "_operator" for target in targets)
     assert not [target for target in targets if getattr(target, "_schema", None) and target._schema.is_mutable]
     x = torch.randn(5, 4)
     expected = function(x.clone())

@@ -46,7 +46,7 @@ def test_operators_of_several_results_and_plain_results():
 
 
 def test_copies_need_not_be_made():
-    lowering = lowered(lambda x: x.clone().contiguous().view(3, 4).relu(), torch.randn(3, 4))
+    lowering = lowered(lambda x: x.clone().contiguous().view(3, 4).float().flatten(0, 0).relu(), torch.randn(3, 4))
     relu = next(node for node in lowering.nodes if str(node.target) == "aten.relu.default")
     given = next(node for node in lowering.nodes if node.op == "placeholder")
     assert lowering.source(relu.all_input_nodes[0]) is given

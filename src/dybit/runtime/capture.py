@@ -21,7 +21,8 @@ from dybit.operators.dispatch import recording
 _ATEN = torch.ops.aten
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
-_CHECKS = (_ATEN._assert_tensor_metadata.default, _ATEN._assert_scalar.default, _ATEN.sym_constrain_range.default)
+#: Operators that check values and compute nothing.
+CHECKS = (_ATEN._assert_tensor_metadata.default, _ATEN._assert_scalar.default, _ATEN.sym_constrain_range.default)
 _PREFIX = "model."  # of names in the graph
 
 
@@ -89,8 +90,11 @@ def _without_writes_(module: fx.GraphModule) -> bool:
     """Replaces operators in place by those that return a new tensor.
 
     Returns:
-        Whether no operator in place is left. One stays if another value that is used later shares the memory.
+        Whether no operator in place is left. One stays if another value that is used later shares the memory, or if
+        parts of the graph are graphs of their own.
     """
+    if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in module.graph.nodes):
+        return False  # a part of the graph under another mode
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     sharing: dict[int, list[fx.Node]] = {}
     for node in order:
@@ -119,7 +123,7 @@ def _without_writes_(module: fx.GraphModule) -> bool:
 
 def _is_kept(node: fx.Node) -> bool:
     """Whether a node stays if nothing uses it, such as a check."""
-    return node.op != "call_function" or node.target in _CHECKS
+    return node.op != "call_function" or node.target in CHECKS
 
 
 def _fresh(target: torch._ops.OpOverload) -> Any:  # noqa: ANN401
@@ -215,7 +219,7 @@ class Shapes(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         """Computes one operator."""
-        if target in _CHECKS:
+        if target in CHECKS:
             return None
         if target in _VIEWS:  # layouts may differ from those that were recorded
             return _ATEN.reshape.default(*args)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from dybit.runtime.capture import CaptureError, shares_memory
+from dybit.runtime.capture import CHECKS, CaptureError, shares_memory
 from dybit.runtime.layouts import is_last
 
 At = tuple[int, int]  # csrc/program.h: Place
@@ -229,7 +229,7 @@ class Lowering:
         """Returns the nodes that use a value, looking through copies that need not be made."""
         found: list[fx.Node] = []
         for user in node.users:
-            if user.op == "call_module" or user.target in _SIZES:  # which read no elements
+            if user.op == "call_module" or user.target in _SIZES or user.target in CHECKS:  # which read no elements
                 continue
             found += self.users(user) if self.is_copy(user) else [user]
         return found
@@ -335,4 +335,9 @@ _RESHAPES = (
     _ATEN.expand.default,
     _ATEN.slice.Tensor,
     _ATEN.dropout.default,
+    _ATEN.flatten.using_ints,
+    _ATEN.to.dtype,
+    _ATEN.to.dtype_layout,
+    _ATEN.to.device,
+    _ATEN.type_as.default,
 )
