@@ -48,11 +48,11 @@ def test_average_pooling(options):
 def test_adaptive_pooling(size):
     x = torch.randn(2, 5, 9, 8)
     for images in (x, x.to(memory_format=torch.channels_last)):
-        check(
-            lambda x: functional.adaptive_avg_pool2d(x, size),
-            images,
-            steps=["mean" if size == 1 else "adaptive_average_pool"],
-        )
+        # Strides of torch's own results are arbitrary where a size is 1.
+        steps = ["adaptive_average_pool", "sum"]
+        check(lambda x: functional.adaptive_avg_pool2d(x, size).sum((2, 3)), images, steps=steps)
+        if size != 1:
+            check(lambda x: functional.adaptive_avg_pool2d(x, size), images, steps=steps[:1])
 
 
 @settings(max_examples=25)
