@@ -52,8 +52,8 @@ def _measure(make: Callable[[], nn.Module], checkpoint: Path | None, batch: Any,
     def build() -> nn.Module:
         return make() if checkpoint is None else fused(load(checkpoint, make()), batch)
 
+    model = build()  # a program does not take tensors that were made in inference mode
     with torch.inference_mode():
-        model = build()
         run_batch(model, batch)
         _trim()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again

@@ -32,3 +32,14 @@ def test_inputs_that_are_kept():
 @pytest.mark.parametrize("name", ["s8r2", "u4r1", "s5"])
 def test_the_largest_significand(name):
     assert max_significand(input_format(name)) == Format.parse(name).max_significand
+
+
+@pytest.mark.parametrize("name", ["u8r1", "uint8", "u8r3", "nf4"])
+def test_whether_zero_has_a_code(name):
+    levels, scale = torch.tensor(catalogue.family(name).books[0].levels, dtype=torch.float32), torch.tensor([0.037])
+    assert InputRounding(name, scale).keeps_zero() and KEPT.keeps_zero()
+    for level in levels[: len(levels) // 2]:
+        assert InputRounding(name, scale, -level * scale).keeps_zero()
+    between = (levels[1:] + levels[:-1]) / 2
+    for offset in (-between[1] * scale, (1 - levels[0]) * scale, torch.empty(1, device="meta")):
+        assert not InputRounding(name, scale, offset).keeps_zero()

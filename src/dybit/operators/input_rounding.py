@@ -45,9 +45,11 @@ class InputRounding:
         return self._round(x)
 
     def keeps_zero(self) -> bool:
-        """Whether 0 is the value of a code, as zero padding needs: always, unless there is a static offset."""
+        """Whether 0 is known to be the value of a code, as zero padding needs: always, unless there is an offset."""
         if self.scale is None or self.offset is None:
             return True
+        if self.offset.is_meta or self.scale.is_meta:
+            return False
         zero = fake_quantize(self.offset.detach().new_zeros(1), self.scale, self.offset, self.format)
         return abs(float(zero)) <= _EXACT * float(self.scale)
 
