@@ -174,6 +174,18 @@ def test_another_cache_is_read_by_the_models_own_layers():
 
 
 @torch.no_grad()
+def test_a_mask_with_holes_is_applied_by_the_models_own_layers():
+    model, fused = pair()
+    ids, _ = padded(1)
+    mask = torch.ones_like(ids)
+    mask[0, 1] = 0
+    with pytest.warns(dybit.DyBitWarning, match="not padding on the left"):
+        made = fused(ids, attention_mask=mask).logits
+    assert torch.equal(made, model(ids, attention_mask=mask).logits)
+    fused(ids, attention_mask=mask)  # warns once
+
+
+@torch.no_grad()
 def test_changes_of_the_model_are_seen():
     model, fused = pair()
     ids, _ = padded()

@@ -151,6 +151,7 @@ class _Runner:
         if mask is not None:
             starts = _starts(mask, (sequences, past + rows))
             if starts is None:
+                self._warn("an attention mask that is not padding on the left is applied by the unfused layers, slowly")
                 return None
         positions = given.get("position_ids")
         if positions is None:
