@@ -239,3 +239,39 @@ def test_uniform_recipes_of_the_search_by_name_or_word(monkeypatch):
     assert search.names_of(["8/8", "4/8"], ["4/8"]) == search.names_of(["8/8", "4/8"], ["W4A8"]) == {"W4A8"}
     with pytest.raises(DyBitError, match="--against must name candidates, among 8/8, 4/8, not 5/5"):
         search.names_of(["8/8", "4/8"], ["5/5"])
+
+
+def test_texts_of_packages(tmp_path, monkeypatch):
+    texts = imported(monkeypatch, "texts")
+    pages = tmp_path / "usr/share/doc/debian-handbook/html/en-US"
+    quotes = tmp_path / "usr/share/games/fortunes"
+    pages.mkdir(parents=True)
+    quotes.mkdir(parents=True)
+    (pages / "b.html").write_text("<p>Last.</p>")
+    (pages / "a.html").write_text(
+        "<title>T</title><div>One <b>bold</b>\nword.<pre>code</pre></div><p>Two &amp; three.</p>"
+    )
+    (quotes / "wit").write_text("First.\n%\nSecond\nline.\n%\n")
+    (quotes / "wit.dat").write_bytes(b"\xff")
+    found = {name: texts.text_file(name, tmp_path, tmp_path).read_text().split("\n\n") for name in texts.TEXTS}
+    assert [part for part in found["handbook"] if part] == ["One bold word.", "Two & three.", "Last."]
+    assert found["quotations"][:2] == ["First.", "Second\nline."]
+    with pytest.raises(DyBitError, match="does not hold the text 'handbook'; install its Debian package"):
+        texts.text_file("handbook", quotes, tmp_path)
+
+
+def test_words_of_the_benchmark_of_language_models(monkeypatch):
+    language = imported(monkeypatch, "ptq_language")
+    assert language.recipe("dybit4:32?scale=e4m3/auto@both") == Recipe(
+        "dybit4", group_size=32, scale="e4m3", embeddings=None
+    )
+    rounded = language.recipe("nf4+int8:64/rtn")
+    assert (rounded.weights, rounded.activations, rounded.activation_group_size) == ("nf4", "int8", 64)
+    monkeypatch.setattr(language, "own_text", lambda *_, sequences, length: [f"own {i}" for i in range(sequences)])
+    monkeypatch.setattr(language.dybit.demo, "smollm2", lambda: None, raising=False)
+    windows = lambda split, batches: [f"{split} {i}" for i in range(batches)]  # noqa: E731
+    monkeypatch.setattr(language.dybit.demo, "smollm2_batches", windows, raising=False)
+    assert language.calibration("both", 2048) == ["own 0", "own 1", "calibration 0", "calibration 2"]
+    assert len(language.calibration("reference", 2048)) == len(language.calibration("own", 2048)) == 4
+    with pytest.raises(DyBitError, match="calibrated on 'poems'; use reference, own or both"):
+        language.calibration("poems", 2048)
