@@ -77,6 +77,7 @@ sanitize: $(VENV)/installed
 	$(PATIENT) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 DYBIT_KERNELS=$(abspath build/sanitize) \
 		$(BIN)/pytest -p no:cacheprovider tests/kernels tests/operators tests/runtime tests/test_torch_defaults.py \
+		tests/integrations/test_decoder.py tests/integrations/test_decoder_cache.py \
 		--ignore tests/kernels/test_neon.py -k "not opcheck and not layers_use and not compile and not export"
 
 fuzz: $(VENV)/installed
