@@ -215,7 +215,7 @@ def check(name):
         Exception: It is neither.
     """
     cls = type(model := build(name))
-    fields = {"weights": 4, "group_size": 8}
+    fields = {"weights": 4, "group_size": 8, "scale": "fp32"}  # others are rounded, before or after norms are folded
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(f"{folder}/float")

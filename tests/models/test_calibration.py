@@ -115,10 +115,13 @@ def test_outputs_of_gelu_and_silu_take_an_offset(activation, bits):
     seen = observe(x)
     spec, scale, offset = choose_input(seen, families)
     assert spec.offset and spec.format.startswith("u")
-    assert fake_quantize(torch.zeros(1), scale, offset, spec.format) == 0  # for zero padding
-    levels = torch.tensor(catalogue.family(spec.format).books[0].levels) * scale
-    assert abs(offset.item() - seen.low) <= 0.501 * levels.diff()[: int((levels < -seen.low).sum()) + 1].max()
     assert seen.low == pytest.approx(float(x.min()))
+    if bits < 8:  # half a step is too much
+        assert offset.item() == seen.low
+    else:
+        assert fake_quantize(torch.zeros(1), scale, offset, spec.format) == 0  # for zero padding
+        levels = torch.tensor(catalogue.family(spec.format).books[0].levels) * scale
+        assert abs(offset.item() - seen.low) <= 0.501 * levels.diff()[: int((levels < -seen.low).sum()) + 1].max()
     plain = choose_input(seen, families, offset=False)
     assert not plain[0].offset and plain[2] is None
 

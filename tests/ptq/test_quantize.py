@@ -463,12 +463,12 @@ def test_static_activations_of_a_model_with_an_embedding_need_calibration():
 
 
 def test_linear_layers_need_no_calibration_but_convolutions_do():
-    model = quantize_(nn.Sequential(nn.Linear(70, 4), nn.ReLU(), nn.Linear(4, 2)), W4A8)
-    assert model[0].input_spec == model[2].input_spec == InputSpec("int8", "dynamic", 127.0, 64)
-    x = torch.randn(3, 70)
-    groups = torch.nn.functional.pad(x, (0, 58)).view(3, 2, 64)
+    model = quantize_(nn.Sequential(nn.Linear(140, 4), nn.ReLU(), nn.Linear(4, 2)), W4A8)
+    assert model[0].input_spec == model[2].input_spec == InputSpec("int8", "dynamic", 127.0, 128)
+    x = torch.randn(3, 140)
+    groups = torch.nn.functional.pad(x, (0, 116)).view(3, 2, 128)
     scale = groups.abs().amax(-1, keepdim=True) / 127
-    rounded = ((groups / scale).round() * scale).view(3, 128)[:, :70]
+    rounded = ((groups / scale).round() * scale).view(3, 256)[:, :140]
     assert torch.allclose(model[0](x), nn.functional.linear(rounded, model[0].weight, model[0].bias), atol=1e-5)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(DyBitError, match="activations=8 are static and need calibration"):

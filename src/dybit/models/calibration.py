@@ -172,11 +172,14 @@ def choose_input(
             spec = InputSpec(book.name, offset=low != 0)
             scale = scales.scale.reshape(1)
             shift = sample.new_tensor([low]) if low != 0 else None
-            if shift is not None and low < 0 < statistics.high:
+            if shift is not None and low < 0 < statistics.high and len(book.levels) >= _MANY_LEVELS:
                 shift = _with_zero(shift, scale, book)
             best = error, spec, scale, shift
     assert best is not None
     return best[1:]
+
+
+_MANY_LEVELS = 128  # of which half a step matters little
 
 
 def _with_zero(low: Tensor, scale: Tensor, book: Codebook) -> Tensor:

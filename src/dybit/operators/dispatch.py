@@ -42,7 +42,7 @@ def recording() -> Iterator[None]:
 
 def recorded() -> bool:
     """Whether layers are recorded for a program of kernels: without gradients, and for nobody else."""
-    return _RECORDED.get()
+    return not torch.compiler.is_dynamo_compiling() and _RECORDED.get()  # Dynamo cannot read the variable
 
 
 def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
