@@ -30,7 +30,7 @@ from results import Column, Results, parser
 from torch import Tensor, nn
 
 from dybit import Recipe, quantize_
-from dybit.demo import efficientnet_lite0, image_batches, minilm, minilm_batches, smollm2, smollm2_batches
+from dybit.demo import efficientnet_lite0, half, image_batches, minilm, minilm_batches, prose, smollm2, smollm2_batches
 from dybit.measure.fidelity import kl_divergence, pair_spearman, sqnr
 from dybit.measure.timing import compare
 from dybit.models.running import output_tensor, run_batch
@@ -94,7 +94,7 @@ class Case:
     def outputs(self, model: nn.Module, size: int) -> list[Tensor]:
         """A tensor a batch; all embeddings in one for pairs of texts."""
         if self.evaluation is None:
-            return [embed(model, halves(8 * size))]
+            return [embed(model, halves(8 * size, half(prose(), "evaluation")))]
         with torch.inference_mode():
             return [output_tensor(run_batch(model, batch)).flatten(0, -2) for batch in self.evaluation(size)]
 

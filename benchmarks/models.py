@@ -41,7 +41,7 @@ from results import Column, Results, parser
 from torch import Tensor, nn
 
 from dybit import Recipe, quantize_, save
-from dybit.demo import efficientnet_lite0, image_batches, minilm, minilm_batches
+from dybit.demo import efficientnet_lite0, half, image_batches, minilm, minilm_batches, prose
 from dybit.errors import DyBitError, MissingExtraError
 from dybit.kernels import extension
 from dybit.layers.quantized import quantized_layers
@@ -117,7 +117,7 @@ class Case:
     def outputs(self, run: Run, size: int) -> Tensor:
         """What the model says to the inputs that it is judged by: ``size`` texts or crops."""
         if self.text:
-            return embed(lambda **batch: run(batch), halves(size))
+            return embed(lambda **batch: run(batch), halves(size, half(prose(), "evaluation")))
         with torch.inference_mode():
             return torch.cat([run(batch) for batch in pictures("evaluation", -(-size // 8), 8)])
 

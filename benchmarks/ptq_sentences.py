@@ -43,9 +43,9 @@ COLUMNS = (
 )
 
 
-def halves(count: int, source: Path) -> list[str]:
-    """The first halves of evaluated paragraphs, then their second halves."""
-    texts = [text for text in prose(source) if len(text.split()) >= 24]
+def halves(count: int, paragraphs: list[str]) -> list[str]:
+    """The first halves of some of the paragraphs, then their second halves."""
+    texts = [text for text in paragraphs if len(text.split()) >= 24]
     step = len(texts) / count
     words = [texts[int(i * step)].split() for i in range(count)]
     return [" ".join(w[: len(w) // 2]) for w in words] + [" ".join(w[len(w) // 2 :]) for w in words]
@@ -115,7 +115,7 @@ def main() -> None:
         for name in given.weights
     }
     with TemporaryDirectory() as folder:
-        texts = halves(given.texts, text_file("handbook", given.packages, Path(folder)))
+        texts = halves(given.texts, prose(text_file("handbook", given.packages, Path(folder))))
     model = minilm()
     calibration, exact = minilm_batches(batches=given.calibration // 16), embed(model, texts)
     with Results(__file__, __doc__, COLUMNS, given, recipes) as results:
