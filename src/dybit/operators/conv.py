@@ -75,8 +75,7 @@ def _compute(
 def _by_torch(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None, geometry: ConvGeometry, rounding: InputRounding
 ) -> Tensor:
-    # Each sample has one dynamic scale, so each sample is one row.
-    rounded = rounding.round(x if rounding.scale is not None else x.flatten(1)).view(x.shape)
+    rounded = rounding.round_samples(x)
     return geometry.convolve(rounded, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

@@ -44,6 +44,10 @@ class InputRounding:
             return pass_gradients(x, self._round(x.detach()))
         return self._round(x)
 
+    def round_samples(self, x: Tensor) -> Tensor:
+        """As :meth:`round`, for ``x`` whose first dimension counts samples: each has its own dynamic scale."""
+        return self.round(x if self.scale is not None else x.flatten(1)).view(x.shape)
+
     def keeps_zero(self) -> bool:
         """Whether 0 is known to be the value of a code, as zero padding needs: always, unless there is an offset."""
         if self.scale is None or self.offset is None:

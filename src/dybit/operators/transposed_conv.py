@@ -204,8 +204,7 @@ def _transposed(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
     found = PreparedTransposed(weight, bias, geometry, rounding).convolve(x, places)
     if found is not None:
         return found
-    # Each sample has one dynamic scale, so each sample is one row.
-    rounded = rounding.round(x if rounding.scale is not None else x.flatten(1)).view(x.shape)
+    rounded = rounding.round_samples(x)
     values, cut = weight.dequantize(x.dtype), padding[::2]
     ends = zip(x.shape[2:], stride, cut, dilation, values.shape[2:], strict=True)
     plain = [(n - 1) * step - 2 * less + by * (k - 1) + 1 for n, step, less, by, k in ends]
